@@ -9,6 +9,9 @@
 //! every build. A list such as `80,90` embeds it in every build, for these compute capabilities
 //! (8.0 and 9.0) only.
 
+#[path = "src/device/cuda/overlap.rs"]
+mod overlap;
+
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -46,6 +49,7 @@ fn main() -> io::Result<()> {
         return Ok(());
     }
     println!("cargo:rerun-if-changed={IMAGES}");
+    println!("cargo:rerun-if-changed=src/device/cuda/overlap.rs");
     for variable in [NATIVE, "NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
@@ -167,11 +171,18 @@ fn native_images<'a>(
     let work = || {
         let mut done = Vec::new();
         while let Some(image) = next() {
+            let mut path = image.portable.path.clone();
+            if image.architecture >= overlap::CAPABILITY {
+                let text = fs::read_to_string(&path);
+                path = out.join(&image.file).with_extension("ptx");
+                text.and_then(|text| fs::write(&path, overlap::with_newer_instructions(&text)))
+                    .map_err(|error| format!("{}: {error}", path.display()))?;
+            }
             run(Command::new(ptxas)
                 .arg(format!("-arch=sm_{}", image.architecture))
                 .arg("-o")
                 .arg(out.join(&image.file))
-                .arg(&image.portable.path))?;
+                .arg(&path))?;
             done.push(image);
         }
         Ok(done)

@@ -164,6 +164,7 @@ impl Model {
             heads: HEADS,
             scale: 0.125,
             window: None,
+            chunked: false,
             softcap: None,
         };
         for (index, layer) in self.layers.iter().enumerate() {

@@ -5,6 +5,7 @@
 // out = activation(gate) · up, where a row of `gate_up` is [gate | up] and `columns` is a
 // multiple of eight.
 KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u32 gelu) {
+    wait_for_kernels_before();
     u32 vectors = columns / 8;
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     u32 row = index / vectors;
@@ -20,6 +21,7 @@ KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u3
 
 // x → cap · tanh(x / cap), for `count` numbers.
 KERNEL(256) softcap(float* x, float cap, u32 count) {
+    wait_for_kernels_before();
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < count) x[index] = cap * tanhf(x[index] / cap);
 }

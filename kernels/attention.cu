@@ -1,7 +1,8 @@
-// Attention over the paged cache: one kernel for sequences with one row (decode), which
-// spreads a sequence's units of keys over warps, one that merges those units, and one for
+// Attention over the paged cache: one kernel for sequences with one row (decode), which rotates and
+// stores the row, spreads the sequence's units of keys over warps and merges them, and one for
 // sequences with more rows (prefill). See attention.cuh for what they share.
 #include "attention.cuh"
+#include "rope.cuh"
 
 // Decode ---------------------------------------------------------------------------------
 
@@ -59,40 +60,224 @@ struct DecodeCopies {
     }
 };
 
-// grid (any, kv_heads · ceil(group / 16), listed sequences), 128 threads. Warp w of block x
-// does the units 4 x + w, 4 (x + gridDim.x) + w, … of those that the sequence's token sees.
-// An entry of the list is {sequence, where its units begin among all partial results}.
+// What decode attention does to the row of its sequence before it reads the cache, if rope_store has
+// not done so: the parameters are those of rope_store. `angles` is null if it has.
+struct NewRow {
+    const float2* angles;
+    const float *q_norm, *k_norm;
+    float epsilon;
+    u32 norm_mode, rotary_dim;
+};
+
+// The heads of a row that a block needs: `queries` of them from head `first_query` on, the key and the
+// value of a key-value head, and whether these two are to be stored.
+struct NewHeads {
+    const T* row;
+    u32 first_query, queries, q_heads, stores;
+};
+
+// Puts the queries into shared memory, `head_dim + 8` elements apart, and the key and the value at
+// `position` into the cache. A warp per head. Called, not inlined: it is the same for every head size.
+__device__ __noinline__ void prepare_heads(
+    T* shared_queries, T* k_cache, T* v_cache, NewHeads heads, NewRow new_row, Pages pages, u32 position, u32 head_dim
+) {
+    const float2* const angles = new_row.angles + u64(position) * (new_row.rotary_dim / 2);
+#pragma unroll 1
+    for (u32 index = warp_id(); index < heads.queries + 2 * heads.stores; index += WARPS) {
+        const bool query = index < heads.queries, key = index == heads.queries;
+        const u32 head = query ? heads.first_query + index : heads.q_heads + pages.kv_head + (key ? 0 : pages.kv_heads);
+        const T* const row = heads.row + head * head_dim;
+        T* const to = query ? shared_queries + index * (head_dim + 8)
+                            : (key ? k_cache : v_cache) + u64(pages.row_of(position)) * head_dim;
+        if (new_row.angles == nullptr || !(query || key)) {
+#pragma unroll 1
+            for (u32 column = lane_id() * 2; column < head_dim; column += 64) {
+                *reinterpret_cast<T2*>(to + column) = *reinterpret_cast<const T2*>(row + column);
+            }
+            continue;
+        }
+        Norm norm = {nullptr, 1.0f};
+        if (new_row.norm_mode == NORM_HEADS) {
+            norm = norm_of_head(row, query ? new_row.q_norm : new_row.k_norm, new_row.epsilon, head_dim);
+        }
+        rotate(row, norm, angles, new_row.rotary_dim, head_dim, [&](u32 column, float2 x) {
+            *reinterpret_cast<T2*>(to + column) = to_t2(x.x, x.y);
+        });
+    }
+}
+
+// What a block of the decode kernel does, in a grid of (any, kv_heads · ceil(group / 16), listed
+// sequences). An entry of the list is {sequence, where its units begin among all partial results}.
+struct DecodeBlock {
+    // Of the sequence.
+    u32 first_row, length, origin, first_partial;
+    Sight sight;
+    // The units that its token sees, and the blocks that have anything to do: one if there are no
+    // units, for the zeros.
+    u32 first_unit, units, blocks;
+    // The key-value head and the query heads of its group.
+    u32 kv_head, first_head, heads;
+
+    INLINE DecodeBlock(
+        const uint2* decode_list, const uint4* sequences, u32 q_heads, u32 kv_heads, u32 window, u32 chunks
+    ) {
+        const uint2 listed = decode_list[blockIdx.z];
+        const uint4 sequence = sequences[listed.x];
+        first_row = sequence.x, length = sequence.z, origin = sequence.w, first_partial = listed.y;
+        sight = length == 0 ? Sight::nothing() : Sight::of(length - 1, window, chunks);
+        first_unit = sight.begin / UNIT, units = (sight.end + UNIT - 1) / UNIT - first_unit;
+        blocks = max(min((units + WARPS - 1) / WARPS, gridDim.x), 1);
+        const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
+        const u32 first_in_group = blockIdx.y % tiles * WARP_ROWS;
+        kv_head = blockIdx.y / tiles, first_head = kv_head * group + first_in_group;
+        heads = min(group - first_in_group, WARP_ROWS);
+    }
+};
+
+// Ends the work of a block on its units. The last of a sequence's blocks to do so merges all units
+// of its heads, in ascending order, whichever block has computed them when, and writes the results;
+// zeros if there are no units. `arrivals` has a count for each y and z, which is 0 before and after.
+//
+// A warp per head; `shared` is the memory of this warp, with room for 32 units of 128 columns or of
+// all, if there are fewer. Called, not inlined: it is the same for every head size. What it needs to
+// know is computed again, for want of registers.
+__device__ __noinline__ void merge_units(
+    T* out, const float* partial_out, const float2* partial_stats, u32* arrivals, const uint4* sequences,
+    const uint2* decode_list, const float* sinks, u32 q_heads, u32 kv_heads, u32 window, u32 chunks, u32 head_dim,
+    u32 shared
+) {
+    __shared__ u32 arrived;
+    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks);
+    const u32 blocks = block.blocks, units = block.units;
+    u32* const arrival = arrivals + blockIdx.z * gridDim.y + blockIdx.y;
+    // What this block has written can be seen by the one that sees all others arrive.
+    if (blocks > 1) __threadfence();
+    __syncthreads();
+    if (blocks > 1) {
+        if (threadIdx.x == 0) {
+            arrived = atomicAdd(arrival, 1) + 1;
+            __threadfence();
+            // Every block has arrived: none changes the count any more.
+            if (arrived == blocks) *arrival = 0;
+        }
+        __syncthreads();
+        if (arrived != blocks) return;
+    }
+
+    constexpr u32 AT_ONCE = 32, ACROSS = 128;
+    const u32 lane = lane_id(), width = min(head_dim, ACROSS), place = lane * 4;
+    out += u64(block.first_row) * q_heads * head_dim;
+    partial_out += u64(block.first_partial) * q_heads * head_dim;
+    partial_stats += u64(block.first_partial) * q_heads;
+#pragma unroll 1
+    for (u32 head = block.first_head + warp_id(); head < block.first_head + block.heads; head += WARPS) {
+#pragma unroll 1
+        for (u32 column = place; column - place < head_dim; column += ACROSS) {
+            // Each lane has four columns, if there are so many.
+            const bool any = place < width;
+            float largest, sum, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            begin_softmax(largest, sum, sinks, head);
+#pragma unroll 1
+            for (u32 first = 0; first < units; first += AT_ONCE) {
+                const u32 count = min(units - first, AT_ONCE);
+                const float* from = partial_out + (u64(first) * q_heads + head) * head_dim + column;
+                __syncwarp();
+#pragma unroll 1
+                for (u32 i = 0; i < count && any; i++) {
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + (i * width + place) * 4),
+                                 "l"(from + u64(i) * q_heads * head_dim)
+                                 : "memory");
+                }
+                copy_async_commit();
+                // Lane i prepares unit i: the largest score of all units before it, then the factors.
+                float2 stats = make_float2(UNSEEN, 0.0f);
+                if (lane < count) stats = __ldcg(partial_stats + u64(first + lane) * q_heads + head);
+                float upto = fmaxf(stats.x, largest);
+#pragma unroll
+                for (u32 distance = 1; distance < 32; distance *= 2) {
+                    const float before = __shfl_up_sync(FULL_WARP, upto, distance);
+                    if (lane >= distance) upto = fmaxf(upto, before);
+                }
+                float previous = __shfl_up_sync(FULL_WARP, upto, 1), keep, add;
+                if (lane == 0) previous = largest;
+                join(previous, stats.x, keep, add);
+                largest = __shfl_sync(FULL_WARP, upto, 31);
+                copy_async_wait<0>();
+#pragma unroll 2
+                for (u32 i = 0; i < count; i++) {
+                    const float keep_i = __shfl_sync(FULL_WARP, keep, i);
+                    const float add_i = __shfl_sync(FULL_WARP, add, i);
+                    sum = merge(sum, keep_i, __shfl_sync(FULL_WARP, stats.y, i), add_i);
+                    if (!any) continue;
+                    float x[4];
+                    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                                 : "r"(shared + (i * width + place) * 4)
+                                 : "memory");
+#pragma unroll
+                    for (int c = 0; c < 4; c++) total[c] = merge(total[c], keep_i, x[c], add_i);
+                }
+            }
+            if (!any) continue;
+            const float inverse_sum = inverse(sum);
+#pragma unroll
+            for (int c = 0; c < 4; c++) total[c] = result(total[c], inverse_sum);
+            *reinterpret_cast<uint2*>(out + head * head_dim + column) =
+                make_uint2(bits(to_t2(total[0], total[1])), bits(to_t2(total[2], total[3])));
+        }
+    }
+}
+
+// Where a block's memory begins that no other one has: the queries, then a ring per warp.
+template <int HEAD>
+constexpr u32 DECODE_RING_BYTES = DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
+
+// 128 threads; see DecodeBlock for the grid. Warp w of block x does the units 4 x + w,
+// 4 (x + gridDim.x) + w, … of the sequence; see merge_units for what comes then.
 template <int HEAD>
 INLINE void attend_decode(
-    float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables,
-    const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
-    float softcap, u32 window, u32 chunks
+    T* out, float* partial_out, float2* partial_stats, u32* arrivals, const T* qkv, T* k_cache, T* v_cache,
+    const u32* tables, const uint4* sequences, const uint2* decode_list, const float* sinks, NewRow new_row,
+    u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window, u32 chunks
 ) {
     extern __shared__ __align__(16) u8 shared[];
-    const uint2 listed = decode_list[blockIdx.z];
-    const uint4 sequence = sequences[listed.x];
-    if (sequence.z == 0) return;
-    const Sight sight = Sight::of(sequence.z - 1, window, chunks);
-    const u32 first_unit = sight.begin / UNIT, units = (sight.end - 1) / UNIT + 1 - first_unit;
+    // The inputs of the step and the blocks that its tokens see, except for the newest key and value,
+    // were written before the kernel before this one began.
+    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks);
+    const u32 units = block.units, heads = block.heads;
+    const Sight sight = block.sight;
+    const Pages pages = {tables, block.origin, block_tokens, kv_heads, block.kv_head};
     u32 index = blockIdx.x * WARPS + warp_id();
-    if (index >= units) return;
+    if (index < units) {
+        const u32 granule = pages.locate(block.first_unit + index, sight);
+        const T* cache = lane_id() < UNIT_GRANULES ? k_cache : v_cache;
+        if (granule != 0 && lane_id() < 2 * UNIT_GRANULES) prefetch(cache + u64(granule) * HEAD, GRANULE * HEAD * sizeof(T));
+    }
+    wait_for_kernels_before();
+    if (blockIdx.x >= block.blocks) return;
 
-    // The heads of this warp: some of the group, beside copies of the last one.
-    const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
-    const u32 kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * WARP_ROWS + lane_id() / 4;
-    const u32 head = kv_head * group + in_group;
-    const u32 last_head = kv_head * group + group - 1;
-    qkv += u64(sequence.x) * (q_heads + 2 * kv_heads) * HEAD;
-    const Queries<HEAD> queries(qkv + min(head, last_head) * HEAD, qkv + min(head + 8, last_head) * HEAD);
+    T* const shared_queries = reinterpret_cast<T*>(shared);
+    const u32 ring = shared_address(shared) + WARP_ROWS * PITCH_BYTES<HEAD> + warp_id() * DECODE_RING_BYTES<HEAD>;
+    if (units > 0) {
+        // The block that reads the newest key stores it. If the group has several tiles, a block of
+        // each does, and they store the same.
+        const bool stores = new_row.angles != nullptr && (units - 1) / WARPS % gridDim.x == blockIdx.x;
+        const T* const row = qkv + u64(block.first_row) * (q_heads + 2 * kv_heads) * HEAD;
+        prepare_heads(shared_queries, k_cache, v_cache, {row, block.first_head, heads, q_heads, stores}, new_row, pages,
+                      block.length - 1, HEAD);
+    }
+    __syncthreads();
 
-    const Pages pages = {tables, sequence.w, block_tokens, kv_heads, kv_head};
+    // The rows of this warp: the block's heads, beside copies of the last one.
+    const u32 row = lane_id() / 4;
+    const Queries<HEAD, 4> queries(shared_queries + min(row, heads - 1) * PITCH<HEAD>,
+                                   shared_queries + min(row + 8, heads - 1) * PITCH<HEAD>, index < units);
     const Scoring scoring(scale, softcap);
     const Sight sights[2] = {sight, sight};
-    const u32 ring = shared_address(shared) + warp_id() * DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     Softmax<HEAD> softmax;
 #pragma unroll 1
     for (; index < units; index += gridDim.x * WARPS) {
-        const u32 unit = first_unit + index, unit_key = unit * UNIT;
+        const u32 unit = block.first_unit + index, unit_key = unit * UNIT;
         const u32 end_tile = (min(sight.end - unit_key, UNIT) + TILE - 1) / TILE;
         const DecodeCopies<HEAD> copies = {k_cache, v_cache, ring, unit, pages.locate(unit, sight), end_tile, sight};
         u32 tile = (max(sight.begin, unit_key) - unit_key) / TILE;
@@ -114,80 +299,23 @@ INLINE void attend_decode(
         copy_async_wait<0>();
         softmax.finish();
 
-        const u64 partial = u64(listed.y + index) * q_heads + head;
+        const u64 partial = u64(block.first_partial + index) * q_heads + block.first_head + row;
         const u32 column = lane_id() % 4 * 2;
-        float* out = partial_out + partial * HEAD + column;
+        float* to = partial_out + partial * HEAD + column;
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
-            if (in_group + 8 * r >= group) break;
+            if (row + 8 * r >= heads) break;
 #pragma unroll
             for (int n = 0; n < HEAD / 8; n++) {
                 const float2 x = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
-                *reinterpret_cast<float2*>(out + 8 * r * HEAD + n * 8) = x;
+                *reinterpret_cast<float2*>(to + 8 * r * HEAD + n * 8) = x;
             }
             if (column == 0) partial_stats[partial + 8 * r] = make_float2(softmax.largest[r], softmax.sum[r]);
         }
     }
-}
 
-// grid (q_heads, listed sequences), a thread an element of a head, whole warps. Merges a
-// sequence's units in ascending order; zeros for a sequence of length 0.
-KERNEL(256) attend_combine(
-    T* out, const float* partial_out, const float2* partial_stats, const uint4* sequences, const uint2* decode_list,
-    const float* sinks, u32 q_heads, u32 head_dim, u32 window, u32 chunks
-) {
-    constexpr u32 AT_ONCE = 16;
-    const uint2 listed = decode_list[blockIdx.y];
-    const uint4 sequence = sequences[listed.x];
-    const u32 head = blockIdx.x, lane = lane_id();
-    // Threads beyond the head read its last element.
-    const u32 column = min(threadIdx.x, head_dim - 1);
-    u32 units = 0;
-    if (sequence.z != 0) {
-        const Sight sight = Sight::of(sequence.z - 1, window, chunks);
-        units = (sight.end - 1) / UNIT + 1 - sight.begin / UNIT;
-    }
-    const u64 partial = u64(listed.y) * q_heads + head;
-    const u64 stride = u64(q_heads) * head_dim;
-    partial_out += partial * head_dim + column;
-    partial_stats += partial;
-    float largest, sum, total = 0.0f;
-    begin_softmax(largest, sum, sinks, head);
-    for (u32 first = 0; first < units; first += 32) {
-        // Lane i prepares unit i: the largest score of all units before it, then the factors.
-        float2 stats = make_float2(UNSEEN, 0.0f);
-        if (first + lane < units) stats = partial_stats[u64(first + lane) * q_heads];
-        float upto = fmaxf(stats.x, largest);
-#pragma unroll
-        for (u32 distance = 1; distance < 32; distance *= 2) {
-            const float before = __shfl_up_sync(FULL_WARP, upto, distance);
-            if (lane >= distance) upto = fmaxf(upto, before);
-        }
-        float previous = __shfl_up_sync(FULL_WARP, upto, 1), keep, add;
-        if (lane == 0) previous = largest;
-        join(previous, stats.x, keep, add);
-        largest = __shfl_sync(FULL_WARP, upto, 31);
-        // Beyond the last unit nothing is added.
-#pragma unroll 1
-        for (u32 some = 0; some < 32 && first + some < units; some += AT_ONCE) {
-            float values[AT_ONCE];
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; i++) {
-                const bool any = first + some + i < units;
-                values[i] = any ? *partial_out : 0.0f;
-                partial_out += stride;
-            }
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; i++) {
-                const float keep_i = __shfl_sync(FULL_WARP, keep, some + i);
-                const float add_i = __shfl_sync(FULL_WARP, add, some + i);
-                sum = merge(sum, keep_i, __shfl_sync(FULL_WARP, stats.y, some + i), add_i);
-                total = merge(total, keep_i, values[i], add_i);
-            }
-        }
-    }
-    if (threadIdx.x >= head_dim) return;
-    out[(u64(sequence.x) * q_heads + head) * head_dim + column] = to_t(result(total, inverse(sum)));
+    merge_units(out, partial_out, partial_stats, arrivals, sequences, decode_list, sinks, q_heads, kv_heads, window, chunks,
+                HEAD, ring);
 }
 
 // Prefill --------------------------------------------------------------------------------
@@ -317,6 +445,7 @@ INLINE void attend_prefill(
     const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
     float softcap, u32 window, u32 chunks
 ) {
+    wait_for_kernels_before();
     extern __shared__ __align__(16) u8 shared[];
     const uint2 work = prefill_work[gridDim.x - 1 - blockIdx.x];
     const uint4 sequence = sequences[work.x];
@@ -405,11 +534,14 @@ INLINE void attend_prefill(
 
 #define ATTEND(HEAD)                                                                                                   \
     KERNEL(128) attend_decode_hd##HEAD(                                                                                \
-        float* partial_out, float2* partial_stats, const T* qkv, const T* k_cache, const T* v_cache,                  \
-        const u32* tables, const uint4* sequences, const uint2* decode_list, u32 q_heads, u32 kv_heads,                 \
-        u32 block_tokens, float scale, float softcap, u32 window, u32 chunks                                           \
+        T* out, float* partial_out, float2* partial_stats, u32* arrivals, const T* qkv, T* k_cache, T* v_cache,        \
+        const u32* tables, const uint4* sequences, const uint2* decode_list, const float* sinks,                       \
+        const float2* angles, const float* q_norm, const float* k_norm, float epsilon, u32 norm_mode,                  \
+        u32 rotary_dim, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window,           \
+        u32 chunks                                                                                                     \
     ) {                                                                                                                \
-        attend_decode<HEAD>(partial_out, partial_stats, qkv, k_cache, v_cache, tables, sequences, decode_list,        \
+        attend_decode<HEAD>(out, partial_out, partial_stats, arrivals, qkv, k_cache, v_cache, tables, sequences,       \
+                            decode_list, sinks, {angles, q_norm, k_norm, epsilon, norm_mode, rotary_dim},              \
                             q_heads, kv_heads, block_tokens, scale, softcap, window, chunks);                          \
     }                                                                                                                  \
     KERNEL(128) attend_prefill_hd##HEAD(                                                                               \

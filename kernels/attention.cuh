@@ -125,8 +125,12 @@ struct Pages {
     INLINE u32 locate(u32 unit, Sight sight) const {
         const u32 granule = unit * UNIT_GRANULES + lane_id() % UNIT_GRANULES;
         if (!sight.sees_any(granule * GRANULE, GRANULE)) return 0;
-        const u32 per_block = block_tokens / GRANULE;
-        return (tables[origin + granule / per_block] * kv_heads + kv_head) * block_tokens + granule % per_block * GRANULE;
+        return row_of(granule * GRANULE);
+    }
+
+    // The row of a position whose block is in the table.
+    INLINE u32 row_of(u32 position) const {
+        return (tables[origin + position / block_tokens] * kv_heads + kv_head) * block_tokens + position % block_tokens;
     }
 };
 
@@ -181,16 +185,19 @@ INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
 }
 
 // The queries of a lane's rows, lane / 4 and lane / 4 + 8 of the warp's, as left operands
-// of products, 16 columns each. Registers hold all but the last ones of large heads, which
-// are read anew from the cache of the multiprocessor.
-template <int HEAD>
+// of products, 16 columns each. Registers hold all of heads of up to 128 columns, and the first
+// `MOST` of larger ones; the others are read anew, from shared memory or the cache of the
+// multiprocessor.
+template <int HEAD, int MOST = 7>
 struct Queries {
     static constexpr int STEPS = HEAD / 16;
-    static constexpr int KEPT = HEAD <= 128 ? STEPS : STEPS - 9;
+    static constexpr int KEPT = HEAD <= 128 ? STEPS : MOST;
     u32 kept[KEPT][4];
     const T* rows[2];
 
-    INLINE Queries(const T* first, const T* second) : rows{first + lane_id() % 4 * 2, second + lane_id() % 4 * 2} {
+    INLINE Queries(const T* first, const T* second, bool wanted = true)
+        : rows{first + lane_id() % 4 * 2, second + lane_id() % 4 * 2} {
+        if (!wanted) return;
 #pragma unroll
         for (int step = 0; step < KEPT; step++) load(kept[step], step);
     }

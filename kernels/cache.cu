@@ -11,6 +11,7 @@ INLINE uint4* block_of(T* cache, u32 array, u32 blocks, u32 block, u32 vectors) 
 // Copies block pairs[i].x to block pairs[i].y in every array. Grid: (pairs, arrays).
 // No block may be both read and written.
 KERNEL(256) copy_blocks(T* cache, const uint2* pairs, u32 blocks, u32 vectors) {
+    wait_for_kernels_before();
     uint2 pair = pairs[blockIdx.x];
     const uint4* from = block_of(cache, blockIdx.y, blocks, pair.x, vectors);
     uint4* to = block_of(cache, blockIdx.y, blocks, pair.y, vectors);
@@ -19,6 +20,7 @@ KERNEL(256) copy_blocks(T* cache, const uint2* pairs, u32 blocks, u32 vectors) {
 
 // Fills the listed blocks with NaN in every array. Grid: (listed blocks, arrays).
 KERNEL(256) poison_blocks(T* cache, const u32* list, u32 blocks, u32 vectors) {
+    wait_for_kernels_before();
     uint4* to = block_of(cache, blockIdx.y, blocks, list[blockIdx.x], vectors);
     uint4 nan = make_uint4(FULL_WARP, FULL_WARP, FULL_WARP, FULL_WARP);
     for (u32 i = threadIdx.x; i < vectors; i += blockDim.x) to[i] = nan;

@@ -27,6 +27,24 @@ constexpr u32 FULL_WARP = 0xffffffffu;
 #define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define INLINE __device__ __forceinline__
 
+// GPUs of compute capability 9.0 or more can begin a kernel while the one before it still runs. The
+// instructions for that stand in an image as comments that begin with "// sm_90: "; the loader makes
+// instructions of them if the GPU has them (src/device/cuda/overlap.rs).
+//
+// Waits until all kernels before this one have completed and what they wrote can be seen. Then the
+// next kernel may begin, which waits in the same way. Every thread of every kernel calls this:
+// before it ends, before it reads anything that a kernel may have written, and before it writes.
+INLINE void wait_for_kernels_before() {
+    asm volatile("// sm_90: griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Starts to read `bytes` bytes into the L2 cache; both are multiples of 16. Kernels do so for what
+// they will read first, before they wait. It does not matter whether other kernels write there, since
+// they do so in the same cache.
+INLINE void prefetch(const void* from, u32 bytes) {
+    asm volatile("// sm_90: cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
+
 #if QUELL_F16
 INLINE float to_float(T x) { return __half2float(x); }
 INLINE float2 to_float2(T2 x) { return __half22float2(x); }

@@ -4,6 +4,7 @@
 // resolved[r] = the token of row r: what the previous step sampled where `feedback`
 // names a sample, `tokens[r]` elsewhere.
 KERNEL(256) resolve_tokens(u32* resolved, const u32* tokens, const u32* feedback, const u32* previous, u32 rows) {
+    wait_for_kernels_before();
     u32 row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     u32 sample = feedback[row];
@@ -13,6 +14,7 @@ KERNEL(256) resolve_tokens(u32* resolved, const u32* tokens, const u32* feedback
 // out[r] = scale · table[resolved[r]]; a token that is not below `vocabulary` reads row 0.
 // One block a row.
 KERNEL(256) embed_dense(float* out, const T* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
+    wait_for_kernels_before();
     u32 token = resolved[blockIdx.x];
     if (token >= vocabulary) token = 0;
     const T* from = table + u64(token) * columns;

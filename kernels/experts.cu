@@ -12,6 +12,7 @@ constexpr u32 MAX_TOP_K = 32;
 // their sum if `normalize`. One warp a row; the sums run in a fixed order.
 KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
              u32 normalize) {
+    wait_for_kernels_before();
     __shared__ float weights[MAX_EXPERTS];
     __shared__ u32 chosen[MAX_TOP_K];
     __shared__ float chosen_weights[MAX_TOP_K];
@@ -83,6 +84,7 @@ INLINE u32 place_of(const float* numbers, u32 count, u32 index) {
 // best together take part. At most 32 groups. One warp a row.
 KERNEL(32) route_sigmoid(u32* pair_expert, float* pair_weight, float* pair_input, const float* router, const float* bias,
                          u32 experts, u32 top_k, u32 normalize, float scale, u32 groups, u32 top_groups) {
+    wait_for_kernels_before();
     constexpr float LEAST = -3.402823466e38f;
     __shared__ float ranks[MAX_EXPERTS];
     __shared__ float group_ranks[32];
@@ -199,6 +201,7 @@ struct Starts {
 // slot of each warp and expert, and each warp hands its slots out.
 KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
                          u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
+    wait_for_kernels_before();
     constexpr u32 WARPS = 32;
     __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
     __shared__ u32 totals[MAX_EXPERTS];
@@ -260,6 +263,7 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
 // Grid (ceil(columns / 256), rows).
 KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
                        u32 columns, u32 top_k) {
+    wait_for_kernels_before();
     u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;
     float sum = 0.0f;
@@ -277,6 +281,7 @@ KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, con
 // it is SiLU. Grid (ceil(columns / 256), pairs).
 KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32* pair_expert, const float* pair_input,
                        const float* bias, u32 columns, float slope, float limit) {
+    wait_for_kernels_before();
     const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     const u64 slot = pair_slot != nullptr ? pair_slot[pair] : pair;
@@ -292,6 +297,7 @@ KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32
 
 // Adds to each pair's result the bias of its expert. Grid (ceil(columns / 256), pairs).
 KERNEL(256) add_pair_bias(T* pair_out, const u32* pair_slot, const u32* pair_expert, const float* bias, u32 columns) {
+    wait_for_kernels_before();
     const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     T& to = pair_out[u64(pair_slot[pair]) * columns + column];

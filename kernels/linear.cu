@@ -59,6 +59,14 @@ INLINE void linear_tile(const Product& product, u32 index) {
     const u32 first_output = tile.column * output_of.half;
     const T* weight = product.weight + ((u64)tile.expert * weight_rows + first_output) * inputs;
     const float* bias = product.bias ? product.bias + (u64)tile.expert * weight_rows : nullptr;
+    const u32 unit_chunks = product.unit / DEPTH, all_chunks = (inputs + DEPTH - 1) / DEPTH;
+    const Units units((all_chunks + unit_chunks - 1) / unit_chunks);
+    const u32 first_chunk = units.first * unit_chunks, first_input = first_chunk * DEPTH;
+    const u32 early = threadIdx.x < OUTPUTS ? output_of(threadIdx.x) : NONE;
+    if (early < weight_rows - first_output) {
+        prefetch(weight + (u64)early * inputs + first_input, min(inputs - first_input, STAGES * DEPTH) * sizeof(T));
+    }
+    wait_for_kernels_before();
     RowCopies<ROWS, DEPTH, THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
     RowCopies<OUTPUTS, DEPTH, THREADS> weight_copies(weight, weight_rows - first_output, inputs, output_of);
 
@@ -71,9 +79,6 @@ INLINE void linear_tile(const Product& product, u32 index) {
     // The sums of the current unit, and of the units before it.
     float sum[M][N][4] = {}, total[IN_MEMORY ? 1 : M * N][4] = {};
 
-    const u32 unit_chunks = product.unit / DEPTH, all_chunks = (inputs + DEPTH - 1) / DEPTH;
-    const Units units((all_chunks + unit_chunks - 1) / unit_chunks);
-    const u32 first_chunk = units.first * unit_chunks;
     const u32 chunks = min(units.end * unit_chunks, all_chunks) - first_chunk, stages_end = shared + STAGES * STAGE;
     x_copies.from += first_chunk * (DEPTH * 2);
     weight_copies.from += first_chunk * (DEPTH * 2);

@@ -50,6 +50,7 @@ INLINE Tile tile_of(u32 index, u32 columns, u32 row_tiles, const uint4* expert_t
     tile.column = index / together;
     const u32 row_tile = first + index % together;
     if (expert_tiles) {
+        wait_for_kernels_before();
         const uint4 listed = expert_tiles[row_tile];
         tile.expert = listed.x;
         tile.row = listed.y;

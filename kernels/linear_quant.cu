@@ -516,6 +516,8 @@ INLINE void linear_quant_few(const Product product) {
     const OutputOf output_of(FEW_OUTPUTS, product.outputs, product.out_mode);
     const u32 chain = warp_id() / 2, sixteen = (tile.column * output_of.half + output_of(warp_id() % 2 * 16)) / 16;
     const u8* next = product.weight + (((u64)tile.expert * sixteens + sixteen) * records + begin + chain) * F::BYTES + lane_id() * 16;
+    if (chain == 0 && lane_id() == 0 && sixteen < sixteens) prefetch(next, min(end - begin, STAGES * CHAINS) * F::BYTES);
+    wait_for_kernels_before();
     // A stage begins with record `first`: it holds x for the thread, and a record for the warp, if
     // `first` is below these.
     const u32 thread_chunk = threadIdx.x % CHUNKS;
@@ -676,11 +678,15 @@ INLINE void linear_quant_many(const Product product) {
     // Of a round that is not complete, some units may have no records.
     const u32 round = round_of(records);
     const Units units(records / round * CHAINS + min(records % round, CHAINS));
+    RecordOrder copying(units.first, records);
+    if (lane_id() == 0 && copying.record < records) {
+        prefetch(lane_weight + (u64)copying.record * F::BYTES, min(records - copying.record, STAGES * CHAINS) * F::BYTES);
+    }
+    wait_for_kernels_before();
 
     const u32 shared = shared_address(stages), own = X_BYTES + warp_id() * (EACH * F::BYTES), stages_end = shared + STAGES * STAGE;
     const auto after = [&](u32 stage) { return stage + STAGE == stages_end ? shared : stage + STAGE; };
     const u8* const x_begin = x_copies.from;
-    RecordOrder copying(units.first, records);
     auto start = [&](u32 stage) {
         if (copying.unit < units.end) {
             x_copies.from = x_begin + copying.record * (RECORD_INPUTS * 2);
@@ -778,6 +784,7 @@ INLINE void linear_quant_many(const Product product) {
 // the vocabulary reads row 0.
 template <class F>
 INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
+    wait_for_kernels_before();
     u32 token = resolved[blockIdx.x];
     if (token >= vocabulary) token = 0;
     out += (u64)blockIdx.x * columns;

@@ -10,6 +10,12 @@ INLINE float inverse_rms(float sum, float epsilon, u32 columns) {
     return 1.0f / sqrtf(block_sum(sum, scratch) / float(columns) + epsilon);
 }
 
+// Reads the weights, which no kernel writes, into the cache while the kernel before still runs.
+INLINE void begin_norm(const float* weight, u32 columns) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) prefetch(weight, columns * sizeof(float));
+    wait_for_kernels_before();
+}
+
 INLINE float add_squares(float sum, const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) sum = fmaf(x[i], x[i], sum);
@@ -64,6 +70,7 @@ INLINE void write_kept(T* out, float (&kept)[KEPT][8], float factor, const float
 
 // out = x / rms(x) · weight.
 KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
+    begin_norm(weight, columns);
     x += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
     float kept[KEPT][8], v[8];
@@ -86,6 +93,7 @@ KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon,
 
 // residual += x; out = residual / rms(residual) · weight.
 KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+    begin_norm(weight, columns);
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
@@ -120,6 +128,7 @@ KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* we
 
 // x −= mean(x).
 KERNEL(256) centre(float* x, u32 columns) {
+    wait_for_kernels_before();
     __shared__ float scratch[32];
     x += u64(blockIdx.x) * columns;
     float sum = 0.0f;
@@ -132,6 +141,7 @@ KERNEL(256) centre(float* x, u32 columns) {
 
 // residual += x / rms(x) · weight.
 KERNEL(256, 2) rms_norm_add(float* residual, const T* x, const float* weight, float epsilon, u32 columns) {
+    begin_norm(weight, columns);
     x += u64(blockIdx.x) * columns;
     residual += u64(blockIdx.x) * columns;
     float kept[KEPT][8], v[8], r[8];
@@ -164,6 +174,7 @@ KERNEL(256, 2) rms_norm_add(float* residual, const T* x, const float* weight, fl
 
 // residual += x, for `count` numbers, a multiple of eight.
 KERNEL(256) add(float* residual, const T* x, u32 count) {
+    wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (index >= count) return;
     float v[8], r[8];
@@ -175,6 +186,7 @@ KERNEL(256) add(float* residual, const T* x, u32 count) {
 
 // out = x, for `count` numbers, a multiple of eight.
 KERNEL(256) convert(T* out, const float* x, u32 count) {
+    wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (index >= count) return;
     float v[8];
@@ -184,6 +196,7 @@ KERNEL(256) convert(T* out, const float* x, u32 count) {
 
 // out[r] = x[indices[r]].
 KERNEL(256) gather_rows(float* out, const float* x, const u32* indices, u32 columns) {
+    wait_for_kernels_before();
     x += u64(indices[blockIdx.x]) * columns;
     out += u64(blockIdx.x) * columns;
     float v[8];
@@ -197,6 +210,7 @@ KERNEL(256) gather_rows(float* out, const float* x, const u32* indices, u32 colu
 // number there is in a column with a value that is no number or whose size is beyond 2¹⁵.
 // Sums of integers do not depend on their order. Grid (columns / 256, ranges), 256 threads.
 KERNEL(256) pool_rows(long long* out, const T* x, const uint2* ranges, u32 columns) {
+    wait_for_kernels_before();
     u32 column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     uint2 range = ranges[blockIdx.y];

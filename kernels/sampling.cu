@@ -219,6 +219,7 @@ constexpr Candidate NOTHING_DRAWN = {-2.86f, NONE};
 
 // {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
 KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
+    wait_for_kernels_before();
     __shared__ float scratch[32];
     if (rows[blockIdx.y].logprobs == NONE) return;
     logits += u64(blockIdx.y) * columns;
@@ -356,6 +357,7 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
 // Grid rows, 1024 threads.
 KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices,
                         u32 top_stride) {
+    wait_for_kernels_before();
     __shared__ SelectScratch scratch;
     __shared__ u64 sorted[MAX_TOP];
     __shared__ u32 length;
@@ -431,6 +433,7 @@ INLINE float penalised(float logit, const Row& row, u32 generated) {
 // history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
 KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
                    const u32* resolved, const u32* sample_rows, u32 columns) {
+    wait_for_kernels_before();
     __shared__ u32 known;
     const Row& row = rows[blockIdx.x];
     u32 count = row.history_count;
@@ -476,6 +479,7 @@ KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* 
 // Grid (slices, rows), 256 threads.
 KERNEL(256) sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
                    u32 columns) {
+    wait_for_kernels_before();
     if (blockIdx.x == 0 && is_filtered(rows[blockIdx.y])) {
         for (u32 i = threadIdx.x; i < BINS; i += SLICE_THREADS) {
             counts[blockIdx.y * BINS + i] = 0;
@@ -550,6 +554,7 @@ INLINE void visit_slice(const Logits& logits, u32 columns, Visit visit) {
 // in two parts, of 20 and of up to 17 bits. The sum of a slice's 4096 parts fits into 32 bits. Most
 // tokens are so unlikely that they have the lower part only.
 KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+    wait_for_kernels_before();
     constexpr u32 PART_BITS = 20, PART = (1u << PART_BITS) - 1;
     // Counts, and the lower and upper parts of the masses.
     __shared__ u32 own[3][BINS];
@@ -606,6 +611,7 @@ INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && 
 // order; makes no list if they are too many. Grid (slices, rows), 256 threads.
 KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
+    wait_for_kernels_before();
     constexpr u32 LANE_BINS = BINS / 32;
     __shared__ u32 last_bin;
     __shared__ u32 listed;
@@ -693,6 +699,7 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
 // Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
 KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits,
                            const uint2* best, const Row* rows, u32 columns, u32 slices) {
+    wait_for_kernels_before();
     __shared__ SelectScratch scratch;
     const Row& row = rows[blockIdx.x];
     if (!is_filtered(row)) return;
@@ -738,6 +745,7 @@ KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filte
 
 // The draw among all tokens of each slice. Grid (slices, rows), 256 threads.
 KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+    wait_for_kernels_before();
     Row row = rows[blockIdx.y];
     if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
@@ -763,6 +771,7 @@ KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, 
 // back what sample_edit changed. Grid rows, 256 threads.
 KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
                      const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+    wait_for_kernels_before();
     __shared__ u32 broken;
     const Row& row = rows[blockIdx.x];
     logits += u64(blockIdx.x) * columns;

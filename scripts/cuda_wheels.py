@@ -7,6 +7,7 @@ again. Works on Linux on x86-64 only, for which the wheels below are built.
 
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "target"
+
+
+# What an instruction begins with in an image that only newer GPUs have; see `for_architecture`.
+NEWER = "// sm_90: "
 
 
 class Wheel(NamedTuple):
@@ -89,6 +94,16 @@ def fetch(wheel, folder):
     if digest != wheel.sha256:
         sys.exit(f"{Path(sys.argv[0]).name}: {archive.name} has SHA-256 {digest}, but must have {wheel.sha256}")
     return archive
+
+
+def for_architecture(ptx, architecture):
+    """Returns the text of an image as it is assembled for an architecture such as sm_90.
+
+    The loader (src/device/cuda/overlap.rs) does the same.
+    """
+    if int(re.fullmatch(r"sm_(\d+)a?", architecture)[1]) < 90:
+        return ptx
+    return ptx.replace(NEWER, "").replace(".target sm_80", ".target sm_90", 1)
 
 
 def ptxas():

@@ -181,6 +181,13 @@ struct CudaArgs {
     /// then slower. generate records none in any case.
     #[arg(long)]
     no_warm_up: bool,
+    /// Do not record CUDA graphs at all: enqueue the kernels of every step one by one.
+    #[arg(long)]
+    enforce_eager: bool,
+    /// Do not let a kernel begin while the one before it still runs. Only GPUs of compute
+    /// capability 9.0 or higher can do so.
+    #[arg(long)]
+    no_overlap: bool,
 }
 
 #[cfg(feature = "cuda")]
@@ -311,7 +318,12 @@ impl RunArgs {
                 CudaActivationsArg::F16 => CudaActivations::F16,
             },
             utilisation,
+            max_graphs: match self.cuda.enforce_eager {
+                true => 0,
+                false => CudaOptions::default().max_graphs,
+            },
             warm_up: if self.cuda.no_warm_up { 0 } else { usize::MAX },
+            overlap: !self.cuda.no_overlap,
             ..CudaOptions::default()
         })
     }

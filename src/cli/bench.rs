@@ -73,7 +73,13 @@ const LOCAL_FLAGS: [&str; 18] = [
     "kv_type",
 ];
 #[cfg(feature = "cuda")]
-const CUDA_FLAGS: [&str; 3] = ["cuda_activations", "gpu_memory_utilization", "no_warm_up"];
+const CUDA_FLAGS: [&str; 5] = [
+    "cuda_activations",
+    "gpu_memory_utilization",
+    "no_warm_up",
+    "enforce_eager",
+    "no_overlap",
+];
 
 /// Runs the subcommand.
 pub fn run(args: BenchArgs) -> Result<(), CliError> {

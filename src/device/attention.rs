@@ -1,6 +1,6 @@
 //! Attention over the paged KV cache.
 
-use super::{CacheLayer, DeviceError, DeviceTypes};
+use super::{CacheLayer, DeviceError, RopeOps, Rotary};
 
 /// Number of positions in a span of keys. Spans are counted from the start of the sequence. A
 /// multiple of 16.
@@ -52,7 +52,7 @@ pub struct AttentionSpec {
 }
 
 /// The part of a [`Device`](super::Device) that computes attention.
-pub trait AttentionOps: DeviceTypes {
+pub trait AttentionOps: RopeOps {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
     /// its own. `out` has `heads.q_columns()` columns.
     ///
@@ -82,6 +82,46 @@ pub trait AttentionOps: DeviceTypes {
         layer: CacheLayer,
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
+
+    /// Does what [`RopeOps::rope_store`], [`RopeOps::scale_queries`] and then
+    /// [`AttentionOps::attend_with_sinks`] do, in one kernel if the device has one for the step.
+    /// Leaves anything in `qkv`.
+    fn rope_attend(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        attention: &RotaryAttention<'_, Self>,
+        cache: &mut Self::Cache,
+        layer: CacheLayer,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError> {
+        let RotaryAttention {
+            rotary,
+            spec,
+            sinks,
+        } = attention;
+        self.rope_store(
+            qkv,
+            spec.heads,
+            rotary.norm.as_ref(),
+            rotary.rope,
+            cache,
+            layer,
+        )?;
+        if let Some(scale) = rotary.query_scale {
+            self.scale_queries(qkv, spec.heads, scale)?;
+        }
+        self.attend_with_sinks(qkv, spec, *sinks, cache, layer, out)
+    }
+}
+
+/// Attention, and what is done to queries and keys before it.
+pub struct RotaryAttention<'a, D: RopeOps> {
+    /// What is done to queries and keys.
+    pub rotary: Rotary<'a, D>,
+    /// The attention.
+    pub spec: AttentionSpec,
+    /// Sinks, if there are some; see [`AttentionOps::attend_with_sinks`].
+    pub sinks: Option<&'a D::Vector>,
 }
 
 /// Checks that the block tables of `group` begin early enough for `window`, where `longest` is the

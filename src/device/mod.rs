@@ -44,7 +44,7 @@ mod tensor;
 mod types;
 
 pub use activation::{Activation, ActivationOps};
-pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape};
+pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention};
 pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;
@@ -53,7 +53,7 @@ pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
-pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec};
+pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec, Rotary};
 pub use sampling::SamplingOps;
 pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};
 pub use swap::SwapOps;

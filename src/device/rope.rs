@@ -65,6 +65,16 @@ pub struct QkNorm<'a, D: DeviceTypes> {
     pub per_head: bool,
 }
 
+/// How queries and keys are normalised and rotated, and queries scaled.
+pub struct Rotary<'a, D: RopeOps> {
+    /// The norm before the rotation, if there is one.
+    pub norm: Option<QkNorm<'a, D>>,
+    /// The rotary embedding.
+    pub rope: &'a D::Rope,
+    /// The factor on rotated queries, if there is one.
+    pub query_scale: Option<QueryScale>,
+}
+
 /// The part of a [`Device`](super::Device) that rotates queries and keys and writes the KV
 /// cache.
 pub trait RopeOps: DeviceTypes {

@@ -6,7 +6,8 @@ mod workspace;
 use super::layer::{LayerSpec, NormKind, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
-    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Staged,
+    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Rotary,
+    RotaryAttention, Staged,
 };
 use std::ops::Range;
 use weights::{FeedForwardWeights, LayerWeights};
@@ -340,10 +341,11 @@ impl LayerStep<'_> {
             epsilon: self.norm.epsilon,
             per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
         });
-        device.rope_store(qkv, spec.heads, norm.as_ref(), rope, cache, self.place)?;
-        if let Some(scale) = spec.query_scale {
-            device.scale_queries(qkv, spec.heads, scale)?;
-        }
+        let rotary = Rotary {
+            norm,
+            rope,
+            query_scale: spec.query_scale,
+        };
         let spec = AttentionSpec {
             heads: spec.heads,
             scale: spec.scale,
@@ -351,8 +353,12 @@ impl LayerStep<'_> {
             chunked: spec.is_chunked,
             softcap: spec.softcap,
         };
-        let sinks = layer.sinks.as_ref();
-        device.attend_with_sinks(qkv, &spec, sinks, cache, self.place, attention)?;
+        let rotary_attention = RotaryAttention {
+            rotary,
+            spec,
+            sinks: layer.sinks.as_ref(),
+        };
+        device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
         device.linear(attention, &layer.attention_out, self.rows, delta)
     }
 

@@ -70,12 +70,16 @@ pub fn lock() -> Gpu {
     let gpu = Gpu {
         _one_at_a_time: guard,
     };
-    if let Some(library) = library() {
-        // SAFETY: the virtual GPU declares the function with this type.
-        unsafe { symbol::<unsafe extern "C" fn()>(library, "vgpu_reset")() };
+    if library().is_some() {
+        gpu.reset();
     }
     gpu
 }
+
+/// Compute capability of the virtual GPU, unless the environment names another: one whose kernels
+/// can overlap, and whose images hold more than those for 8.0. The tests that run the program use
+/// 8.0.
+const CAPABILITY: &str = "9.0";
 
 fn symbol<F: Copy>(library: &Library, name: &str) -> F {
     // SAFETY: the callers name the functions and their types as the virtual GPU declares them.
@@ -135,6 +139,9 @@ impl Gpu {
     pub fn reset(&self) {
         // SAFETY: the virtual GPU declares the function with this type.
         unsafe { symbol::<unsafe extern "C" fn()>(self.library(), "vgpu_reset")() };
+        if std::env::var_os("VGPU_COMPUTE_CAPABILITY").is_none() {
+            self.set("compute_capability", CAPABILITY);
+        }
     }
 
     /// Returns one of the virtual GPU's counts: `synchronisations`, `graph_launches`, …

@@ -386,6 +386,82 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
 }
 
 #[test]
+fn rotating_and_storing_within_attention_changes_no_bit() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(38);
+    let cases = [
+        case((20, 1, 16), None, None, 32),
+        case((4, 2, 32), Some(7), None, 16),
+        case((3, 1, 64), None, Some(2.0), 48),
+        case((4, 1, 80), Some(150), None, 16),
+        case((8, 1, 96), None, None, 64),
+        case((16, 2, 128), None, None, 16),
+        case((2, 1, 256), None, None, 32),
+    ];
+    // Some have several units, and more than one block works on the longest.
+    let lengths = [1, 16, 17, 129, 300, 641];
+    for (index, case) in cases.into_iter().enumerate() {
+        let kind = TYPES[index % 2];
+        let heads = case.spec.heads;
+        let mut device = device(kind);
+        let rotary_dim = if index % 2 == 0 { heads.head_dim } else { 16 };
+        let rope = RopeSpec {
+            inverse_frequencies: (0..rotary_dim / 2).map(|i| 0.7f32.powi(i as i32)).collect(),
+            magnitude: 1.25,
+            max_positions: 2048,
+        };
+        let qkv = lengths.map(|length| tokens(&mut random, kind, &case, length));
+        let (tables, blocks) = tables(&mut random, &lengths, case.block_tokens);
+        for per_head in [None, Some(true), Some(false)] {
+            let of = |heads: usize| match per_head {
+                Some(false) => heads * heads_dim(case),
+                _ => heads_dim(case),
+            };
+            let (q, k) = (
+                random.numbers(of(heads.q_heads)),
+                random.numbers(of(heads.kv_heads)),
+            );
+            let mut results = |fused: bool| {
+                let block_tokens = case.block_tokens;
+                let mut layer = Layer::new(&mut device, heads, &rope, block_tokens, blocks);
+                layer.norm = per_head.map(|per_head| {
+                    let q = layer.device.load_vector(&q).unwrap();
+                    (q, layer.device.load_vector(&k).unwrap(), per_head)
+                });
+                let part = |i: usize, range| Part {
+                    qkv: &qkv[i],
+                    range,
+                    table: &tables[i],
+                };
+                let all = 0..lengths.len();
+                let before: Vec<Part<'_>> = all
+                    .clone()
+                    .filter(|&i| lengths[i] > 1)
+                    .map(|i| part(i, 0..lengths[i] - 1))
+                    .collect();
+                for one in before {
+                    layer.store(&[one]);
+                }
+                let last: Vec<Part<'_>> =
+                    all.map(|i| part(i, lengths[i] - 1..lengths[i])).collect();
+                let out = layer.step_with(&case.spec, &last, fused).concat();
+                let cached = (0..blocks).map(|block| layer.cache.read(layer.device, 1, block));
+                let cached: Vec<_> = cached.map(Result::unwrap).collect();
+                (bits(&out), cached)
+            };
+            let (out, cached) = results(false);
+            let (fused_out, fused_cached) = results(true);
+            assert!(out == fused_out, "{case:?} {per_head:?}");
+            assert!(cached == fused_cached, "{case:?} {per_head:?}");
+        }
+    }
+}
+
+fn heads_dim(case: Case) -> usize {
+    case.spec.heads.head_dim
+}
+
+#[test]
 fn padding_of_recorded_steps_changes_no_bit() {
     let _gpu = gpu::lock();
     let mut random = Random::new(36);
@@ -605,7 +681,7 @@ fn splitting_a_step_into_several_launches_changes_no_bit() {
         false => gpu
             .calls()
             .iter()
-            .filter(|(name, _)| name == "cuLaunchKernel")
+            .filter(|(name, _)| name.starts_with("cuLaunchKernel"))
             .map(|(_, count)| *count)
             .sum::<u64>(),
     };
@@ -614,9 +690,9 @@ fn splitting_a_step_into_several_launches_changes_no_bit() {
     let between = launches();
     let few = [step(0..30), step(30..60), step(60..SEQUENCES)].concat();
     if !gpu::is_real() {
-        // A split step takes two more launches than a whole one.
+        // A split step takes one more launch than a whole one.
         let whole = (launches() - between) / 3;
-        assert_eq!(between - before, whole + 2);
+        assert_eq!(between - before, whole + 1);
     }
     assert_eq!(together.len(), few.len());
     assert!(together == few);

@@ -737,6 +737,57 @@ fn a_second_device_on_the_gpu_does_not_disturb_a_recording() {
 }
 
 #[test]
+fn a_recording_that_another_thread_spoils_is_repeated() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return; // another thread's call may come too late
+    }
+    let expected = run(&options(), 4).unwrap();
+    let mut device = CudaDevice::new(&options()).unwrap();
+    let mut model = Model::load(&mut device).unwrap();
+    for (step, expected) in expected.iter().enumerate() {
+        let batch = batch(step);
+        assert_eq!(device.stage(&batch).unwrap(), Staged::Enqueue);
+        let outcome = model.enqueue(&mut device, &batch);
+        let recorded = step == 2;
+        if recorded {
+            let context = cudarc::driver::result::ctx::get_current().unwrap().unwrap() as usize;
+            let wait = move || {
+                // SAFETY: the context is that of the device, which outlives the thread.
+                let bound = unsafe { cudarc::driver::result::ctx::set_current(context as _) };
+                bound.and_then(|()| cudarc::driver::result::ctx::synchronize())
+            };
+            let waited = thread::spawn(wait).join().unwrap();
+            assert!(waited.is_err(), "the device was waited for");
+        }
+        let mut finished = device.finish(outcome).unwrap();
+        assert_eq!(finished == Finished::Repeat, recorded, "step {step}");
+        if recorded {
+            let outcome = model.enqueue(&mut device, &batch);
+            finished = device.finish(outcome).unwrap();
+        }
+        assert_eq!(finished, Finished::Done);
+        let pending = model.sample(&mut device, &batch).unwrap();
+        let tokens: Vec<u32> = device
+            .collect(pending)
+            .unwrap()
+            .tokens
+            .iter()
+            .map(|token| token.id)
+            .collect();
+        assert_eq!(&tokens, expected, "step {step}");
+    }
+    let violations = gpu.violations();
+    assert_eq!(violations.len(), 1, "{violations:#?}");
+    assert!(
+        violations[0].contains("cuCtxSynchronize"),
+        "{violations:#?}"
+    );
+    drop((model, device));
+    gpu.reset();
+}
+
+#[test]
 fn a_batch_beyond_the_cache_is_refused_with_and_without_recording() {
     let _gpu = gpu::lock();
     let mut device = CudaDevice::new(&options()).unwrap();
@@ -772,9 +823,10 @@ const CLEANUP: [&str; 10] = [
     "cuStreamSynchronize",
 ];
 /// Functions that may fail while a step is recorded: the step is enqueued instead.
-const RECORDING: [&str; 4] = [
+const RECORDING: [&str; 5] = [
     "cuGraphInstantiateWithFlags",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuStreamBeginCapture_v2",
     "cuStreamEndCapture",
 ];
@@ -955,7 +1007,7 @@ fn a_lost_device_keeps_reporting_its_error() {
     }
     let mut device = CudaDevice::new(&options()).unwrap();
     let mut model = Model::load(&mut device).unwrap();
-    gpu.fail("cuLaunchKernel", 3, 700);
+    gpu.fail("cuLaunchKernelEx", 3, 700);
     let first = model.launch(&mut device, &batch(0)).err().unwrap();
     let DeviceError::Lost {
         operation, reason, ..

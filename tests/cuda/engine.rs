@@ -7,6 +7,7 @@
 use common::golden::tiny;
 use common::gpu;
 use common::requests::idle;
+use quell::internals::weights::DType;
 use quell::{
     CudaActivations, CudaOptions, DeviceChoice, EmbedRequest, Engine, EngineConfig, LoadOptions,
     Preemption, Request, SamplingParams, TokenStream,
@@ -164,6 +165,83 @@ fn graphs_change_no_token() {
         .collect();
     for (index, stream) in streams.into_iter().enumerate() {
         assert_eq!(tokens(stream), expected[index], "request {index}");
+    }
+}
+
+/// The images for compute capability 8.0 have no instructions for overlapping kernels.
+#[test]
+fn overlapping_kernels_change_no_token() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return; // its compute capability is not ours to choose
+    }
+    for model in ["llama", "mistral"] {
+        gpu.set("compute_capability", "8.0");
+        let expected = alone(&engine(model, CudaOptions::default(), 64));
+        assert_eq!(gpu.statistic("overlapping"), 0);
+        gpu.reset();
+        let without = CudaOptions {
+            overlap: false,
+            ..CudaOptions::default()
+        };
+        assert_eq!(alone(&engine(model, without, 64)), expected, "{model}");
+        assert_eq!(gpu.statistic("overlapping"), 0);
+        gpu.reset();
+        gpu.set("schedule", "shuffle:5");
+        let engine = engine(model, CudaOptions::default(), 64);
+        let streams: Vec<_> = (0..REQUESTS)
+            .map(|index| engine.generate(request(index)).unwrap())
+            .collect();
+        for (index, stream) in streams.into_iter().enumerate() {
+            assert_eq!(tokens(stream), expected[index], "{model}, request {index}");
+        }
+        let (launches, overlapping) = (gpu.statistic("launches"), gpu.statistic("overlapping"));
+        assert!(overlapping > launches / 2, "{overlapping} of {launches}");
+        gpu.reset();
+    }
+}
+
+/// Counts the kernels of a decode step of models with as many layers as one of 8 billion parameters.
+#[test]
+fn a_decode_step_of_an_8b_model_has_at_most_230_nodes() {
+    let gpu = gpu::lock();
+    if gpu::is_real() {
+        return; // nothing tells the number of nodes
+    }
+    for architecture in ["LlamaForCausalLM", "Qwen3ForCausalLM"] {
+        let settings = serde_json::json!({
+            "architectures": [architecture],
+            "model_type": if architecture.starts_with("Llama") { "llama" } else { "qwen3" },
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": false,
+            "vocab_size": 96,
+        });
+        let files = quell::internals::runner::random_model(&settings, DType::BF16).unwrap();
+        let options = LoadOptions {
+            device: DeviceChoice::Cuda(0),
+            ..LoadOptions::default()
+        };
+        let config = EngineConfig {
+            max_batch_tokens: Some(2),
+            max_sequences: 2,
+            max_context: Some(256),
+            kv_cache_bytes: Some(1 << 20),
+            ..EngineConfig::default()
+        };
+        let engine = Engine::from_files(files, config, options).unwrap();
+        let nodes = gpu.statistic("graph_nodes");
+        // Seven per layer; tokens, embedding, last sum, samples, norm and output.
+        assert_eq!(nodes, 7 * 32 + 6, "{architecture}");
+        drop(engine);
+        gpu.reset();
     }
 }
 

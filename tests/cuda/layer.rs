@@ -149,6 +149,32 @@ impl<'d> Layer<'d> {
             .rope_store(qkv, self.heads, norm.as_ref(), rope, cache, LAYER)
     }
 
+    /// Rotates and stores the rows and computes their attention, in one operation.
+    pub fn rope_attend(
+        &mut self,
+        qkv: &mut CudaTensor,
+        spec: &AttentionSpec,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let norm = self.norm.as_ref().map(|(q, k, per_head)| QkNorm {
+            q,
+            k,
+            epsilon: EPSILON,
+            per_head: *per_head,
+        });
+        let attention = RotaryAttention {
+            rotary: Rotary {
+                norm,
+                rope: &self.rope,
+                query_scale: None,
+            },
+            spec: *spec,
+            sinks: self.sinks.as_ref(),
+        };
+        self.device
+            .rope_attend(qkv, &attention, &mut self.cache, LAYER, out)
+    }
+
     pub fn tensor(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
         let precision = Precision::Activation;
         self.device.tensor(columns, precision, values).unwrap()
@@ -166,17 +192,33 @@ impl<'d> Layer<'d> {
 
     /// Writes keys and values of the parts to the cache. Returns the attention of each part.
     pub fn step(&mut self, spec: &AttentionSpec, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
+        self.step_with(spec, parts, false)
+    }
+
+    /// Like [`Layer::step`], with one operation for all if it is `fused`.
+    pub fn step_with(
+        &mut self,
+        spec: &AttentionSpec,
+        parts: &[Part<'_>],
+        fused: bool,
+    ) -> Vec<Vec<f32>> {
         let (batch, rows) = self.batch(parts);
         let columns = self.heads.q_columns();
         let mut qkv = self.tensor(self.heads.qkv_columns(), &rows);
         // Outputs that are not written stay NaN.
         let mut out = self.tensor(columns, &vec![f32::NAN; batch.rows() * columns]);
         self.stage(&batch);
-        self.rope_store(&mut qkv).unwrap();
-        let (device, cache, sinks) = (&mut self.device, &self.cache, self.sinks.as_ref());
-        device
-            .attend_with_sinks(&qkv, spec, sinks, cache, LAYER, &mut out)
-            .unwrap();
+        match fused {
+            true => self.rope_attend(&mut qkv, spec, &mut out).unwrap(),
+            false => {
+                self.rope_store(&mut qkv).unwrap();
+                let (device, cache, sinks) = (&mut self.device, &self.cache, self.sinks.as_ref());
+                device
+                    .attend_with_sinks(&qkv, spec, sinks, cache, LAYER, &mut out)
+                    .unwrap();
+            }
+        }
+        let device = &mut self.device;
         device.finish(Ok(())).unwrap();
         let values = device.values(&out, batch.rows()).unwrap();
         let mut values = values.as_slice();

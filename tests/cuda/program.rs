@@ -123,6 +123,42 @@ fn bench_runs_random_weights_on_the_gpu() {
 }
 
 #[test]
+fn steps_are_not_recorded_when_they_must_be_enqueued() {
+    if gpu::is_real() {
+        return; // it does not report what was called
+    }
+    let model = tiny("");
+    let run = |flags: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let report = folder.path().join("report");
+        let mut command = command(&folder);
+        command.env("VGPU_REPORT", &report);
+        command.env("VGPU_COMPUTE_CAPABILITY", "9.0");
+        command.args(["generate", "--device", "cuda", "--prompt-ids", "5,6"]);
+        command.args([
+            "--model",
+            &model,
+            "--max-tokens",
+            "6",
+            "--kv-cache-mib",
+            "4",
+        ]);
+        let output = command.args(flags).output().unwrap();
+        let problem = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{problem}");
+        (output.stdout, std::fs::read_to_string(&report).unwrap())
+    };
+    let (recorded, report) = run(&[]);
+    assert!(report.contains("cuGraphLaunch"), "{report}");
+    assert!(report.contains("cuLaunchKernelEx"), "{report}");
+    let (enqueued, report) = run(&["--enforce-eager", "--no-overlap"]);
+    assert!(!report.contains("cuGraph"), "{report}");
+    assert!(!report.contains("cuLaunchKernelEx"), "{report}");
+    assert!(report.contains("cuLaunchKernel"), "{report}");
+    assert_eq!(recorded, enqueued);
+}
+
+#[test]
 fn a_model_that_is_too_large_for_the_gpu_is_refused_with_what_would_fit() {
     if gpu::is_real() {
         return; // its memory is not ours to choose

@@ -1,8 +1,9 @@
 //! Paged attention.
 //!
 //! Sequences with one row (decode) are spread over the GPU in units of 128 keys, whose partial
-//! results a second kernel merges. Sequences with several rows (prefill) have a kernel of their
-//! own. Both give a row the same bits; see `kernels/attention.cuh`. A step whose units exceed
+//! results the last block of a sequence merges. Sequences with several rows (prefill) have a
+//! kernel of their own. Both give a row the same bits; see `kernels/attention.cuh`. In a step that
+//! only decodes, the kernel also rotates and stores the rows. A step whose units exceed
 //! the limit on scratch memory takes several launches, which reuse that memory one after the
 //! other.
 
@@ -14,6 +15,7 @@ use super::images::Modules;
 use super::launch::{Grid, kernels};
 use super::memory::Ptr;
 use super::norm::CudaVector;
+use super::rope::RopeParameters;
 use super::scratch::Scratch;
 #[cfg(test)]
 use super::signature::Signature;
@@ -21,37 +23,35 @@ use super::step::{Bounds, MOST_UNITS, UNIT, UnitSpread};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{
     AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
+    RopeOps, RotaryAttention,
 };
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
     pub(super) struct Kernels in "attention" {
         attend_decode_hd[16, 32, 64, 80, 96, 128, 256](
+            out: Ptr,
             partial_out: Ptr,
             partial_stats: Ptr,
+            arrivals: Ptr,
             qkv: Ptr,
             k_cache: Ptr,
             v_cache: Ptr,
             tables: Ptr,
             sequences: Ptr,
             decode_list: Ptr,
+            sinks: Ptr,
+            angles: Ptr,
+            q_norm: Ptr,
+            k_norm: Ptr,
+            epsilon: f32,
+            norm_mode: u32,
+            rotary_dim: u32,
             q_heads: u32,
             kv_heads: u32,
             block_tokens: u32,
             scale: f32,
             softcap: f32,
-            window: u32,
-            chunks: u32,
-        );
-        attend_combine(
-            out: Ptr,
-            partial_out: Ptr,
-            partial_stats: Ptr,
-            sequences: Ptr,
-            decode_list: Ptr,
-            sinks: Ptr,
-            q_heads: u32,
-            head_dim: u32,
             window: u32,
             chunks: u32,
         );
@@ -90,6 +90,8 @@ pub(super) struct AttentionKernels {
     kernels: Kernels,
     partial_out: Scratch,
     partial_stats: Scratch,
+    /// For each sequence and group of heads, the number of blocks whose partial results are there.
+    arrivals: Scratch,
 }
 
 impl AttentionKernels {
@@ -103,22 +105,30 @@ impl AttentionKernels {
             kernels: Kernels::load(modules)?,
             partial_out: Scratch::default(),
             partial_stats: Scratch::default(),
+            arrivals: Scratch::zeroed(),
         })
     }
 
-    /// Returns the memory for the partial results of this many units.
+    /// Returns the memory for the partial results of this many units of this many sequences.
     pub(super) fn partials(
         &mut self,
         context: &Context,
         heads: HeadShape,
-        units: usize,
+        (units, sequences): (usize, usize),
     ) -> Result<Partials, DeviceError> {
         let [out, stats] = partial_bytes(heads, units);
+        let arrivals = arrival_bytes(heads, sequences);
         Ok(Partials {
             out: self.partial_out.get(context, out)?,
             stats: self.partial_stats.get(context, stats)?,
+            arrivals: self.arrivals.get(context, arrivals)?,
         })
     }
+}
+
+/// Returns the bytes of the counts of blocks of this many sequences.
+pub(super) fn arrival_bytes(heads: HeadShape, sequences: usize) -> usize {
+    sequences * blocks_of_heads(heads) * size_of::<u32>()
 }
 
 /// Returns the bytes of the partial outputs, and of the statistics, of this many units.
@@ -159,15 +169,15 @@ fn blocks_of_heads(heads: HeadShape) -> usize {
     heads.kv_heads * group.div_ceil(WARP_ROWS)
 }
 
-/// Returns the bytes of dynamic shared memory of a decode block: a ring of slots per warp, each
-/// slot for 16 keys or values padded by 16 bytes.
+/// Returns the bytes of dynamic shared memory of a decode block: 16 queries, and a ring of slots per
+/// warp, each slot for 16 keys or values; all of them are padded by 16 bytes.
 fn decode_shared(head_dim: usize) -> usize {
     let slots = match head_dim {
         0..=64 => 8,
         65..=128 => 4,
         _ => 2,
     };
-    WARPS * slots * 16 * (2 * head_dim + 16)
+    (1 + WARPS * slots) * WARP_ROWS * (2 * head_dim + 16)
 }
 
 /// Returns the bytes of dynamic shared memory of a prefill block: a ring of slots, each for 32
@@ -232,7 +242,67 @@ impl AttentionOps for CudaDevice {
         layer: CacheLayer,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
+        let rows = Rows {
+            qkv,
+            rotary: RopeParameters::default(),
+            sinks,
+        };
+        self.attend_rows(rows, spec, cache, layer, out)
+    }
+
+    fn rope_attend(
+        &mut self,
+        qkv: &mut CudaTensor,
+        attention: &RotaryAttention<'_, Self>,
+        cache: &mut CudaCache,
+        layer: CacheLayer,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let RotaryAttention {
+            rotary,
+            spec,
+            sinks,
+        } = attention;
+        let norm = rotary.norm.as_ref();
+        // A norm over a whole row needs all of its heads in one block.
+        let per_head = norm.is_none_or(|norm| norm.per_head);
+        if self.step.has_prefills() || !per_head || rotary.query_scale.is_some() {
+            self.rope_store(qkv, spec.heads, norm, rotary.rope, cache, layer)?;
+            if let Some(scale) = rotary.query_scale {
+                self.scale_queries(qkv, spec.heads, scale)?;
+            }
+            return self.attend_with_sinks(qkv, spec, *sinks, cache, layer, out);
+        }
+        let rows = Rows {
+            qkv,
+            rotary: self.rope_parameters(spec.heads, norm, rotary.rope, cache, layer)?,
+            sinks: *sinks,
+        };
+        self.attend_rows(rows, spec, cache, layer, out)
+    }
+}
+
+/// The rows that attend, and what their attention takes besides the cache.
+struct Rows<'a> {
+    qkv: &'a CudaTensor,
+    /// How the rows are rotated and stored before, unless the angles are null. Otherwise every
+    /// sequence must have one row.
+    rotary: RopeParameters,
+    sinks: Option<&'a CudaVector>,
+}
+
+impl CudaDevice {
+    /// Enqueues attention for all rows.
+    fn attend_rows(
+        &mut self,
+        rows: Rows<'_>,
+        spec: &AttentionSpec,
+        cache: &CudaCache,
+        layer: CacheLayer,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
         const NAME: &str = "attend";
+        let Rows { qkv, rotary, sinks } = rows;
         let (heads, shape) = (spec.heads, *cache.shape());
         require_head_dim(heads.head_dim)?;
         require_heads(NAME, heads, cache, layer)?;
@@ -289,26 +359,26 @@ impl AttentionOps for CudaDevice {
             sinks: sinks.map_or(Ptr::NULL, CudaVector::ptr),
             out: out.ptr(),
         };
-        self.attend_single_rows(&operands, heads, &scalars)?;
+        self.attend_single_rows(&operands, &rotary, heads, &scalars)?;
         self.attend_many_rows(&operands, heads, &scalars)
     }
-}
 
-impl CudaDevice {
     /// Enqueues attention for the sequences with one row.
     fn attend_single_rows(
         &mut self,
         operands: &Operands,
+        rotary: &RopeParameters,
         heads: HeadShape,
         scalars: &ScalarParameters,
     ) -> Result<(), DeviceError> {
-        if self.step.decodes().next().is_none() {
+        let Some(most) = self.step.decodes().map(|(_, sequences)| sequences).max() else {
             return Ok(());
-        }
-        let room = self.step.unit_room();
+        };
+        let sequences = self.limits.map_or(0, |limits| limits.sequences).max(most);
+        let room = (self.step.unit_room(), sequences);
         let partials = self.attention.partials(&self.context, heads, room)?;
         for launch in self.step.decodes() {
-            self.launch_single_rows(operands, &partials, heads, scalars, launch)?;
+            self.launch_single_rows(operands, rotary, &partials, heads, scalars, launch)?;
         }
         Ok(())
     }
@@ -318,6 +388,7 @@ impl CudaDevice {
     fn launch_single_rows(
         &self,
         operands: &Operands,
+        rotary: &RopeParameters,
         partials: &Partials,
         heads: HeadShape,
         scalars: &ScalarParameters,
@@ -329,39 +400,32 @@ impl CudaDevice {
         let threads = [32 * WARPS as u32, 1, 1];
         let grid = Grid::new([x as u32, y as u32, z as u32], threads)
             .shared(decode_shared(heads.head_dim) as u32);
-        let kernels = &self.attention.kernels;
-        kernels.attend_decode_hd(
+        self.attention.kernels.attend_decode_hd(
             heads.head_dim,
             &self.context,
             grid,
+            operands.out,
             partials.out,
             partials.stats,
+            partials.arrivals,
             operands.qkv,
             operands.keys,
             operands.values,
             self.step.tables(),
             operands.sequences,
             decode_list,
+            operands.sinks,
+            rotary.angles,
+            rotary.q_norm,
+            rotary.k_norm,
+            rotary.epsilon,
+            rotary.norm_mode,
+            rotary.rotary_dim,
             scalars.q_heads,
             scalars.kv_heads,
             scalars.block_tokens,
             scalars.scale,
             scalars.softcap,
-            scalars.window,
-            scalars.chunks,
-        )?;
-        let threads = heads.head_dim.next_multiple_of(32) as u32;
-        kernels.attend_combine(
-            &self.context,
-            Grid::new([scalars.q_heads, decodes as u32, 1], [threads, 1, 1]),
-            operands.out,
-            partials.out,
-            partials.stats,
-            operands.sequences,
-            decode_list,
-            operands.sinks,
-            scalars.q_heads,
-            heads.head_dim as u32,
             scalars.window,
             scalars.chunks,
         )
@@ -403,10 +467,12 @@ impl CudaDevice {
     }
 }
 
-/// Addresses of the partial results of units, until they are merged.
+/// Addresses of the partial results of units, until they are merged, and of the counts of the
+/// blocks that have written theirs.
 pub(super) struct Partials {
     out: Ptr,
     stats: Ptr,
+    arrivals: Ptr,
 }
 
 /// Addresses of the operands of a layer's attention.

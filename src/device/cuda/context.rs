@@ -19,17 +19,22 @@ pub(super) struct Context {
     pub(super) compute: Stream,
     pub(super) results: Stream,
     pub(super) handle: Rc<Handle>,
+    /// Whether kernels begin while the one before them still runs.
+    pub(super) overlaps: bool,
 }
 
 impl Context {
-    /// Retains the primary context of `device` and creates the streams.
-    pub(super) fn new(device: sys::CUdevice) -> Result<Self, DeviceError> {
+    /// Retains the primary context of `device` and creates the streams. `overlaps` says whether
+    /// kernels begin while the one before them still runs, for which the GPU must have compute
+    /// capability 9.0.
+    pub(super) fn new(device: sys::CUdevice, overlaps: bool) -> Result<Self, DeviceError> {
         let handle = Handle::new(device)?;
         Ok(Self {
             uploader: RefCell::default(),
             compute: Stream::new(&handle)?,
             results: Stream::new(&handle)?,
             handle,
+            overlaps,
         })
     }
 

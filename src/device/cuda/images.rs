@@ -4,6 +4,7 @@ use super::context::Context;
 use super::error;
 use super::handle::Handle;
 use super::options::CudaActivations;
+use super::overlap;
 use super::signature::{ParameterKind, Signature};
 use crate::device::DeviceError;
 use cudarc::driver::result;
@@ -16,8 +17,10 @@ use std::rc::Rc;
 // `PORTABLE` and `NATIVE`, written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// Target of the portable images. Every later GPU can run them.
+/// Targets of the portable images. Every later GPU can run them, and those with the instructions
+/// of `overlap` run an image with these.
 const PORTABLE_TARGET: &str = "compute_80";
+const NEWER_TARGET: &str = "compute_90";
 
 /// A loaded kernel image.
 pub(super) struct Module {
@@ -123,7 +126,11 @@ impl Modules {
     pub(super) fn description(&self) -> String {
         match PORTABLE.iter().find_map(|(file, ..)| self.native(file)) {
             Some(_) => format!("machine code for sm_{}", self.capability),
-            None => format!("PTX {PORTABLE_TARGET}, compiled by the driver"),
+            None => {
+                let newer = self.capability >= overlap::CAPABILITY;
+                let target = if newer { NEWER_TARGET } else { PORTABLE_TARGET };
+                format!("PTX {target}, compiled by the driver")
+            }
         }
     }
 
@@ -143,9 +150,18 @@ impl Modules {
         let portable = portable(file, self.activations).ok_or_else(missing)?;
         let text = portable.strip_suffix(&[0]).ok_or_else(missing)?;
         let ptx = std::str::from_utf8(text).map_err(|_| missing())?;
-        let image = self.native(file).unwrap_or(portable);
-        // SAFETY: machine code carries its size, and a portable image ends with a zero byte, as
-        // checked above.
+        let newer = match self.native(file) {
+            None if self.capability >= overlap::CAPABILITY => {
+                Some(overlap::with_newer_instructions(ptx) + "\0")
+            }
+            _ => None,
+        };
+        let image = match &newer {
+            Some(image) => image.as_bytes(),
+            None => self.native(file).unwrap_or(portable),
+        };
+        // SAFETY: machine code carries its size, and a portable image ends with a zero byte: it was
+        // checked or appended above. The driver does not refer to it after the call.
         let load = || unsafe { result::module::load_data(image.as_ptr().cast()) };
         let module = Rc::new(Module {
             module: self.handle.call(OPERATION, load)?,

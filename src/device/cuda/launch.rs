@@ -133,11 +133,40 @@ impl Kernel {
         let stream = context.compute.raw();
         let [x, y, z] = blocks;
         let [tx, ty, tz] = threads;
-        // SAFETY: the function is valid as long as its module, which `self` keeps loaded; the
-        // caller vouches for the arguments, which the driver copies before it returns.
+        if !context.overlaps {
+            // SAFETY: the function is valid as long as its module, which `self` keeps loaded; the
+            // caller vouches for the arguments, which the driver copies before it returns.
+            let launch = || unsafe {
+                let (blocks, threads) = ((x, y, z), (tx, ty, tz));
+                result::launch_kernel(self.function, blocks, threads, shared, stream, arguments)
+            };
+            return context.call(self.name, launch);
+        }
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let configuration = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: tx,
+            blockDimY: ty,
+            blockDimZ: tz,
+            sharedMemBytes: shared,
+            hStream: stream,
+            attrs: &raw mut overlap,
+            numAttrs: 1,
+        };
+        let (function, arguments) = (self.function, arguments.as_mut_ptr());
+        // SAFETY: as above; the configuration and its attribute outlive the call, and every kernel
+        // waits for the kernels before it before it touches what they touch.
         let launch = || unsafe {
-            let (blocks, threads) = ((x, y, z), (tx, ty, tz));
-            result::launch_kernel(self.function, blocks, threads, shared, stream, arguments)
+            sys::cuLaunchKernelEx(&configuration, function, arguments, std::ptr::null_mut())
+                .result()
         };
         context.call(self.name, launch)
     }

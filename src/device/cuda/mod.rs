@@ -3,7 +3,8 @@
 //! It needs only the NVIDIA driver, which is looked up when a device is created (`probe`).
 //! Kernels are embedded as portable images (`images`) and launched through typed methods
 //! (`launch`). Operations are enqueued on one stream; steps that only decode are recorded as
-//! CUDA graphs and replayed (`graphs`).
+//! CUDA graphs and replayed (`graphs`). On GPUs that can do so, a kernel begins while the one
+//! before it still runs (`overlap`).
 //!
 //! A row's result does not depend on the other rows of the batch: every kernel adds in an order
 //! that is fixed per row and output, no kernel uses floating-point atomic additions, and
@@ -30,6 +31,7 @@ mod load;
 mod memory;
 mod norm;
 mod options;
+mod overlap;
 mod pack;
 mod pooling;
 mod probe;
@@ -133,7 +135,8 @@ impl CudaDevice {
             ));
         }
         let found = probe::find(options.device)?;
-        let context = Context::new(found.device)
+        let overlaps = options.overlap && found.capability >= overlap::CAPABILITY;
+        let context = Context::new(found.device, overlaps)
             .map_err(|error| probe::refused(options.device, &found, error))?;
         let modules = Modules::new(&context, options.activations, found.capability);
         let (capability, memory) = (found.capability, found.memory >> 20);

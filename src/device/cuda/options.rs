@@ -20,6 +20,10 @@ pub struct CudaOptions {
     /// are needed. Loading takes a moment longer for each graph. Numbers beyond the engine's
     /// limits have no further effect.
     pub warm_up: usize,
+    /// Whether a kernel may begin while the one before it still runs (programmatic dependent
+    /// launch). It saves time between kernels and changes no result. GPUs below compute
+    /// capability 9.0 cannot do so, and ignore it.
+    pub overlap: bool,
     /// Share of the GPU's memory that may be used: above 0, at most 1. The KV cache takes what
     /// everything else in the memory plan leaves of it.
     pub utilisation: f32,
@@ -35,6 +39,7 @@ impl Default for CudaOptions {
             activations: CudaActivations::default(),
             max_graphs: 128,
             warm_up: usize::MAX,
+            overlap: true,
             utilisation: 0.9,
             blas: false,
         }

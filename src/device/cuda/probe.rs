@@ -44,6 +44,7 @@ const FUNCTIONS: &[&str] = &[
     "cuGraphLaunch",
     "cuInit",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemAlloc_v2",
     "cuMemFreeHost",
     "cuMemFree_v2",

@@ -108,9 +108,13 @@ fn row_bytes(spec: &RopeSpec) -> usize {
     spec.inverse_frequencies.len() * size_of::<[f32; 2]>()
 }
 
-/// Returns the bytes of the table of angles.
+/// Returns the bytes of the table of angles. There are some even if nothing is rotated, because
+/// no table means for the attention kernel that rows are not to be stored.
 fn bytes(spec: &RopeSpec) -> usize {
-    spec.max_positions.saturating_mul(row_bytes(spec))
+    const LEAST: usize = size_of::<[[f32; 2]; 2]>();
+    spec.max_positions
+        .saturating_mul(row_bytes(spec))
+        .max(LEAST)
 }
 
 fn upload_angles(context: &Context, spec: &RopeSpec) -> Result<Buffer, DeviceError> {
@@ -165,45 +169,13 @@ impl RopeOps for CudaDevice {
         cache: &mut CudaCache,
         layer: CacheLayer,
     ) -> Result<(), DeviceError> {
-        const NAME: &str = "rope_store";
-        let shape = *cache.shape();
-        require_heads(NAME, heads, cache, layer)?;
-        require(rope.rotary_dim <= heads.head_dim, NAME, || {
-            let (rotary, head) = (rope.rotary_dim, heads.head_dim);
-            format!("{rotary} rotated elements exceed the {head} elements of a head")
-        })?;
         let rows = self.step.padded(self.step.rows());
         let columns = heads.qkv_columns();
         require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
-        let bounds = Bounds {
-            positions: rope.max_positions,
-            slots: shape.blocks * shape.block_tokens,
-            ..Bounds::UNLIMITED
-        };
-        self.step.require_group(layer.group, NAME)?;
-        self.step.require_within(bounds, NAME)?;
-        self.graphs.limit(bounds);
-        let (mode, q_norm, k_norm, epsilon) = match norm {
-            None => (norm_mode::NONE, Ptr::NULL, Ptr::NULL, 0.0),
-            Some(norm) => {
-                let (mode, q, k) = match norm.per_head {
-                    true => (norm_mode::HEADS, heads.head_dim, heads.head_dim),
-                    false => (
-                        norm_mode::ROW,
-                        heads.q_columns(),
-                        heads.kv_heads * heads.head_dim,
-                    ),
-                };
-                let lengths = (norm.q.length(), norm.k.length());
-                require(lengths == (q, k), NAME, || {
-                    format!("the norms have {lengths:?} weights, not {:?}", (q, k))
-                })?;
-                (mode, norm.q.ptr(), norm.k.ptr(), norm.epsilon)
-            }
-        };
+        let parameters = self.rope_parameters(heads, norm, rope, cache, layer)?;
         // A warp per head. A norm over whole rows needs all of a row in one block.
         const WARPS: usize = 8;
-        let blocks = match mode {
+        let blocks = match parameters.norm_mode {
             norm_mode::ROW => 1,
             _ => (heads.q_heads + 2 * heads.kv_heads).div_ceil(WARPS),
         };
@@ -216,16 +188,16 @@ impl RopeOps for CudaDevice {
             cache.values(layer.index),
             self.step.positions(),
             self.step.slots(layer.group),
-            rope.angles.ptr(),
-            q_norm,
-            k_norm,
-            epsilon,
-            mode,
+            parameters.angles,
+            parameters.q_norm,
+            parameters.k_norm,
+            parameters.epsilon,
+            parameters.norm_mode,
             heads.q_heads as u32,
             heads.kv_heads as u32,
             heads.head_dim as u32,
-            rope.rotary_dim as u32,
-            shape.block_tokens as u32,
+            parameters.rotary_dim,
+            cache.shape().block_tokens as u32,
         )
     }
 
@@ -253,6 +225,90 @@ impl RopeOps for CudaDevice {
             heads.q_columns() as u32,
             columns as u32,
         )
+    }
+}
+
+/// How rows are normalised and rotated, as the kernels take it.
+#[derive(Clone, Copy)]
+pub(super) struct RopeParameters {
+    /// The angles of position 0; null if rows are not to be rotated and stored.
+    pub(super) angles: Ptr,
+    pub(super) q_norm: Ptr,
+    pub(super) k_norm: Ptr,
+    pub(super) epsilon: f32,
+    pub(super) norm_mode: u32,
+    pub(super) rotary_dim: u32,
+}
+
+impl Default for RopeParameters {
+    fn default() -> Self {
+        Self {
+            angles: Ptr::NULL,
+            q_norm: Ptr::NULL,
+            k_norm: Ptr::NULL,
+            epsilon: 0.0,
+            norm_mode: norm_mode::NONE,
+            rotary_dim: 0,
+        }
+    }
+}
+
+/// Name of the operation in errors.
+const NAME: &str = "rope_store";
+
+impl CudaDevice {
+    /// Checks the operands of a rotation, and returns them as the kernels take them.
+    pub(super) fn rope_parameters(
+        &mut self,
+        heads: HeadShape,
+        norm: Option<&QkNorm<'_, Self>>,
+        rope: &CudaRope,
+        cache: &CudaCache,
+        layer: CacheLayer,
+    ) -> Result<RopeParameters, DeviceError> {
+        let shape = *cache.shape();
+        require_heads(NAME, heads, cache, layer)?;
+        require(rope.rotary_dim <= heads.head_dim, NAME, || {
+            let (rotary, head) = (rope.rotary_dim, heads.head_dim);
+            format!("{rotary} rotated elements exceed the {head} elements of a head")
+        })?;
+        let bounds = Bounds {
+            positions: rope.max_positions,
+            slots: shape.blocks * shape.block_tokens,
+            ..Bounds::UNLIMITED
+        };
+        self.step.require_group(layer.group, NAME)?;
+        self.step.require_within(bounds, NAME)?;
+        self.graphs.limit(bounds);
+        let angles = rope.angles.ptr();
+        let rotary_dim = rope.rotary_dim as u32;
+        let Some(norm) = norm else {
+            return Ok(RopeParameters {
+                angles,
+                rotary_dim,
+                ..RopeParameters::default()
+            });
+        };
+        let (norm_mode, q, k) = match norm.per_head {
+            true => (norm_mode::HEADS, heads.head_dim, heads.head_dim),
+            false => (
+                norm_mode::ROW,
+                heads.q_columns(),
+                heads.kv_heads * heads.head_dim,
+            ),
+        };
+        let lengths = (norm.q.length(), norm.k.length());
+        require(lengths == (q, k), NAME, || {
+            format!("the norms have {lengths:?} weights, not {:?}", (q, k))
+        })?;
+        Ok(RopeParameters {
+            angles,
+            q_norm: norm.q.ptr(),
+            k_norm: norm.k.ptr(),
+            epsilon: norm.epsilon,
+            norm_mode,
+            rotary_dim,
+        })
     }
 }
 

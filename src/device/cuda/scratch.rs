@@ -10,18 +10,28 @@ use crate::device::DeviceError;
 pub(super) struct Scratch {
     buffer: Option<Buffer>,
     outside_graphs: bool,
+    zeroed: bool,
 }
 
 impl Scratch {
     /// Creates scratch memory that operations of recorded steps do not use.
     pub(super) fn outside_graphs() -> Self {
         Self {
-            buffer: None,
             outside_graphs: true,
+            ..Self::default()
         }
     }
 
-    /// Returns the address of at least `bytes` uninitialised bytes. Fails if the memory would
+    /// Creates scratch memory that is filled with zeros when it is allocated. Operations leave
+    /// zeros in it.
+    pub(super) fn zeroed() -> Self {
+        Self {
+            zeroed: true,
+            ..Self::default()
+        }
+    }
+
+    /// Returns the address of at least `bytes` bytes, uninitialised unless they are zeroed. Fails if the memory would
     /// have to grow while a graph is being recorded.
     pub(super) fn get(&mut self, context: &Context, bytes: usize) -> Result<Ptr, DeviceError> {
         match &self.buffer {
@@ -29,7 +39,10 @@ impl Scratch {
             _ => {
                 context.refuse_in_capture("allocating scratch memory")?;
                 self.buffer = None;
-                let buffer = context.allocate(rounded(bytes), "intermediates")?;
+                let buffer = match self.zeroed {
+                    true => context.allocate_zeroed(rounded(bytes), "intermediates")?,
+                    false => context.allocate(rounded(bytes), "intermediates")?,
+                };
                 let buffer = match self.outside_graphs {
                     true => buffer.outside_graphs(),
                     false => buffer,

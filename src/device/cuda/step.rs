@@ -396,6 +396,11 @@ impl StepInputs {
         self.at(self.layout.tables)
     }
 
+    /// Returns whether a sequence of the step has several rows.
+    pub(super) fn has_prefills(&self) -> bool {
+        !self.prefills.is_empty()
+    }
+
     /// Returns the launches of decode attention: the address and the number of entries of each.
     /// An entry is a `uint2`: {index of a sequence with one row, units of attention of the
     /// entries before it in the launch}.

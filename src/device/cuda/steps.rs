@@ -7,7 +7,7 @@
 //! eight megabytes are an exception, too; when they grow, all graphs are recorded again.
 
 use super::CudaDevice;
-use super::attention::{partial_bytes, unit_room, unit_spread};
+use super::attention::{arrival_bytes, partial_bytes, unit_room, unit_spread};
 use super::experts::pair_bytes;
 use super::linear::converted_bytes;
 use super::memory::UPLOADER_BYTES;
@@ -78,6 +78,7 @@ impl StepOps for CudaDevice {
             model.experts.map_or(0, |shape| pair_bytes(rows, shape)),
             token_bytes(limits),
             downloads.0,
+            arrival_bytes(model.heads, limits.sequences),
         ];
         let scratch = scratch.into_iter().chain(partials).chain(sampler.scratch);
         let scratch = scratch
@@ -101,7 +102,9 @@ impl StepOps for CudaDevice {
         let context = &self.context;
         let spread = unit_spread(model.heads);
         self.step.reserve(context, limits, (spread, units))?;
-        self.attention.partials(context, model.heads, units)?;
+        let sequences = limits.sequences;
+        self.attention
+            .partials(context, model.heads, (units, sequences))?;
         self.products.reserve(context, rows * model.full_columns)?;
         if let Some(shape) = model.experts {
             self.expert_scratch.reserve(context, rows, shape)?;

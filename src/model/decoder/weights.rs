@@ -1,6 +1,6 @@
 //! A layer's weights on a device.
 
-use crate::device::{Activation, Device, LinearSpec, RoutingSpec};
+use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, NormPlacement, QkNormKind};
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
@@ -10,13 +10,16 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) mixer_norms: Norms<D>,
     pub(super) qkv: D::Linear,
     /// The norms of queries and of keys.
-    pub(super) qk_norm: Option<(D::Vector, D::Vector)>,
+    pub(super) qk_norm: QkNormWeights<D>,
     /// The sinks of the attention's heads.
     pub(super) sinks: Option<D::Vector>,
     pub(super) attention_out: D::Linear,
     pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
 }
+
+/// The weights of the norms of queries and of keys, if there are such norms.
+type QkNormWeights<D> = Option<(<D as DeviceTypes>::Vector, <D as DeviceTypes>::Vector)>;
 
 /// The norms of a part of a layer, where there are some.
 pub(super) struct Norms<D: Device> {
@@ -115,10 +118,7 @@ impl<D: Device> Loader<'_, D> {
     }
 
     /// The norms of queries and of keys, if there are some.
-    fn qk_norm(
-        &mut self,
-        attention: &Attention,
-    ) -> Result<Option<(D::Vector, D::Vector)>, ModelError> {
+    fn qk_norm(&mut self, attention: &Attention) -> Result<QkNormWeights<D>, ModelError> {
         if attention.qk_norm == Some(QkNormKind::PerHeadUnweighted) {
             let ones = vec![1.0; attention.heads.head_dim];
             let mut load = || self.device.load_vector(&ones);

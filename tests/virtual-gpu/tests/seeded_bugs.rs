@@ -16,13 +16,20 @@ fn image(family: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// Returns the range of lines of an image that contains one kernel, or a function that kernels
+/// Returns the image for compute capability 9.0, whose kernels may overlap.
+fn newer_image(family: &str) -> String {
+    let image = image(family).replace(".target sm_80", ".target sm_90");
+    image.replace("// sm_90: ", "")
+}
+
+/// Returns the range of lines of an image that contains one kernel, or one function that kernels
 /// call.
 fn kernel_lines(lines: &[String], kernel: &str) -> std::ops::Range<usize> {
     let begins = |line: &String| line.contains(".entry ") || line.starts_with(".func ");
     let entry = format!(".entry {kernel}(");
-    let named = |line: &String| line.contains(&entry) || begins(line) && line.contains(kernel);
-    let first = lines.iter().position(named);
+    let is_function = |line: &str| line.starts_with(".func ") && line.contains(kernel);
+    let is_meant = |line: &String| line.contains(&entry) || is_function(line);
+    let first = lines.iter().position(is_meant);
     let first = first.unwrap_or_else(|| panic!("there is no kernel {kernel}"));
     let rest = lines[first + 1..].iter();
     let end = rest.clone().position(begins);
@@ -38,7 +45,18 @@ fn with_bug(
     is_meant: impl Fn(&str, &str) -> bool,
     change: impl Fn(&str) -> String,
 ) -> String {
-    let mut lines: Vec<String> = image(family).lines().map(str::to_owned).collect();
+    changed(&image(family), kernel, nth, is_meant, change)
+}
+
+/// Like [`with_bug`], for the text of an image.
+fn changed(
+    image: &str,
+    kernel: &str,
+    nth: usize,
+    is_meant: impl Fn(&str, &str) -> bool,
+    change: impl Fn(&str) -> String,
+) -> String {
+    let mut lines: Vec<String> = image.lines().map(str::to_owned).collect();
     let range = kernel_lines(&lines, kernel);
     // Source positions stand between instructions: a line's predecessor is the previous
     // instruction.
@@ -213,8 +231,39 @@ fn shared_product(image: &str) -> Result<bool, Fault> {
     Ok(true)
 }
 
+/// Number of the launch in [`copy`].
+const COPY: u32 = 7;
+
+/// Lets a kernel of `kernels/norm.cu`, `gather_rows`, write numbers to an address.
+fn copy(image: &str, memory: &mut HostMemory, (to, x): (u64, &[f32])) -> Result<(), Fault> {
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("gather_rows").unwrap();
+    let parameters = [
+        Argument::Pointer(to),
+        Argument::Pointer(memory.alloc("source", x)),
+        Argument::Pointer(memory.alloc("indices", &[0u32])),
+        Argument::U32(x.len() as u32),
+    ];
+    let launch = Launch {
+        grid: [1, 1, 1],
+        block: [256, 1, 1],
+        dynamic_shared: 0,
+        parameters: arguments(kernel, &parameters),
+    };
+    let options = Options {
+        number: COPY,
+        ..Options::default()
+    };
+    run(kernel, &launch, &memory.regions(), &options).map(|_| ())
+}
+
 /// Runs `rms_norm` with two rows of 1032 columns.
 fn norm(image: &str) -> Result<bool, Fault> {
+    norm_after(image, false)
+}
+
+/// Runs `rms_norm` while the kernel that writes its input may still run, if it `overlaps`.
+fn norm_after(image: &str, overlaps: bool) -> Result<bool, Fault> {
     let (rows, columns) = (2usize, 1032usize);
     let module = Module::parse(image).unwrap();
     let kernel = module.kernel("rms_norm").unwrap();
@@ -224,12 +273,14 @@ fn norm(image: &str) -> Result<bool, Fault> {
             .map(from_bf16)
             .collect();
         let mut memory = HostMemory::new();
+        let written = memory.alloc_uninitialised("x", rows * columns * 4);
+        copy(image, &mut memory, (written, &x))?;
         let out = memory.alloc_uninitialised("out", rows * columns * 2);
         let parameters = arguments(
             kernel,
             &[
                 Argument::Pointer(out),
-                Argument::Pointer(memory.alloc("x", &x)),
+                Argument::Pointer(written),
                 Argument::Pointer(memory.alloc("weight", &vec![1.0f32; columns])),
                 Argument::F32(1e-5),
                 Argument::U32(columns as u32),
@@ -243,6 +294,7 @@ fn norm(image: &str) -> Result<bool, Fault> {
         };
         let options = Options {
             shuffle_seed: seed,
+            overlaps: overlaps.then_some(COPY),
             ..Options::default()
         };
         run(kernel, &launch, &memory.regions(), &options)?;
@@ -254,6 +306,68 @@ fn norm(image: &str) -> Result<bool, Fault> {
             if !found.iter().zip(x).all(near) {
                 return Ok(false);
             }
+        }
+    }
+    Ok(true)
+}
+
+/// Runs `attend_decode_hd16` twice for a sequence of 1,280 tokens, which three blocks share, in an
+/// order of blocks that depends on the seed. Returns the bits of the second result.
+fn attention(image: &str, seed: Option<u64>) -> Result<Vec<u16>, Fault> {
+    let (tokens, q_heads, head_dim) = (1280usize, 2usize, 16usize);
+    let units = tokens.div_ceil(128);
+    let module = Module::parse(image).unwrap();
+    let kernel = module.kernel("attend_decode_hd16").unwrap();
+    let mut memory = HostMemory::new();
+    let partials = units * q_heads;
+    // The result is the mean of all values. Those of two units cancel each other, and whatever is
+    // added in between is lost, so that the order matters.
+    let mut seen = values(tokens * head_dim, 6);
+    let unit = 128 * head_dim;
+    seen[..unit].fill(bf16(1048576.0));
+    seen[3 * unit..4 * unit].fill(bf16(-1048576.0));
+    let out = memory.alloc_uninitialised("out", q_heads * head_dim * 2);
+    let mut parameters = vec![
+        Argument::Pointer(out),
+        Argument::Pointer(memory.alloc_uninitialised("partial_out", partials * head_dim * 4)),
+        Argument::Pointer(memory.alloc_uninitialised("partial_stats", partials * 8)),
+        Argument::Pointer(memory.alloc("arrivals", &[0u32])),
+        Argument::Pointer(memory.alloc("qkv", &vec![0u16; (q_heads + 2) * head_dim])),
+        Argument::Pointer(memory.alloc("keys", &values(tokens * head_dim, 5))),
+        Argument::Pointer(memory.alloc("values", &seen)),
+        Argument::Pointer(memory.alloc("tables", &[0u32])),
+        Argument::Pointer(memory.alloc("sequences", &[0u32, 1, tokens as u32, 0])),
+        Argument::Pointer(memory.alloc("decode_list", &[0u32, 0])),
+    ];
+    parameters.extend([Argument::Pointer(0); 3]);
+    parameters.extend([Argument::F32(0.0), Argument::U32(0), Argument::U32(0)]);
+    parameters.extend([q_heads, 1, tokens].map(|number| Argument::U32(number as u32)));
+    parameters.extend([Argument::F32(0.37), Argument::F32(0.0), Argument::U32(0)]);
+    let launch = Launch {
+        grid: [3, 1, 1],
+        block: [128, 1, 1],
+        dynamic_shared: (1 + 4 * 8) * 16 * (2 * head_dim + 16),
+        parameters: arguments(kernel, &parameters),
+    };
+    let options = Options {
+        shuffle_seed: seed,
+        ..Options::default()
+    };
+    run(kernel, &launch, &memory.regions(), &options)?;
+    memory.write(out, &vec![0u16; q_heads * head_dim]);
+    run(kernel, &launch, &memory.regions(), &options)?;
+    Ok(memory.read(out, q_heads * head_dim))
+}
+
+/// Compares attention with that of the unmodified kernel, whose blocks ran in ascending order.
+fn same_attention(image: &str, newer: bool) -> Result<bool, Fault> {
+    let expected = attention(&crate::image("attention"), None)?;
+    assert!(expected.iter().any(|bits| *bits != 0));
+    let seeds = [None, Some(1), Some(2), Some(3), Some(4)];
+    let seeds = if newer { &seeds[..1] } else { &seeds };
+    for &seed in seeds {
+        if attention(image, seed)? != expected {
+            return Ok(false);
         }
     }
     Ok(true)
@@ -360,6 +474,84 @@ fn unmodified_kernels_pass() {
     assert_eq!(outcome(grouping(&image("experts"))), Ok(()));
     assert_eq!(outcome(quantised(&image("linear_quant"))), Ok(()));
     assert_eq!(outcome(norm(&image("norm"))), Ok(()));
+    assert_eq!(outcome(norm_after(&newer_image("norm"), true)), Ok(()));
+    assert_eq!(outcome(same_attention(&image("attention"), false)), Ok(()));
+    let newer = newer_image("attention");
+    assert_eq!(outcome(same_attention(&newer, true)), Ok(()));
+}
+
+fn is_wait(_: &str, line: &str) -> bool {
+    line.contains("griddepcontrol.wait")
+}
+
+#[test]
+fn a_kernel_that_does_not_wait_for_the_one_before_it_is_detected() {
+    let image = newer_image("norm");
+    let without_wait = |line: &str| line.replace("griddepcontrol.wait; ", "");
+    let image = changed(&image, "rms_norm", 0, is_wait, without_wait);
+    let fault = norm_after(&image, true).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::Overlap, "{fault}");
+}
+
+#[test]
+fn a_kernel_that_reads_before_it_waits_is_detected() {
+    // The wait moves behind the first loads of the row.
+    let image = newer_image("norm");
+    let image = changed(&image, "rms_norm", 0, is_wait, without);
+    let is_load = |_: &str, line: &str| line.starts_with("ld.global.v4.f32");
+    let late = |line: &str| format!("{line}\ngriddepcontrol.wait;");
+    let image = changed(&image, "rms_norm", 0, is_load, late);
+    let fault = norm_after(&image, true).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::Overlap, "{fault}");
+    assert!(fault.detail.contains("reads what"), "{fault}");
+}
+
+#[test]
+fn a_kernel_that_lets_the_next_one_begin_before_it_waits_is_detected() {
+    let turned = |_: &str| "griddepcontrol.launch_dependents; griddepcontrol.wait;".to_owned();
+    let image = changed(&newer_image("norm"), "rms_norm", 0, is_wait, turned);
+    let fault = norm_after(&image, true).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::Overlap, "{fault}");
+}
+
+#[test]
+fn a_count_of_blocks_that_is_not_reset_is_detected() {
+    // The only store of a word to global memory.
+    let is_reset = |_: &str, line: &str| line.starts_with("st.global.u32");
+    let image = with_bug("attention", "merge_units", 0, is_reset, without);
+    let found = outcome(same_attention(&image, false));
+    assert_eq!(found, Err("wrong result".to_owned()));
+}
+
+#[test]
+fn units_that_are_merged_in_another_order_change_bits() {
+    // Where a unit's partial result goes: at its index, which becomes that of its neighbour.
+    let is_place = |before: &str, line: &str| {
+        before.starts_with("add.s32") && line.starts_with("mul.wide.u32")
+    };
+    let neighbour = |line: &str| {
+        let index = line.split(", ").nth(1).unwrap();
+        format!("xor.b32 {index}, {index}, 1;\n{line}")
+    };
+    let nth = 7;
+    let image = with_bug("attention", "attend_decode_hd16", nth, is_place, neighbour);
+    let found = outcome(same_attention(&image, false));
+    assert_eq!(found, Err("wrong result".to_owned()));
+}
+
+#[test]
+fn a_merge_that_does_not_wait_for_the_other_blocks_is_detected() {
+    // The first block to arrive merges, while the others have not written their results.
+    let is_last =
+        |before: &str, line: &str| before.contains("E7arrived") && line.starts_with("setp.ne.s32");
+    // The second of two comparisons: the first one is that of the reset.
+    let never = |line: &str| {
+        let predicate = line["setp.ne.s32 ".len()..].split(',').next().unwrap();
+        format!("setp.ne.s32 {predicate}, 0, 0;")
+    };
+    let image = with_bug("attention", "merge_units", 1, is_last, never);
+    let fault = same_attention(&image, false).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::UninitialisedRead, "{fault}");
 }
 
 #[test]

@@ -36,7 +36,8 @@
 //! `schedule`, `threads`, `check_races`, `check_initialised`, `check_copies`, `count`,
 //! `backtrace`.
 //! Statistics: `launches`, `warp_instructions`, `synchronisations` (calls that made the host
-//! wait), `graph_launches`, `queued`, `executed`, `injected`, `undefined_bytes` (copied to the
+//! wait), `graph_launches`, `graph_nodes` (of the graph that was made executable last),
+//! `overlapping` (kernels that could begin while the one before still ran), `queued`, `executed`, `injected`, `undefined_bytes` (copied to the
 //! host), `peak_memory`, `violations`.
 //!
 //! These environment variables configure a process: `VGPU_` and a setting's key in capitals

@@ -67,13 +67,16 @@ impl Driver {
             Op::Kernel(launch) => {
                 let regions = self.memory.regions(context);
                 let settings = &self.settings;
-                let ran = catch_unwind(AssertUnwindSafe(|| launch.run(regions, settings, id)));
+                let ran = catch_unwind(AssertUnwindSafe(|| {
+                    launch.run(regions, settings, (id, node.overlaps))
+                }));
                 let uses = self
                     .report
                     .kernels
                     .entry(launch.name().to_owned())
                     .or_default();
                 uses.launches += 1;
+                self.report.overlapping += u64::from(node.overlaps.is_some());
                 match ran {
                     Ok(Ok(statistics)) => {
                         uses.warp_instructions += statistics.instructions;

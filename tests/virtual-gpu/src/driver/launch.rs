@@ -2,6 +2,7 @@
 
 use super::counted::Counted;
 use super::objects::Function;
+use super::queue::NodeId;
 use super::settings::{Schedule, Settings};
 use crate::ptx::{self, Kernel, Launch};
 use std::ffi::c_void;
@@ -20,6 +21,8 @@ pub struct KernelLaunch {
     image: Arc<ptx::Module>,
     name: String,
     launch: Launch,
+    /// Whether the kernel may begin while the one before it still runs.
+    pub overlaps: bool,
 }
 
 impl KernelLaunch {
@@ -59,6 +62,7 @@ impl KernelLaunch {
             image: Arc::clone(&function.image),
             name,
             launch,
+            overlaps: false,
         })
     }
 
@@ -98,7 +102,8 @@ impl KernelLaunch {
             })
     }
 
-    /// Runs the kernel on the memory that it may access.
+    /// Runs the kernel on the memory that it may access. `before` is a kernel that may still run
+    /// when this one, the node `id`, begins.
     ///
     /// # Errors
     /// Returns the kind of the fault and its report.
@@ -106,17 +111,20 @@ impl KernelLaunch {
         &self,
         regions: &[ptx::Region],
         settings: &Settings,
-        salt: u64,
+        (id, before): (NodeId, Option<NodeId>),
     ) -> Result<ptx::Statistics, (ptx::FaultKind, String)> {
         let options = ptx::Options {
             threads: settings.threads,
             check_races: settings.check_races,
             check_initialised: settings.check_initialised,
             shuffle_seed: match settings.schedule {
-                Schedule::Shuffle(seed) => Some(seed ^ salt.rotate_left(32)),
+                Schedule::Shuffle(seed) => Some(seed ^ id.rotate_left(32)),
                 Schedule::Eager | Schedule::Late => None,
             },
             count: settings.count,
+            // Where no kernels overlap, nothing needs to be marked.
+            number: if settings.overlaps() { number(id) } else { 0 },
+            overlaps: before.map(number),
         };
         match self.image.kernel(&self.name) {
             Some(kernel) => ptx::run(kernel, &self.launch, &ptx::Regions(regions), &options)
@@ -124,6 +132,11 @@ impl KernelLaunch {
             None => Ok(ptx::Statistics::default()),
         }
     }
+}
+
+/// Returns the number with which the memory is marked that a kernel writes to.
+fn number(id: NodeId) -> u32 {
+    (id % u64::from(u32::MAX)) as u32 + 1
 }
 
 fn check_size(what: &str, size: [u32; 3], most: [u32; 3]) -> Result<(), String> {

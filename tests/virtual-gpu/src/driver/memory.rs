@@ -5,10 +5,10 @@
 //! separated by unused gaps, and no address is reused, so that a stray or stale address is
 //! always detected.
 
-use crate::ptx::Region;
+use crate::ptx::{GRANULE, Region};
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 /// First device address.
 pub const FIRST_ADDRESS: u64 = 0x7000_0000_0000;
@@ -63,6 +63,8 @@ pub struct Allocation {
     pub label: String,
     data: *mut u8,
     shadow: *mut u8,
+    /// See [`Region::writers`].
+    writers: *mut u8,
 }
 
 // SAFETY: the allocation owns the pointers, and everything that accesses them holds the
@@ -74,10 +76,15 @@ impl Allocation {
         Layout::from_size_align(len, HOST_ALIGN).ok()
     }
 
+    fn writers_layout(len: usize) -> Option<Layout> {
+        Layout::array::<u32>(len.div_ceil(GRANULE)).ok()
+    }
+
     fn new(context: u64, base: u64, len: usize, label: String) -> Option<Self> {
         let layout = Self::layout(len)?;
+        let writers_layout = Self::writers_layout(len)?;
         // SAFETY: `len` is not 0 (checked by the caller); a null result is checked below.
-        let (data, shadow) = unsafe {
+        let (data, shadow, writers) = unsafe {
             (
                 if len > FILL_LIMIT {
                     alloc_zeroed(layout)
@@ -85,6 +92,7 @@ impl Allocation {
                     alloc(layout)
                 },
                 alloc_zeroed(layout),
+                alloc_zeroed(writers_layout),
             )
         };
         let made = Self {
@@ -98,8 +106,9 @@ impl Allocation {
             label,
             data,
             shadow,
+            writers,
         };
-        if data.is_null() || shadow.is_null() {
+        if data.is_null() || shadow.is_null() || writers.is_null() {
             return None;
         }
         if len <= FILL_LIMIT {
@@ -125,6 +134,7 @@ impl Allocation {
             len: self.len,
             data: self.data,
             defined: self.shadow.cast::<AtomicU8>(),
+            writers: self.writers.cast::<AtomicU32>(),
             label: self.label.clone(),
         }
     }
@@ -135,13 +145,19 @@ impl Drop for Allocation {
         let Some(layout) = Self::layout(self.len) else {
             return;
         };
-        // SAFETY: both pointers were allocated with this layout and are freed once.
+        let Some(writers_layout) = Self::writers_layout(self.len) else {
+            return;
+        };
+        // SAFETY: the pointers were allocated with these layouts and are freed once.
         unsafe {
             if !self.data.is_null() {
                 dealloc(self.data, layout);
             }
             if !self.shadow.is_null() {
                 dealloc(self.shadow, layout);
+            }
+            if !self.writers.is_null() {
+                dealloc(self.writers, writers_layout);
             }
         }
     }

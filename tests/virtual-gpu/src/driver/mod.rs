@@ -270,6 +270,7 @@ impl Driver {
             blocking: true,
             priority: 0,
             tail: None,
+            last_kernel: None,
             capture: None,
             asked: None,
         });

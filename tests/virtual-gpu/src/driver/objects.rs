@@ -55,6 +55,9 @@ pub struct Stream {
     pub priority: i32,
     /// The newest node queued on it.
     pub tail: Option<NodeId>,
+    /// The kernel after which nothing was queued on it but records of events. It counts as running
+    /// until something else waits for it, even if it has run.
+    pub last_kernel: Option<NodeId>,
     /// The capture that it takes part in.
     pub capture: Option<u64>,
     /// The tail that the last `cuStreamQuery` found unfinished.

@@ -57,6 +57,11 @@ pub enum Op {
 }
 
 impl Op {
+    /// Returns whether the operation is a kernel that may begin while the one before it still runs.
+    pub fn overlaps(&self) -> bool {
+        matches!(self, Op::Kernel(launch) if launch.overlaps)
+    }
+
     /// Describes the operation for reports.
     pub fn describe(&self) -> String {
         match self {
@@ -129,6 +134,9 @@ pub struct Node {
     pub stream: u64,
     /// Its operation.
     pub op: Op,
+    /// A kernel that may still run when this kernel begins, although it is one of those that must
+    /// have run before.
+    pub overlaps: Option<NodeId>,
     depends: Vec<NodeId>,
     waiting: usize,
     dependents: Vec<NodeId>,
@@ -200,12 +208,20 @@ impl Queue {
                 context,
                 stream,
                 op,
+                overlaps: None,
                 depends,
                 waiting,
                 dependents: Vec::new(),
             },
         );
         id
+    }
+
+    /// Notes that the kernel `before` may still run when the kernel `id` begins.
+    pub fn overlap(&mut self, id: NodeId, before: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.overlaps = Some(before);
+        }
     }
 
     /// Returns the number of nodes that have not run yet.

@@ -46,6 +46,10 @@ pub struct Report {
     pub synchronisations: u64,
     /// Number of graphs launched.
     pub graph_launches: u64,
+    /// Number of nodes of the graph that was made executable last.
+    pub graph_nodes: u64,
+    /// Number of kernels launched that could begin while the one before still ran.
+    pub overlapping: u64,
     /// Number of operations queued on streams, including each node of a launched graph.
     pub queued: u64,
     /// Number of operations that have run.
@@ -170,6 +174,8 @@ impl Report {
                 .sum(),
             "synchronisations" => self.synchronisations,
             "graph_launches" => self.graph_launches,
+            "graph_nodes" => self.graph_nodes,
+            "overlapping" => self.overlapping,
             "queued" => self.queued,
             "executed" => self.executed,
             "injected" => self.injected,
@@ -181,11 +187,13 @@ impl Report {
     }
 
     /// The names that [`Report::statistic`] accepts.
-    pub const STATISTICS: [&'static str; 10] = [
+    pub const STATISTICS: [&'static str; 12] = [
         "launches",
         "warp_instructions",
         "synchronisations",
         "graph_launches",
+        "graph_nodes",
+        "overlapping",
         "queued",
         "executed",
         "injected",

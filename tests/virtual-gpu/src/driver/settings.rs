@@ -154,6 +154,11 @@ impl Settings {
         Ok(())
     }
 
+    /// Returns whether a kernel can begin while the one before it still runs.
+    pub fn overlaps(&self) -> bool {
+        self.capability >= (9, 0)
+    }
+
     /// Returns the maximum bytes of shared memory for a block that opts in.
     pub fn shared_optin(&self) -> usize {
         if self.shared_memory > 0 {

@@ -41,6 +41,7 @@ impl Driver {
             blocking: true,
             priority: 0,
             tail: None,
+            last_kernel: None,
             capture: None,
             asked: None,
         });
@@ -135,9 +136,19 @@ impl Driver {
                 .map_or(0, |context| context.legacy);
             depends.extend(self.streams.get(legacy).and_then(|legacy| legacy.tail));
         }
+        let (is_kernel, is_record) = (matches!(op, Op::Kernel(_)), matches!(op, Op::Record { .. }));
+        let overlaps = op.overlaps() && self.settings.overlaps();
         let id = self.queue.add(context, stream, op, depends);
         self.report.queued += 1;
-        self.stream_mut(stream)?.tail = Some(id);
+        let found = self.stream_mut(stream)?;
+        found.tail = Some(id);
+        let before = found.last_kernel;
+        if !is_record {
+            found.last_kernel = is_kernel.then_some(id);
+        }
+        if let Some(before) = before.filter(|_| overlaps) {
+            self.queue.overlap(id, before);
+        }
         Ok(id)
     }
 
@@ -211,7 +222,16 @@ impl Driver {
             if depends.is_empty() {
                 depends.push(start);
             }
-            ids.push(self.queue.add(context, stream, node.op.clone(), depends));
+            let id = self.queue.add(context, stream, node.op.clone(), depends);
+            // A captured kernel overlaps with the one before it if it depends on nothing else.
+            if let [before] = node.depends[..]
+                && node.op.overlaps()
+                && self.settings.overlaps()
+                && matches!(nodes[before].op, Op::Kernel(_))
+            {
+                self.queue.overlap(id, ids[before]);
+            }
+            ids.push(id);
             self.report.queued += 1;
         }
         let end = self.enqueue(stream, Op::Join, ids)?;
@@ -226,6 +246,7 @@ impl Driver {
             let graph = self.graph(graph)?;
             (graph.context, graph.nodes.clone())
         };
+        self.report.graph_nodes = nodes.len() as u64;
         Ok(self.execs.insert(Exec {
             context,
             nodes,

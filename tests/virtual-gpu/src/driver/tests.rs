@@ -1475,3 +1475,166 @@ fn a_device_lost_during_a_capture_releases_everything() {
     }
     gpu.finish();
 }
+
+/// `copies(u32* to, u32* from)`: one number per thread, after waiting for the kernels before.
+/// `early`: the same, but it waits between reading and writing.
+const OVERLAPPING: &CStr = cr#"
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry copies(.param .u64 to, .param .u64 from)
+{
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [to];
+    ld.param.u64 %rd2, [from];
+    mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    griddepcontrol.wait;
+    griddepcontrol.launch_dependents;
+    ld.global.u32 %r2, [%rd5];
+    st.global.u32 [%rd4], %r2;
+    ret;
+}
+.visible .entry early(.param .u64 to, .param .u64 from)
+{
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [to];
+    ld.param.u64 %rd2, [from];
+    mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    ld.global.u32 %r2, [%rd5];
+    griddepcontrol.wait;
+    st.global.u32 [%rd4], %r2;
+    ret;
+}
+"#;
+
+/// Loads the two kernels.
+fn overlapping() -> [u64; 2] {
+    let mut module = 0;
+    let image = OVERLAPPING.as_ptr().cast();
+    assert_eq!(unsafe { cuModuleLoadData(&mut module, image) }, OK);
+    [c"copies", c"early"].map(|name| {
+        let mut made = 0;
+        let found = unsafe { cuModuleGetFunction(&mut made, module, name.as_ptr()) };
+        assert_eq!(found, OK);
+        made
+    })
+}
+
+/// Launches one block of 4 threads, which may begin while the kernel before it still runs.
+fn launch_early(function: u64, stream: u64, to: u64, from: u64) -> Code {
+    let mut pointers = [&raw const to, &raw const from].map(|pointer| pointer as *mut c_void);
+    let mut value = [0; 16];
+    value[0] = 1;
+    let attribute = Attribute {
+        id: 6,
+        pad: [0; 4],
+        value,
+    };
+    let configuration = Configuration {
+        grid: [1, 1, 1],
+        block: [4, 1, 1],
+        shared: 0,
+        stream,
+        attributes: &attribute,
+        count: 1,
+    };
+    unsafe { cuLaunchKernelEx(&configuration, function, pointers.as_mut_ptr(), null()) }
+}
+
+#[test]
+fn a_kernel_that_reads_what_the_one_before_it_writes_must_wait_first() {
+    let gpu = gpu(&[("compute_capability", "9.0")]);
+    let [copies, early] = overlapping();
+    let (stream, other) = (stream(), device(&[0; 4]));
+    let (from, to) = (device(&[1, 2, 3, 4]), device(&[0; 4]));
+    assert_eq!(launch_early(copies, stream, to, from), OK);
+    // What an older kernel has written may be read at once, and so may what no kernel writes.
+    assert_eq!(launch_early(early, stream, other, from), OK);
+    assert_eq!(launch_early(early, stream, from, to), OK);
+    assert_eq!(unsafe { cuStreamSynchronize(stream) }, OK);
+    assert_eq!(statistic("overlapping"), 2);
+    assert_eq!(read(from, 4), [1, 2, 3, 4]);
+    // A copy waits for the kernel before it, and the kernel after it waits for the copy.
+    assert_eq!(launch_early(copies, stream, to, from), OK);
+    assert_eq!(unsafe { cuMemcpyDtoDAsync_v2(other, from, 16, stream) }, OK);
+    assert_eq!(launch_early(early, stream, from, to), OK);
+    assert_eq!(unsafe { cuStreamSynchronize(stream) }, OK);
+    assert_eq!(violations(), Vec::<String>::new());
+    assert_eq!(launch_early(copies, stream, to, from), OK);
+    assert_eq!(launch_early(early, stream, other, to), OK);
+    assert_ne!(unsafe { cuStreamSynchronize(stream) }, OK);
+    expect("reads what the kernel before it writes");
+    drop(gpu);
+}
+
+#[test]
+fn recorded_kernels_overlap_as_well() {
+    let gpu = gpu(&[("compute_capability", "9.0")]);
+    let [copies, early] = overlapping();
+    let (stream, other) = (stream(), device(&[0; 4]));
+    let (from, to) = (device(&[1, 2, 3, 4]), device(&[0; 4]));
+    let record = |first: u64| {
+        let (mut graph, mut exec) = (0, 0);
+        unsafe {
+            assert_eq!(cuStreamBeginCapture_v2(stream, 1), OK);
+            assert_eq!(launch_early(copies, stream, to, from), OK);
+            assert_eq!(launch_early(first, stream, other, to), OK);
+            assert_eq!(cuStreamEndCapture(stream, &mut graph), OK);
+            assert_eq!(cuGraphInstantiateWithFlags(&mut exec, graph, 0), OK);
+            assert_eq!(cuGraphDestroy(graph), OK);
+        }
+        exec
+    };
+    let (sound, unsound) = (record(copies), record(early));
+    assert_eq!(statistic("graph_nodes"), 2);
+    unsafe {
+        assert_eq!(cuGraphLaunch(sound, stream), OK);
+        assert_eq!(cuStreamSynchronize(stream), OK);
+        // The first kernel of a graph waits for what was queued before.
+        assert_eq!(statistic("overlapping"), 1);
+        assert_eq!(violations(), Vec::<String>::new());
+        assert_eq!(cuGraphLaunch(unsound, stream), OK);
+        assert_ne!(cuStreamSynchronize(stream), OK);
+    }
+    expect("reads what the kernel before it writes");
+    drop(gpu);
+}
+
+#[test]
+fn kernels_do_not_overlap_on_older_gpus() {
+    let gpu = gpu(&[("compute_capability", "8.0")]);
+    let kernels = kernels();
+    let (stream, to) = (stream(), device(&[0; 4]));
+    let from = device(&[1, 2, 3, 4]);
+    assert_eq!(launch_early(kernels.shift, stream, to, from), OK);
+    assert_eq!(launch_early(kernels.shift, stream, from, to), OK);
+    assert_eq!(unsafe { cuStreamSynchronize(stream) }, OK);
+    assert_eq!(statistic("overlapping"), 0);
+    unsafe {
+        assert_eq!(cuModuleUnload(kernels.module), OK);
+        for memory in [to, from] {
+            assert_eq!(cuMemFree_v2(memory), OK);
+        }
+        assert_eq!(cuStreamDestroy_v2(stream), OK);
+    }
+    gpu.finish();
+}
+
+#[test]
+fn an_image_for_an_older_gpu_may_not_hold_newer_instructions() {
+    let gpu = gpu(&[("compute_capability", "9.0")]);
+    let text = OVERLAPPING.to_str().unwrap().replace("sm_90", "sm_80");
+    let (text, mut module) = (CString::new(text).unwrap(), 0);
+    let loaded = unsafe { cuModuleLoadData(&mut module, text.as_ptr().cast()) };
+    assert_eq!(loaded, codes::INVALID_PTX);
+    expect("needs .target sm_90");
+    drop(gpu);
+}

@@ -25,6 +25,8 @@ pub enum FaultKind {
     Trap,
     /// More instructions in a warp than allowed.
     Timeout,
+    /// Something that a kernel does too early, while the kernel before it may still run.
+    Overlap,
 }
 
 /// A fault, with everything that helps to locate it.

@@ -55,6 +55,10 @@ pub enum Action {
     Trap,
     /// Does nothing. Used for fences, since blocks and warps see a single order here.
     Nothing,
+    /// Waits for the kernels before this one (`griddepcontrol.wait`).
+    WaitForKernels,
+    /// Lets the next kernel begin (`griddepcontrol.launch_dependents`).
+    LaunchDependents,
     /// `d`: the number of instructions that this warp has executed.
     Clock,
     /// `d..., address`.
@@ -65,6 +69,8 @@ pub enum Action {
     Atomic(Access, AtomicOperation),
     /// `shared address, global address, bytes to read`.
     AsyncCopy(u8),
+    /// `global address, bytes`: reads bytes into a cache.
+    Prefetch,
     AsyncCommit,
     /// Waits until at most this many groups are pending; `None` waits for all copies, committed
     /// or not.

@@ -148,6 +148,7 @@ impl Globals {
             len: variable.size,
             data: data.wrapping_add(variable.offset),
             defined: std::ptr::null(),
+            writers: std::ptr::null(),
             label: variable.name.clone(),
         };
         self.variables.iter().map(region).collect()

@@ -1,7 +1,10 @@
 //! The device memory that a kernel may access.
 
 use super::kernel::Kernel;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+
+/// Number of bytes that share an entry of [`Region::writers`].
+pub const GRANULE: usize = 16;
 
 /// One allocation.
 #[derive(Clone, Debug)]
@@ -14,6 +17,9 @@ pub struct Region {
     pub data: *mut u8,
     /// One byte per byte of data, 0 if it was never written; null if writes are not tracked.
     pub defined: *const AtomicU8,
+    /// For each [`GRANULE`] bytes of data, the number of the last launch that wrote to them; null
+    /// if that is not tracked.
+    pub writers: *const AtomicU32,
     /// Name in reports.
     pub label: String,
 }
@@ -91,6 +97,31 @@ impl Region {
         let len = self.len as u64;
         address >= self.base && bytes <= len && address - self.base <= len - bytes
     }
+
+    /// Returns the entries of `writers` for bytes of the region.
+    fn writers(&self, address: u64, bytes: usize) -> impl Iterator<Item = &AtomicU32> {
+        let first = (address - self.base) as usize;
+        let tracked = !self.writers.is_null() && bytes > 0;
+        let range = match tracked {
+            true => first / GRANULE..(first + bytes - 1) / GRANULE + 1,
+            false => 0..0,
+        };
+        // SAFETY: there is an entry for each `GRANULE` bytes, and callers ask about bytes that the
+        // region holds.
+        range.map(|at| unsafe { &*self.writers.add(at) })
+    }
+
+    /// Notes that a launch writes to bytes of the region.
+    pub(super) fn written(&self, address: u64, bytes: usize, launch: u32) {
+        self.writers(address, bytes)
+            .for_each(|writer| writer.store(launch, Relaxed));
+    }
+
+    /// Returns whether a launch was the last to write to any of these bytes of the region.
+    pub(super) fn is_written_by(&self, address: u64, bytes: usize, launch: u32) -> bool {
+        self.writers(address, bytes)
+            .any(|writer| writer.load(Relaxed) == launch)
+    }
 }
 
 /// Numbers whose bytes can be copied to a device and back.
@@ -123,6 +154,7 @@ pub struct HostMemory {
     regions: Vec<Region>,
     /// The memory that the regions point to.
     data: Vec<(Box<[u128]>, Box<[AtomicU8]>)>,
+    writers: Vec<Box<[AtomicU32]>>,
 }
 
 // SAFETY: the pointers refer to the boxes in the same struct.
@@ -155,6 +187,8 @@ impl HostMemory {
             .map_or(FIRST, |r| r.base + r.len as u64 + GAP);
         let base = end.next_multiple_of(256);
         self.data.push((data, defined));
+        let writers = (0..bytes.div_ceil(GRANULE) + 1).map(|_| AtomicU32::new(0));
+        self.writers.push(writers.collect());
         let (data, defined) = self
             .data
             .last_mut()
@@ -165,6 +199,10 @@ impl HostMemory {
             len: bytes,
             data: data.unwrap_or(std::ptr::null_mut()).cast(),
             defined: defined.unwrap_or(std::ptr::null()),
+            writers: self
+                .writers
+                .last()
+                .map_or(std::ptr::null(), |writers| writers.as_ptr()),
             label: label.to_string(),
         });
         base

@@ -13,6 +13,7 @@
 //! | `shfl`, `vote`, `mma`, … | every lane that takes part executes it, or will |
 //! | the launch | size of the parameters, threads, shared memory |
 //! | endless loops | a maximum number of instructions per warp |
+//! | kernels that overlap | see [`Options::overlaps`] |
 //!
 //! Not detected: races between blocks, or between threads, on global memory; reads of local
 //! memory and registers before they are written; orderings that only fences would establish.
@@ -34,7 +35,7 @@ mod types;
 pub use count::{Accesses, Class, Counts, GlobalCounts, Requests, SharedCounts};
 pub use fault::{Fault, FaultKind};
 pub use kernel::{Kernel, Parameter};
-pub use memory::{Argument, HostMemory, Plain, Region, Regions, arguments};
+pub use memory::{Argument, GRANULE, HostMemory, Plain, Region, Regions, arguments};
 pub use run::{BUDGET, Launch, Options, Statistics, run, run_within};
 pub use types::Type;
 

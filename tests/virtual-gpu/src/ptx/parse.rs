@@ -95,11 +95,23 @@ impl<'a> Parser<'a> {
         }
     }
 
+    /// Returns the number in `.target sm_80`, without consuming it.
+    fn target(&self) -> Result<u32> {
+        let text = self.tokens.get(self.at + 1).map_or("", |token| token.text);
+        let digits = text.strip_prefix("sm_").unwrap_or(text);
+        let digits = digits.trim_end_matches(|c: char| !c.is_ascii_digit());
+        match digits.parse() {
+            Ok(number) => Ok(number),
+            Err(_) => self.error(format!("`{text}` is not a target")),
+        }
+    }
+
     /// Parses a declaration of the module.
     fn item(&mut self, first: Token<'a>, source: &mut Source<'a>) -> Result<()> {
         match first.text {
             ".version" | ".address_size" => self.at += 2,
             ".target" => {
+                source.target = self.target()?;
                 self.at += 2;
                 while self.take(",") {
                     self.at += 1;

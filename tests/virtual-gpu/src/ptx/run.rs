@@ -37,6 +37,15 @@ pub struct Options {
     pub shuffle_seed: Option<u64>,
     /// Whether to count what the warps do.
     pub count: bool,
+    /// The number of the launch, with which the memory that it writes to is marked; 0 for none.
+    pub number: u32,
+    /// The number of a launch that may still run until the kernel waits for it
+    /// (`griddepcontrol.wait`), although it has run here. What a GPU would permit only sometimes is
+    /// a fault. Before a thread waits, it may not read what that launch has written, since it may
+    /// be written later; it may not write anything, since that launch may read or write it later;
+    /// it may not let the next kernel begin, since that one waits only for this one; and it may not
+    /// end, for the same reason.
+    pub overlaps: Option<u32>,
 }
 
 impl Default for Options {
@@ -48,6 +57,8 @@ impl Default for Options {
             check_initialised: true,
             shuffle_seed: None,
             count: false,
+            number: 0,
+            overlaps: None,
         }
     }
 }
@@ -246,6 +257,7 @@ impl Work<'_> {
             self.budget,
         );
         block.counter = self.options.count.then(Box::default);
+        (block.number, block.overlaps) = (self.options.number, self.options.overlaps);
         let count = block.threads.div_ceil(32);
         let mut warps: Vec<Warp> = (0..count).map(|id| Warp::new(self.kernel, id)).collect();
         let mut total = Statistics::default();

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 /// A whole module.
 #[derive(Default, Debug)]
 pub struct Source<'a> {
+    /// The compute capability that the image is for, times ten.
+    pub target: u32,
     /// Names of the files, by their number in `.loc`.
     pub files: HashMap<u32, &'a str>,
     pub variables: Vec<Variable<'a>>,

@@ -73,7 +73,7 @@ unsafe fn parameters(
 unsafe fn launch(
     driver: &mut Driver,
     function: u64,
-    mut launch: Launch,
+    (mut launch, overlaps): (Launch, bool),
     stream: u64,
     pointers: *const *mut c_void,
     extra: *const *mut c_void,
@@ -83,7 +83,10 @@ unsafe fn launch(
     launch.parameters = unsafe { parameters(driver, function, pointers, extra) }?;
     let most_shared = driver.settings.shared_optin();
     match KernelLaunch::new(driver.kernel(function)?, launch, most_shared) {
-        Ok(launch) => driver.submit(stream, Op::Kernel(Arc::new(launch))),
+        Ok(mut launch) => {
+            launch.overlaps = overlaps;
+            driver.submit(stream, Op::Kernel(Arc::new(launch)))
+        }
         Err(text) => driver.refuse(codes::INVALID_VALUE, &text),
     }
 }
@@ -110,31 +113,30 @@ pub unsafe extern "C" fn cuLaunchKernel(
             parameters: Vec::new(),
         };
         // SAFETY: the caller's pointers are valid, as the CUDA driver API requires.
-        unsafe { launch(driver, function, what, stream, pointers, extra) }
+        unsafe { launch(driver, function, (what, false), stream, pointers, extra) }
     })
 }
 
 /// `CUlaunchAttribute`.
 #[repr(C)]
 pub struct Attribute {
-    id: i32,
-    pad: [u8; 4],
-    value: [u32; 16],
+    pub id: i32,
+    pub pad: [u8; 4],
+    pub value: [u32; 16],
 }
 
 /// `CUlaunchConfig`.
 #[repr(C)]
 pub struct Configuration {
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared: u32,
-    stream: u64,
-    attributes: *const Attribute,
-    count: u32,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub shared: u32,
+    pub stream: u64,
+    pub attributes: *const Attribute,
+    pub count: u32,
 }
 
-/// Fails if an attribute asks for a feature that this device lacks. Attributes that merely
-/// permit the device to overlap work are accepted and have no effect.
+/// Fails if an attribute asks for a feature that this device lacks.
 fn check_attribute(driver: &mut Driver, attribute: &Attribute) -> Result<(), Failure> {
     const COOPERATIVE: i32 = 2;
     const CLUSTER_DIMENSION: i32 = 4;
@@ -163,9 +165,15 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
         let Some(configuration) = (unsafe { configuration.as_ref() }) else {
             return driver.refuse(codes::INVALID_VALUE, "the configuration is null");
         };
+        const PROGRAMMATIC_STREAM_SERIALIZATION: i32 = 6;
+        let mut overlaps = false;
         for at in 0..configuration.count as usize {
             // SAFETY: the array has `count` valid entries, as the CUDA driver API requires.
-            check_attribute(driver, unsafe { &*configuration.attributes.add(at) })?;
+            let attribute = unsafe { &*configuration.attributes.add(at) };
+            check_attribute(driver, attribute)?;
+            if attribute.id == PROGRAMMATIC_STREAM_SERIALIZATION {
+                overlaps = attribute.value[0] != 0;
+            }
         }
         let what = Launch {
             grid: configuration.grid,
@@ -178,7 +186,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
             launch(
                 driver,
                 function,
-                what,
+                (what, overlaps),
                 configuration.stream,
                 pointers,
                 extra,

@@ -29,6 +29,7 @@ unsafe fn create(
         blocking: flags & NON_BLOCKING == 0,
         priority: priority.clamp(PRIORITIES.1, PRIORITIES.0),
         tail: None,
+        last_kernel: None,
         capture: None,
         asked: None,
     });

@@ -126,6 +126,7 @@ fn class(form: &Form) -> Class {
         "ldmatrix" | "stmatrix" => Class::LoadMatrix,
         "ld" | "ldu" | "st" => space(form),
         "atom" | "red" => Class::Atomic,
+        "cp" if form.has("prefetch") => Class::Other,
         "cp" => Class::AsyncCopy,
         "bar" | "barrier" if form.has("warp") => Class::Warp,
         "bar" | "barrier" => Class::Barrier,

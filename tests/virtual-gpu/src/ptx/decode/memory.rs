@@ -237,6 +237,9 @@ impl<'a> Assembler<'a> {
         if !form.has("async") {
             return self.error("only cp.async is known");
         }
+        if form.has("bulk") && form.has("prefetch") {
+            return self.prefetch(form, operands);
+        }
         if form.has("commit_group") {
             self.emit(Action::AsyncCommit, &[], &[]);
             return Ok(());
@@ -290,6 +293,22 @@ impl<'a> Assembler<'a> {
             &[to, from, bytes],
             offset,
         );
+        Ok(())
+    }
+
+    /// Decodes `cp.async.bulk.prefetch.L2.global [address], bytes`.
+    fn prefetch(&mut self, form: &Form, operands: &[Operand<'a>]) -> Result<()> {
+        self.needs(90)?;
+        form.ignore(&["L2", "global"]);
+        let [from, bytes] = operands else {
+            return self.error("expected an address and a size");
+        };
+        let (from, offset, _) = self.address(from)?;
+        if self.classes[from as usize] != Class::Wide {
+            return self.error("the address in global memory has 64 bits");
+        }
+        let bytes = self.read(bytes, Class::Word, None)?;
+        self.emit_offset(Action::Prefetch, &[], &[from, bytes], offset);
         Ok(())
     }
 

@@ -44,8 +44,16 @@ impl<'a> Assembler<'a> {
                 self.leave(form.base == "ret");
             }
             "trap" => self.emit(Action::Trap, &[], &[]),
-            "membar" | "fence" | "nanosleep" | "griddepcontrol" | "prefetch" | "prefetchu"
-            | "discard" | "applypriority" => {
+            "griddepcontrol" => {
+                self.needs(90)?;
+                match form.one_of(&["wait", "launch_dependents"]) {
+                    Some("wait") => self.emit(Action::WaitForKernels, &[], &[]),
+                    Some(_) => self.emit(Action::LaunchDependents, &[], &[]),
+                    None => return self.error("expected wait or launch_dependents"),
+                }
+            }
+            "membar" | "fence" | "nanosleep" | "prefetch" | "prefetchu" | "discard"
+            | "applypriority" => {
                 form.ignore_prefix("");
                 self.emit(Action::Nothing, &[], &[]);
             }
@@ -116,6 +124,16 @@ impl<'a> Assembler<'a> {
         let to = self.write(to, lanes.write)?;
         self.emit(Action::Lanes(lanes.run), &[to], &reads);
         Ok(())
+    }
+
+    /// Fails if the image is for GPUs that do not have the instruction.
+    pub(super) fn needs(&self, target: u32) -> Result<()> {
+        match self.source.target {
+            found if found < target => self.error(format!(
+                "the instruction needs .target sm_{target}; the image is for sm_{found}"
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn branch(&mut self, label: &'a str) {

@@ -81,6 +81,7 @@ impl Block<'_> {
             self.check_shared(u64::from(address), size, lane)?;
             if wanted > 0 {
                 let spot = self.locate(warp, from[lane], wanted, lane, "copies")?;
+                self.check_reader(warp, from[lane], wanted, lane)?;
                 if wanted == size {
                     self.check_defined(from[lane], spot, wanted, lane)?;
                 } else {

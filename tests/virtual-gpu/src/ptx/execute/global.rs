@@ -159,6 +159,7 @@ impl Block<'_> {
             // The bytes are in several allocations, or outside of all: go lane by lane.
             for lane in set(lanes) {
                 let spot = self.locate(warp, addresses[lane], bytes, lane, "reads")?;
+                self.check_reader(warp, addresses[lane], bytes, lane)?;
                 self.check_defined(addresses[lane], spot, bytes, lane)?;
                 self.load_spots(
                     warp,
@@ -171,6 +172,11 @@ impl Block<'_> {
             }
             return Ok(());
         };
+        if self.is_early(warp, lanes) {
+            for lane in set(lanes) {
+                self.check_reader(warp, addresses[lane], bytes, lane)?;
+            }
+        }
         if self.check_initialised && !spot.marks.is_null() {
             for lane in set(lanes) {
                 self.check_defined(
@@ -217,11 +223,18 @@ impl Block<'_> {
         lanes: u32,
     ) -> Outcome<()> {
         let bytes = access.bytes();
+        self.require_waited(warp, lanes, "writes")?;
         match self.span(warp, addresses, lanes, bytes) {
-            Some(base) => store_spots(warp, i, access, addresses, lanes, base),
+            Some(base) => {
+                for lane in set(lanes) {
+                    self.note_writer(warp, addresses[lane], bytes);
+                }
+                store_spots(warp, i, access, addresses, lanes, base);
+            }
             None => {
                 for lane in set(lanes) {
                     let spot = self.locate(warp, addresses[lane], bytes, lane, "writes")?;
+                    self.note_writer(warp, addresses[lane], bytes);
                     store_spots(
                         warp,
                         i,

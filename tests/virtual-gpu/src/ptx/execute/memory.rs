@@ -8,7 +8,7 @@ use crate::ptx::instruction::{ALL, Access, AtomicOperation, Instruction, LANES};
 use crate::ptx::kernel::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
 use crate::ptx::shared::of_lane;
 use crate::ptx::types::Space;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
 
 /// Addresses of the lanes in the state space of the access.
 pub(super) type Addresses = [u64; LANES];
@@ -328,8 +328,10 @@ impl Block<'_> {
                             .at_lane(lane));
                         }
                         _ => {
+                            block.require_waited(warp, 1 << lane, "writes")?;
                             let spot =
                                 block.locate(warp, addresses[lane], size, lane, "changes")?;
+                            block.note_writer(warp, addresses[lane], size);
                             block.check_defined(addresses[lane], spot, size, lane)?;
                             // SAFETY: `locate` found the bytes; they are as aligned as the
                             // address.
@@ -396,11 +398,11 @@ unsafe fn exchange(data: *mut u8, size: usize, change: impl Fn(u64) -> u64) -> u
         if size == 4 {
             let cell = AtomicU32::from_ptr(data.cast());
             let change = |old| Some(change(u64::from(old)) as u32);
-            let (Ok(old) | Err(old)) = cell.fetch_update(Relaxed, Relaxed, change);
+            let (Ok(old) | Err(old)) = cell.fetch_update(AcqRel, Acquire, change);
             u64::from(old)
         } else {
             let cell = AtomicU64::from_ptr(data.cast());
-            let (Ok(old) | Err(old)) = cell.fetch_update(Relaxed, Relaxed, |old| Some(change(old)));
+            let (Ok(old) | Err(old)) = cell.fetch_update(AcqRel, Acquire, |old| Some(change(old)));
             old
         }
     }

@@ -18,6 +18,7 @@ pub mod integer;
 pub mod lanes;
 mod matrix;
 mod memory;
+mod overlap;
 mod registers;
 pub mod set;
 mod shared_access;
@@ -63,6 +64,9 @@ pub struct Block<'a> {
     pub barriers: u64,
     /// Counts what the warps do, if that was asked for.
     pub counter: Option<Box<Counter>>,
+    /// See [`Options`](crate::ptx::Options).
+    pub number: u32,
+    pub overlaps: Option<u32>,
 }
 
 impl<'a> Block<'a> {
@@ -86,6 +90,8 @@ impl<'a> Block<'a> {
             budget,
             barriers: 0,
             counter: None,
+            number: 0,
+            overlaps: None,
         }
     }
 
@@ -185,6 +191,8 @@ impl<'a> Block<'a> {
                     }
                 }
                 Action::Exit => {
+                    self.require_waited(warp, active, "ends")
+                        .map_err(|stop| (at, stop))?;
                     warp.exited |= active;
                     warp.groups[chosen] = Group {
                         at: at as u32 + 1,
@@ -251,6 +259,11 @@ impl<'a> Block<'a> {
                 self.atomic(warp, i, access, operation, at, active)?
             }
             Action::AsyncCopy(size) => self.copy(warp, i, size, at, active)?,
+            Action::Prefetch => self.prefetch(warp, i, active)?,
+            Action::WaitForKernels => warp.waited |= active,
+            Action::LaunchDependents => {
+                self.require_waited(warp, active, "lets the next kernel begin")?;
+            }
             Action::AsyncCommit => warp.commit(active),
             Action::AsyncWait(pending) => self.wait(warp, pending, active),
             Action::Multiply { depth, brain } => {

@@ -47,6 +47,8 @@ pub struct Warp {
     pub pending: Vec<Box<Pending>>,
     /// Number of copy groups that each lane has committed.
     pub committed: [u32; LANES],
+    /// Lanes that have waited for the kernels before this one.
+    pub waited: u32,
     /// Local memory, lane after lane.
     pub local: Vec<u8>,
 }
@@ -64,6 +66,7 @@ impl Warp {
             hint: 0,
             pending: Vec::new(),
             committed: [0; LANES],
+            waited: 0,
             local: vec![0; kernel.local * LANES],
         }
     }
@@ -88,6 +91,7 @@ impl Warp {
         self.sequence = 1;
         self.pending.clear();
         self.committed = [0; LANES];
+        self.waited = 0;
         self.file.clear();
         for &(slot, class, bits) in &kernel.constants {
             match class {

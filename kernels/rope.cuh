@@ -1,0 +1,55 @@
+// How one warp normalises and rotates a head: the same for prompts (rope.cu) and for decoding
+// (attention.cu), to the bit.
+#pragma once
+#include "common.cuh"
+
+constexpr u32 NORM_HEADS = 1, NORM_ROW = 2;
+
+// RMSNorm on queries or keys.
+struct Norm {
+    // One weight a column; null: no norm.
+    const float* weight;
+    float factor;
+
+    INLINE float2 apply(float2 x, u32 column) const {
+        if (weight == nullptr) return x;
+        const float2 w = *reinterpret_cast<const float2*>(weight + column);
+        return make_float2(x.x * factor * w.x, x.y * factor * w.y);
+    }
+};
+
+INLINE float2 load_two(const T* from) { return to_float2(*reinterpret_cast<const T2*>(from)); }
+
+// The sum of the squares of those of `columns` elements that this thread, one of `step` / 2,
+// comes to.
+INLINE float squares(const T* x, u32 first, u32 columns, u32 step) {
+    float sum = 0.0f;
+    for (u32 column = first; column < columns; column += step) {
+        const float2 two = load_two(x + column);
+        sum = fmaf(two.x, two.x, sum);
+        sum = fmaf(two.y, two.y, sum);
+    }
+    return sum;
+}
+
+// The norm of one head, `row`.
+INLINE Norm norm_of_head(const T* row, const float* weight, float epsilon, u32 head_dim) {
+    const float sum = warp_sum(squares(row, lane_id() * 2, head_dim, 64));
+    return {weight, rsqrtf(sum / float(head_dim) + epsilon)};
+}
+
+// Normalises a head and rotates it: the pair (i, i + rotary_dim / 2) by the angle whose cosine and
+// sine are angles[i]; the elements from rotary_dim on are not rotated. `store(column, x)` takes two
+// elements.
+template <class Store>
+INLINE void rotate(const T* row, const Norm& norm, const float2* angles, u32 rotary_dim, u32 head_dim, Store store) {
+    const u32 half = rotary_dim / 2, lane_column = lane_id() * 2;
+    for (u32 i = lane_column; i < half; i += 64) {
+        const float2 a = norm.apply(load_two(row + i), i);
+        const float2 b = norm.apply(load_two(row + half + i), half + i);
+        const float4 angle = *reinterpret_cast<const float4*>(angles + i);
+        store(i, make_float2(a.x * angle.x - b.x * angle.y, a.y * angle.z - b.y * angle.w));
+        store(half + i, make_float2(b.x * angle.x + a.x * angle.y, b.y * angle.z + a.y * angle.w));
+    }
+    for (u32 i = rotary_dim + lane_column; i < head_dim; i += 64) store(i, norm.apply(load_two(row + i), i));
+}
