@@ -228,7 +228,7 @@ __device__ __noinline__ void merge_units(
     }
 }
 
-// Where a block's memory begins that no other one has: the queries, then a ring per warp.
+// Bytes of a warp's ring. The rings follow the queries in the memory of a block.
 template <int HEAD>
 constexpr u32 DECODE_RING_BYTES = DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
 

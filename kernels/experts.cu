@@ -260,11 +260,11 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
 }
 
 // `out[row] = Σ weight · pair_out[slot]` over the row's experts by index.
-// Grid (ceil(columns / 256), rows).
+// Grid (rows, ceil(columns / 256)).
 KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
                        u32 columns, u32 top_k) {
     wait_for_kernels_before();
-    u32 row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    u32 row = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;
     float sum = 0.0f;
     for (u32 k = 0; k < top_k; k++) {
@@ -278,11 +278,11 @@ KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, con
 // the bias of its expert if there is one, and times what its input is to be multiplied by. Without
 // slots, each row is a pair. With a limit, the activation is gate · sigmoid(slope · gate) and is
 // multiplied with up + 1; gates are at most the limit, and ups within it on both sides. Without one,
-// it is SiLU. Grid (ceil(columns / 256), pairs).
+// it is SiLU. Grid (pairs, ceil(columns / 256)).
 KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32* pair_expert, const float* pair_input,
                        const float* bias, u32 columns, float slope, float limit) {
     wait_for_kernels_before();
-    const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 pair = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     const u64 slot = pair_slot != nullptr ? pair_slot[pair] : pair;
     float x = to_float(gate_up[slot * 2 * columns + column]), up = to_float(gate_up[slot * 2 * columns + columns + column]);
@@ -291,14 +291,18 @@ KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32
         bias += u64(pair_expert[pair]) * 2 * columns + column;
         x += bias[0], up += bias[columns];
     }
-    if (limit != 0.0f) x = fminf(x, limit), up = fmaxf(fminf(up, limit), -limit) + 1.0f;
+    if (limit != 0.0f) {
+        // NaN stays NaN, unlike with fminf.
+        x = x > limit ? limit : x;
+        up = (up > limit ? limit : (up < -limit ? -limit : up)) + 1.0f;
+    }
     out[slot * columns + column] = to_t(__fdividef(x, 1.0f + __expf(-slope * x)) * up);
 }
 
-// Adds to each pair's result the bias of its expert. Grid (ceil(columns / 256), pairs).
+// Adds to each pair's result the bias of its expert. Grid (pairs, ceil(columns / 256)).
 KERNEL(256) add_pair_bias(T* pair_out, const u32* pair_slot, const u32* pair_expert, const float* bias, u32 columns) {
     wait_for_kernels_before();
-    const u32 pair = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 pair = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     T& to = pair_out[u64(pair_slot[pair]) * columns + column];
     to = to_t(to_float(to) + bias[u64(pair_expert[pair]) * columns + column]);

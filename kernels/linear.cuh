@@ -86,7 +86,7 @@ INLINE bool is_shared() { return gridDim.z > 1; }
 // Where blocks that share the units of a tile keep sums, one after the other: what the first block
 // added up, and then the sum of each unit of the others.
 struct SharedSums {
-    // As many as there may be tiles whose units are shared (src/device/cuda/linear.rs).
+    // As many as there may be tiles whose units are shared (src/device/cuda/units.rs).
     static constexpr u32 COUNTERS = 1024;
 
     u32* arrived;

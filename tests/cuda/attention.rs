@@ -389,7 +389,10 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
 fn rotating_and_storing_within_attention_changes_no_bit() {
     let _gpu = gpu::lock();
     let mut random = Random::new(38);
+    let mut chunked = case((4, 2, 64), Some(512), None, 16);
+    chunked.spec.chunked = true;
     let cases = [
+        chunked,
         case((20, 1, 16), None, None, 32),
         case((4, 2, 32), Some(7), None, 16),
         case((3, 1, 64), None, Some(2.0), 48),
@@ -410,6 +413,7 @@ fn rotating_and_storing_within_attention_changes_no_bit() {
             magnitude: 1.25,
             max_positions: 2048,
         };
+        let sinks = (index % 2 == 0).then(|| random.numbers(heads.q_heads));
         let qkv = lengths.map(|length| tokens(&mut random, kind, &case, length));
         let (tables, blocks) = tables(&mut random, &lengths, case.block_tokens);
         for per_head in [None, Some(true), Some(false)] {
@@ -424,6 +428,7 @@ fn rotating_and_storing_within_attention_changes_no_bit() {
             let mut results = |fused: bool| {
                 let block_tokens = case.block_tokens;
                 let mut layer = Layer::new(&mut device, heads, &rope, block_tokens, blocks);
+                layer.sinks = (sinks.as_ref()).map(|of| layer.device.load_vector(of).unwrap());
                 layer.norm = per_head.map(|per_head| {
                     let q = layer.device.load_vector(&q).unwrap();
                     (q, layer.device.load_vector(&k).unwrap(), per_head)

@@ -97,9 +97,10 @@ fn silu<S: Simd>(s: S, x: S::F) -> S::F {
 fn clamped_swiglu<S: Simd>(s: S, gate: S::F, up: S::F, slope: f32, limit: f32) -> S::F {
     let zero = s.splat(0.0);
     // There is no minimum: it is the negated maximum of negated numbers.
-    let at_most = |x: S::F| s.sub(zero, s.max(s.sub(zero, x), s.splat(-limit)));
+    // NaN stays NaN: of a NaN and a number, `max` returns its second operand.
+    let at_most = |x: S::F| s.sub(zero, s.max(s.splat(-limit), s.sub(zero, x)));
     let gate = at_most(gate);
-    let up = s.max(at_most(up), s.splat(-limit));
+    let up = s.max(s.splat(-limit), at_most(up));
     let e = s.exp(s.mul(gate, s.splat(-slope)));
     let activated = s.div(gate, s.add(s.splat(1.0), e));
     s.mul(activated, s.add(up, s.splat(1.0)))

@@ -393,7 +393,7 @@ impl ExpertOps for CudaDevice {
         if let Some(bias) = &experts.down_bias {
             self.experts.add_pair_bias(
                 &self.context,
-                pair_grid(pairs, columns),
+                element_grid(pairs, columns),
                 places.out,
                 places.slot,
                 places.expert,
@@ -402,10 +402,9 @@ impl ExpertOps for CudaDevice {
             )?;
         }
 
-        let grid = Grid::new([columns.div_ceil(256) as u32, rows as u32, 1], [256, 1, 1]);
         self.experts.combine_experts(
             &self.context,
-            grid,
+            element_grid(rows, columns),
             out.ptr(),
             places.out,
             places.slot,
@@ -417,9 +416,10 @@ impl ExpertOps for CudaDevice {
     }
 }
 
-/// Returns a grid with one thread per element of each pair.
-fn pair_grid(pairs: usize, columns: usize) -> Grid {
-    Grid::new([columns.div_ceil(256) as u32, pairs as u32, 1], [256, 1, 1])
+/// Returns a grid with one thread per element of each row. The rows come first, because there may
+/// be more of them than a grid has places in its second dimension.
+fn element_grid(rows: usize, columns: usize) -> Grid {
+    Grid::new([rows as u32, columns.div_ceil(256) as u32, 1], [256, 1, 1])
 }
 
 impl CudaDevice {
@@ -433,7 +433,7 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         self.experts.gate_pairs(
             &self.context,
-            pair_grid(pairs.count, pairs.columns),
+            element_grid(pairs.count, pairs.columns),
             pairs.out,
             pairs.gate_up,
             pairs.slot,

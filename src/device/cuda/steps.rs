@@ -24,7 +24,7 @@ use crate::device::{
 const SHARE: usize = 32;
 
 /// Kernels per layer of a decode step, rounded up, and kernels outside of the layers.
-const LAYER_NODES: usize = 16;
+const LAYER_NODES: usize = 20;
 const OTHER_NODES: usize = 8;
 
 /// Device memory per kernel of a graph. Not measured; other engines report 5 to 8 MB for graphs

@@ -339,10 +339,11 @@ fn attention(image: &str, seed: Option<u64>) -> Result<Vec<u16>, Fault> {
         Argument::Pointer(memory.alloc("sequences", &[0u32, 1, tokens as u32, 0])),
         Argument::Pointer(memory.alloc("decode_list", &[0u32, 0])),
     ];
-    parameters.extend([Argument::Pointer(0); 3]);
+    parameters.extend([Argument::Pointer(0); 4]);
     parameters.extend([Argument::F32(0.0), Argument::U32(0), Argument::U32(0)]);
     parameters.extend([q_heads, 1, tokens].map(|number| Argument::U32(number as u32)));
-    parameters.extend([Argument::F32(0.37), Argument::F32(0.0), Argument::U32(0)]);
+    parameters.extend([Argument::F32(0.37), Argument::F32(0.0)]);
+    parameters.extend([Argument::U32(0); 2]);
     let launch = Launch {
         grid: [3, 1, 1],
         block: [128, 1, 1],
@@ -696,7 +697,7 @@ fn sums_that_are_added_in_the_order_of_arrival_give_a_wrong_result() {
         let (address, tail) = rest.split_once(']').unwrap();
         format!(
             "{{.reg .b32 number;\n.reg .b64 first, place, block, other;\n\
-             ld.param.u64 first, [linear_m16_param_6];\n\
+             ld.param.u64 first, [p6];\n\
              add.s64 first, first, 4096;\n\
              sub.s64 place, {address}, first;\n\
              shr.u64 place, place, 11;\n\
