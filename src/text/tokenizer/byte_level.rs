@@ -6,7 +6,7 @@
 
 use super::merges::{Merger, Merges};
 use super::pre_tokenizer::PreTokenizer;
-use super::vocabulary::Vocabulary;
+use super::vocabulary::TokenIds;
 use crate::text::TextError;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -75,7 +75,7 @@ impl ByteLevelBpe {
     /// # Errors
     /// Returns an error if a merge is not one, or needs a token that the vocabulary lacks.
     pub(super) fn new(
-        vocabulary: &Vocabulary,
+        vocabulary: &impl TokenIds,
         merges: &[impl AsRef<str>],
         pre_tokenizer: PreTokenizer,
         composes: bool,
@@ -87,13 +87,11 @@ impl ByteLevelBpe {
         let whole_words = match pre_tokenizer.whole_words {
             false => HashMap::new(),
             true => {
-                let named = vocabulary.iter().filter(|(_, text, _)| !text.is_empty());
-                let known = |text: &str| vocabulary.id(text).is_some();
-                named
-                    .filter(|(_, text, _)| {
-                        known(text) && text.chars().all(|c| byte_of(c).is_some())
-                    })
-                    .map(|(id, text, _)| (token_bytes(text), id))
+                let is_word = |text: &str| text.chars().all(|c| byte_of(c).is_some());
+                vocabulary
+                    .all()
+                    .filter(|(_, text)| is_word(text))
+                    .map(|(id, text)| (token_bytes(text), id))
                     .collect()
             }
         };

@@ -121,7 +121,7 @@ impl Tokenizer {
         let explicit = explicit_frame(&files.config, bos, eos)?;
         let strip_leading_space = Decoding::of(&parsing)?.strip_leading_space;
         let frame = explicit.or_else(|| converted::frame(&parsing));
-        let own = frame.and_then(|_| files.bpe?.convert(&vocabulary));
+        let own = frame.and_then(|_| files.bpe?.convert(&parsing));
         let (model, frame) = match own {
             Some(model) => (model, frame),
             None => {

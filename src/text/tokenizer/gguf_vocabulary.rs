@@ -5,7 +5,7 @@ use super::byte_level::{ByteLevelBpe, token_bytes};
 use super::end_tokens::end_tokens;
 use super::pre_tokenizer::PreTokenizer;
 use super::sentencepiece::{SPACE, ScoredBpe};
-use super::special::{Search, SpecialTokens};
+use super::special::SpecialTokens;
 use super::unigram::Unigram;
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
 use super::{Frame, Model, PlainModel, Tokenizer};
@@ -141,7 +141,7 @@ impl GgufVocabulary {
         };
         Ok(Tokenizer {
             model: Model::Fragments {
-                specials: Box::new(SpecialTokens::new(&vocabulary, |_| Search::default())?),
+                specials: Box::new(SpecialTokens::of(&vocabulary)?),
                 plain,
             },
             strip_leading_space: space_prefix && tokenizer_kind != TokenizerKind::ByteLevel,

@@ -3,15 +3,16 @@
 //! Of all adjacent pairs that can be merged, the pair that is listed first is merged first,
 //! and the leftmost of equal ones, until no pair is left.
 
-use super::vocabulary::Vocabulary;
+use super::vocabulary::TokenIds;
 use crate::text::TextError;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-/// Maximum length of a word, in bytes. Merging takes about thirty times as much memory.
-const MAX_WORD_BYTES: usize = 3 << 19;
+/// Maximum length of a word, in the tokens that it begins as: bytes or characters. Merging takes
+/// about thirty bytes for each.
+const MAX_WORD_TOKENS: usize = 3 << 19;
 
-/// Words of up to this many bytes are searched in full for each merge. For longer words,
+/// Words of up to this many tokens are searched in full for each merge. For longer words,
 /// the candidate pairs are kept in a heap.
 const SHORT: usize = 48;
 
@@ -31,7 +32,7 @@ impl Merges {
     /// Returns an error if an entry is not two tokens separated by one space, or if it
     /// needs a token that the vocabulary lacks.
     pub(super) fn read(
-        vocabulary: &Vocabulary,
+        vocabulary: &impl TokenIds,
         merges: &[impl AsRef<str>],
     ) -> Result<Self, TextError> {
         let mut pairs = HashMap::with_capacity(merges.len());
@@ -53,7 +54,7 @@ impl Merges {
 }
 
 fn split_merge(
-    vocabulary: &Vocabulary,
+    vocabulary: &impl TokenIds,
     index: usize,
     merge: &str,
 ) -> Result<(u32, u32, u32), TextError> {
@@ -95,26 +96,26 @@ struct Symbol {
 const NONE: u32 = u32::MAX;
 
 impl Merger {
-    /// Merges a word of `bytes` bytes and appends the resulting tokens to `ids`. `tokens`
-    /// are the tokens of the single bytes.
+    /// Merges a word of at most `length` tokens and appends the resulting tokens to `ids`.
+    /// `tokens` are the tokens of the single bytes or characters.
     ///
     /// # Errors
-    /// Returns an error if the word is longer than [`MAX_WORD_BYTES`].
+    /// Returns an error if the word is longer than [`MAX_WORD_TOKENS`].
     pub(super) fn merge(
         &mut self,
         merges: &Merges,
         tokens: impl Iterator<Item = u32>,
-        bytes: usize,
+        length: usize,
         ids: &mut Vec<u32>,
     ) -> Result<(), TextError> {
-        if bytes > MAX_WORD_BYTES {
+        if length > MAX_WORD_TOKENS {
             return Err(TextError::Encode {
-                bytes,
-                message: format!("a single word may have at most {MAX_WORD_BYTES} bytes"),
+                bytes: length,
+                message: format!("a single word may have at most {MAX_WORD_TOKENS} bytes"),
             });
         }
-        if bytes > SHORT {
-            merge_long(merges, tokens, bytes, ids);
+        if length > SHORT {
+            merge_long(merges, tokens, length, ids);
             return Ok(());
         }
         self.short.clear();
@@ -144,10 +145,10 @@ fn merge_short(merges: &Merges, word: &mut Vec<u32>) {
 fn merge_long(
     merges: &Merges,
     tokens: impl Iterator<Item = u32>,
-    bytes: usize,
+    length: usize,
     ids: &mut Vec<u32>,
 ) {
-    let mut symbols = Vec::with_capacity(bytes);
+    let mut symbols = Vec::with_capacity(length);
     for (at, id) in (0..).zip(tokens) {
         symbols.push(Symbol {
             id,
@@ -274,8 +275,8 @@ mod tests {
         let ids = long(&merges, &"a".repeat(1_000_000));
         assert_eq!(ids, vec![7; 1_000_000 / 32]);
         let mut ids = Vec::new();
-        let word = std::iter::repeat_n(0, MAX_WORD_BYTES + 1);
-        let refused = Merger::default().merge(&merges, word, MAX_WORD_BYTES + 1, &mut ids);
+        let word = std::iter::repeat_n(0, MAX_WORD_TOKENS + 1);
+        let refused = Merger::default().merge(&merges, word, MAX_WORD_TOKENS + 1, &mut ids);
         assert!(matches!(refused, Err(TextError::Encode { .. })));
     }
 }

@@ -118,8 +118,8 @@ impl Tokenizer {
     /// if there is none.
     ///
     /// # Errors
-    /// Returns [`TextError::Encode`] if a word exceeds the length limit of byte-level BPE
-    /// (1.5 MiB), or if the `tokenizers` library fails on the text.
+    /// Returns [`TextError::Encode`] if a word exceeds the length limit of merging (1.5 million
+    /// bytes or characters), or if the `tokenizers` library fails on the text.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TextError> {
         tracing::trace!(bytes = text.len(), "tokenizing a text");
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
@@ -279,8 +279,8 @@ impl Tokenizer {
             Model::Fragments { specials, .. } if specials.absorb_spaces() => 0,
             Model::Fragments { plain, .. } => match plain {
                 PlainModel::ByteLevel(model) => model.represented_bytes(part),
-                PlainModel::Ranked(_) => part.len(),
-                PlainModel::Scored { model, .. } if model.writes_every_byte() => part.len(),
+                PlainModel::Ranked(_) => spaced_bytes(part),
+                PlainModel::Scored { model, .. } if model.writes_every_byte() => spaced_bytes(part),
                 PlainModel::Scored { .. } | PlainModel::Unigram { .. } => 0,
             },
         });
@@ -352,6 +352,11 @@ impl Tokenizer {
         self.template = Some(self.template_from(source)?);
         Ok(())
     }
+}
+
+/// Returns the length of `text` in bytes if SentencePiece's space has one byte, as in tokens.
+fn spaced_bytes(text: &str) -> usize {
+    text.len() - text.matches(SPACE).count() * (SPACE.len() - 1)
 }
 
 /// Returns `text` with runs of spaces collapsed to one space, and no spaces at either end.

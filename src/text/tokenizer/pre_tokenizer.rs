@@ -236,6 +236,32 @@ fn compiled(pattern: &str) -> Result<Regex, TextError> {
     })
 }
 
+/// Returns whether a pattern contains possessive quantifiers (`?+`, `{2}+`), which
+/// [`regex`](Regex) reads as a repetition of a repetition.
+fn is_possessive(pattern: &str) -> bool {
+    // What the pattern is without escaped characters and the contents of classes.
+    let mut outside = String::new();
+    let (mut classes, mut characters) = (0usize, pattern.chars());
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' => drop(characters.next()),
+            '[' => classes += 1,
+            ']' if classes > 0 => {
+                classes -= 1;
+                outside.push(']');
+            }
+            other if classes == 0 => outside.push(other),
+            _ => {}
+        }
+    }
+    let counts = |(end, _): (usize, &str)| {
+        let inside = outside[..end].rsplit_once('{').map(|(_, inside)| inside);
+        inside.is_some_and(|inside| inside.chars().all(|c| c.is_ascii_digit() || c == ','))
+    };
+    ["?+", "*+", "++"].iter().any(|two| outside.contains(two))
+        || outside.match_indices("}+").any(counts)
+}
+
 /// Returns which runs of white space the alternatives of `rest` leave to the alternatives of
 /// [`WHITE_SPACE`] after them. Finds out by trying all short runs.
 fn runs_left_by(rest: &str) -> Result<Spaces, TextError> {
@@ -389,6 +415,9 @@ impl PreTokenizer {
                 },
                 _ => return None,
             };
+            if is_possessive(&pattern) {
+                return None;
+            }
             patterns.push(Pattern::new(&pattern).ok()?);
         }
         // The library's default is to use the pattern.

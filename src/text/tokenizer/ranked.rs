@@ -3,7 +3,7 @@
 
 use super::merges::{Merger, Merges};
 use super::sentencepiece::SPACE;
-use super::vocabulary::{TokenKind, Vocabulary};
+use super::vocabulary::TokenIds;
 use crate::text::TextError;
 use std::collections::HashMap;
 
@@ -31,9 +31,14 @@ pub(super) enum SpacePrefix {
     Always,
 }
 
+/// Returns whether a character of a text is a space for the model.
+fn is_space(character: char) -> bool {
+    character == ' ' || SPACE.contains(character)
+}
+
 impl SpacePrefix {
     fn applies_to(self, text: &str, place: Place) -> bool {
-        let spaced = text.starts_with(SPACE);
+        let spaced = text.starts_with(is_space);
         match self {
             Self::Never => false,
             Self::First => place == Place::Start && !spaced,
@@ -61,7 +66,7 @@ impl RankedBpe {
     /// or if a token contains a space after another character: words could not be merged one by
     /// one then.
     pub(super) fn new(
-        vocabulary: &Vocabulary,
+        vocabulary: &impl TokenIds,
         merges: &[impl AsRef<str>],
         prefix: SpacePrefix,
         splits_spaces: bool,
@@ -78,10 +83,10 @@ impl RankedBpe {
         for (byte, id) in bytes.iter_mut().enumerate() {
             *id = vocabulary.id(&format!("<0x{byte:02X}>"))?;
         }
-        let characters = vocabulary.iter().filter_map(|(id, text, kind)| {
+        let characters = vocabulary.all().filter_map(|(id, text)| {
             let mut characters = text.chars();
             let only = characters.next()?;
-            (characters.next().is_none() && kind == TokenKind::Normal).then_some((only, id))
+            characters.next().is_none().then_some((only, id))
         });
         Some(Self {
             merges: Merges::read(vocabulary, merges).ok()?,
@@ -102,40 +107,38 @@ impl RankedBpe {
         place: Place,
         ids: &mut Vec<u32>,
     ) -> Result<(), TextError> {
-        let mut spaced = text.replace(' ', SPACE);
-        if self.prefix.applies_to(&spaced, place) && !text.is_empty() {
-            spaced.insert_str(0, SPACE);
-        }
         let mut merger = Merger::default();
-        let mut tokens = Vec::new();
-        let mut rest = spaced.as_str();
-        while !rest.is_empty() {
-            let word;
-            (word, rest) = rest.split_at(self.word_length(rest));
-            tokens.clear();
-            for character in word.chars() {
-                match self.characters.get(&character) {
-                    Some(&id) => tokens.push(id),
-                    None => {
-                        let mut bytes = [0; 4];
-                        let bytes = character.encode_utf8(&mut bytes).bytes();
-                        tokens.extend(bytes.map(|byte| self.bytes[usize::from(byte)]));
-                    }
-                }
-            }
-            merger.merge(&self.merges, tokens.iter().copied(), word.len(), ids)?;
+        let mut word = Vec::new();
+        if !text.is_empty() && self.prefix.applies_to(text, place) {
+            self.push_character(' ', &mut word);
         }
-        Ok(())
+        let mut after_space = !word.is_empty();
+        for character in text.chars() {
+            let space = is_space(character);
+            if space && (self.splits_spaces || !after_space) && !word.is_empty() {
+                let length = word.len();
+                merger.merge(&self.merges, word.drain(..), length, ids)?;
+            }
+            self.push_character(character, &mut word);
+            after_space = space;
+        }
+        let length = word.len();
+        merger.merge(&self.merges, word.into_iter(), length, ids)
     }
 
-    /// Returns the length of the first word in bytes: up to a space that follows another
-    /// character, or up to any other space than the first character.
-    fn word_length(&self, text: &str) -> usize {
-        let spaces = match self.splits_spaces {
-            true => text.strip_prefix(SPACE).unwrap_or(text),
-            false => text.trim_start_matches(SPACE),
+    /// Appends the token of a character, or those of its bytes if it has none.
+    fn push_character(&self, character: char, word: &mut Vec<u32>) {
+        let character = match character {
+            ' ' => SPACE.chars().next().unwrap_or(' '),
+            other => other,
         };
-        let before = text.len() - spaces.len();
-        before + spaces.find(SPACE).unwrap_or(spaces.len())
+        match self.characters.get(&character) {
+            Some(&id) => word.push(id),
+            None => {
+                let mut bytes = [0; 4];
+                let bytes = character.encode_utf8(&mut bytes).bytes();
+                word.extend(bytes.map(|byte| self.bytes[usize::from(byte)]));
+            }
+        }
     }
 }

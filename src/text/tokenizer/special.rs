@@ -20,8 +20,19 @@ pub(super) enum Fragment<'a> {
 pub(super) struct SpecialTokens {
     /// Control, unknown and user-defined tokens.
     all: Stages,
-    /// User-defined tokens, which are recognized in plain text as well.
-    plain: Stages,
+    /// What is searched for in plain text instead: user-defined tokens only. If this is `None`,
+    /// all are searched for, and what is no user-defined token is plain text then.
+    plain: Option<Stages>,
+}
+
+/// A token to search for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SpecialToken<'a> {
+    pub(super) id: u32,
+    pub(super) text: &'a str,
+    /// Whether the token is plain text if special tokens are not parsed.
+    pub(super) special: bool,
+    pub(super) search: Search,
 }
 
 /// Tokens that are found first, and tokens that are found in the text between those.
@@ -32,13 +43,21 @@ struct Stages {
 }
 
 impl Stages {
-    fn split<'a>(&self, text: &'a str) -> Vec<Fragment<'a>> {
-        let fragments = self.first.split(text);
+    fn new(tokens: &[SpecialToken<'_>]) -> Result<Self, TextError> {
+        let (second, first): (Vec<_>, Vec<_>) = tokens.iter().partition(|token| token.search.late);
+        Ok(Self {
+            first: Finder::new(&first)?,
+            second: Finder::new(&second)?,
+        })
+    }
+
+    fn split<'a>(&self, text: &'a str, parse_special: bool) -> Vec<Fragment<'a>> {
+        let fragments = self.first.split(text, parse_special);
         if self.second.automaton.is_none() {
             return fragments;
         }
         let finer = fragments.into_iter().flat_map(|fragment| match fragment {
-            Fragment::Text(text) => self.second.split(text),
+            Fragment::Text(text) => self.second.split(text, parse_special),
             token => vec![token],
         });
         finer.collect()
@@ -59,13 +78,13 @@ pub(super) struct Search {
 #[derive(Debug)]
 struct Finder {
     automaton: Option<AhoCorasick>,
-    /// The tokens, in the order of the automaton's patterns.
-    tokens: Vec<(u32, Search)>,
+    /// The tokens, in the order of the automaton's patterns, and whether each is special.
+    tokens: Vec<(u32, bool, Search)>,
 }
 
 impl Finder {
-    fn new(tokens: &[(u32, &str, Search)]) -> Result<Self, TextError> {
-        let texts = tokens.iter().map(|(_, text, _)| text);
+    fn new(tokens: &[SpecialToken<'_>]) -> Result<Self, TextError> {
+        let texts = tokens.iter().map(|token| token.text);
         let automaton = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(texts)
@@ -77,12 +96,12 @@ impl Finder {
             automaton: (!tokens.is_empty()).then_some(automaton),
             tokens: tokens
                 .iter()
-                .map(|(id, _, search)| (*id, *search))
+                .map(|token| (token.id, token.special, token.search))
                 .collect(),
         })
     }
 
-    fn split<'a>(&self, text: &'a str) -> Vec<Fragment<'a>> {
+    fn split<'a>(&self, text: &'a str, parse_special: bool) -> Vec<Fragment<'a>> {
         let mut fragments = Vec::new();
         let mut done = 0;
         for found in self
@@ -90,7 +109,10 @@ impl Finder {
             .iter()
             .flat_map(|automaton| automaton.find_iter(text))
         {
-            let (id, search) = self.tokens[found.pattern().as_usize()];
+            let (id, special, search) = self.tokens[found.pattern().as_usize()];
+            if special && !parse_special {
+                continue;
+            }
             // White space that another token has absorbed may contain a token.
             let start = match search.absorbs_before {
                 true => text[..found.start()].trim_end().len(),
@@ -114,25 +136,35 @@ impl Finder {
 }
 
 impl SpecialTokens {
-    /// Prepares the special tokens of `vocabulary`. `search` says how each is found.
-    pub(super) fn new(
-        vocabulary: &Vocabulary,
-        search: impl Fn(u32) -> Search,
-    ) -> Result<Self, TextError> {
-        let stages = |wanted: fn(TokenKind) -> bool| -> Result<Stages, TextError> {
-            let (second, first): (Vec<_>, Vec<_>) = vocabulary
+    /// Prepares the special tokens of the vocabulary of a GGUF file. In plain text, only
+    /// user-defined tokens are searched for, as in llama.cpp.
+    pub(super) fn of(vocabulary: &Vocabulary) -> Result<Self, TextError> {
+        let select = |wanted: fn(TokenKind) -> bool| -> Vec<SpecialToken<'_>> {
+            let wanted = vocabulary
                 .iter()
-                .filter(|(_, text, kind)| !text.is_empty() && wanted(*kind))
-                .map(|(id, text, _)| (id, text, search(id)))
-                .partition(|(_, _, search)| search.late);
-            Ok(Stages {
-                first: Finder::new(&first)?,
-                second: Finder::new(&second)?,
-            })
+                .filter(|(_, text, kind)| !text.is_empty() && wanted(*kind));
+            let token = |(id, text, kind): (u32, _, TokenKind)| SpecialToken {
+                id,
+                text,
+                special: kind.is_special(),
+                search: Search::default(),
+            };
+            wanted.map(token).collect()
         };
         Ok(Self {
-            all: stages(|kind| kind.is_special() || kind == TokenKind::UserDefined)?,
-            plain: stages(|kind| kind == TokenKind::UserDefined)?,
+            all: Stages::new(&select(|kind| {
+                kind.is_special() || kind == TokenKind::UserDefined
+            }))?,
+            plain: Some(Stages::new(&select(|kind| kind == TokenKind::UserDefined))?),
+        })
+    }
+
+    /// Prepares the added tokens of a `tokenizer.json`. All of them are searched for in plain
+    /// text, too, as the tokenizers library does: a special token hides the ones that it overlaps.
+    pub(super) fn added(tokens: &[SpecialToken<'_>]) -> Result<Self, TextError> {
+        Ok(Self {
+            all: Stages::new(tokens)?,
+            plain: None,
         })
     }
 
@@ -140,16 +172,15 @@ impl SpecialTokens {
     pub(super) fn absorb_spaces(&self) -> bool {
         let finders = [&self.all.first, &self.all.second];
         let mut searches = finders.into_iter().flat_map(|finder| &finder.tokens);
-        searches.any(|(_, search)| search.absorbs_before || search.absorbs_after)
+        searches.any(|(.., search)| search.absorbs_before || search.absorbs_after)
     }
 
     /// Splits `text` at special tokens. Without `parse_special`, splits at user-defined
     /// tokens only.
     pub(super) fn split<'a>(&self, text: &'a str, parse_special: bool) -> Vec<Fragment<'a>> {
-        if parse_special {
-            self.all.split(text)
-        } else {
-            self.plain.split(text)
+        match &self.plain {
+            Some(plain) if !parse_special => plain.split(text, parse_special),
+            _ => self.all.split(text, parse_special),
         }
     }
 }

@@ -46,6 +46,36 @@ struct Token {
     end: u32,
 }
 
+/// What a model of merges needs to know of a vocabulary.
+pub(super) trait TokenIds {
+    /// Returns the token with this text.
+    fn id(&self, text: &str) -> Option<u32>;
+    /// Iterates over all tokens that can be found by their text.
+    fn all(&self) -> impl Iterator<Item = (u32, &str)>;
+}
+
+impl TokenIds for Vocabulary {
+    fn id(&self, text: &str) -> Option<u32> {
+        self.id(text)
+    }
+
+    fn all(&self) -> impl Iterator<Item = (u32, &str)> {
+        let named = self.iter().filter(|(_, text, _)| !text.is_empty());
+        named.map(|(id, text, _)| (id, text))
+    }
+}
+
+/// The vocabulary of a `tokenizer.json`, without the added tokens.
+impl TokenIds for HashMap<String, u32> {
+    fn id(&self, text: &str) -> Option<u32> {
+        self.get(text).copied()
+    }
+
+    fn all(&self) -> impl Iterator<Item = (u32, &str)> {
+        self.iter().map(|(text, id)| (*id, text.as_str()))
+    }
+}
+
 /// All tokens of a model, by id and by text.
 #[derive(Debug, Default)]
 pub(in crate::text) struct Vocabulary {
