@@ -31,7 +31,8 @@ check:
 test: model clients templates
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
-	$(MAKE) --jobs 2 test-cuda-and-models test-others
+	@# Cargo decides for itself how many jobs it runs.
+	$(MAKE) --jobs 2 CARGO="env -u MAKEFLAGS $(CARGO)" test-cuda-and-models test-others
 
 test-cuda-and-models:
 	$(CARGO) test $(ALL) --test 'cuda*'
@@ -44,6 +45,7 @@ test-others:
 	$(CARGO) test $(ALL) --test '[!c]*' --test 'cpu*'
 	$(CARGO) test $(ALL) --doc
 	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
+	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
 ## threads, shuttle random interleavings of many. QUELL_SCHEDULES sets the number of the latter.

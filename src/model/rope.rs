@@ -111,13 +111,13 @@ impl RopeConfig {
                 positive(|keys| keys.rope_factor, *factor)?;
                 positive(|keys| keys.rope_low_frequency, *low_freq_factor)?;
                 positive(|keys| keys.rope_original_context, *original_context)?;
-                if high_freq_factor > low_freq_factor {
+                if high_freq_factor >= low_freq_factor {
                     return Ok(());
                 }
                 Err(ModelError::setting(
                     names.of_rope(|keys| keys.rope_high_frequency),
                     high_freq_factor,
-                    format!("above the low frequency factor of {low_freq_factor}"),
+                    format!("at least the low frequency factor of {low_freq_factor}"),
                 ))
             }
             RopeScaling::Yarn {
@@ -220,7 +220,10 @@ impl RopeConfig {
                     if wavelength > original_context / low_freq_factor {
                         return frequency / factor;
                     }
-                    if wavelength < original_context / high_freq_factor {
+                    // If the factors are equal (Llama 4 Scout), nothing is between them.
+                    if wavelength < original_context / high_freq_factor
+                        || high_freq_factor == low_freq_factor
+                    {
                         return frequency;
                     }
                     let smooth = (original_context / wavelength - low_freq_factor)
@@ -326,6 +329,24 @@ mod tests {
             assert!((found / expected - 1.0f32).abs() < 1e-5);
         }
         assert_eq!(spec.magnitude, 1.0);
+    }
+
+    #[test]
+    fn llama3_blends_nothing_if_both_factors_are_equal() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 16.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 1.0,
+            original_context: 100.0,
+        };
+        let found = rope(scaling).spec(100).inverse_frequencies;
+        // Wavelengths 6.3, 63, 628, 6283; kept up to 100.
+        for (found, expected) in found.into_iter().zip([1.0, 0.1, 0.01 / 16.0, 0.001 / 16.0]) {
+            assert!(
+                (found - expected).abs() < 1e-6 * expected,
+                "{found} {expected}"
+            );
+        }
     }
 
     #[test]

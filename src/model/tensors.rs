@@ -53,6 +53,7 @@ impl ModelSource {
 
     /// The model of a Hugging Face folder.
     pub fn from_folder(folder: ModelFolder) -> Result<Self, ModelError> {
+        huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
         let prefixes = ["model.", "language_model.model.", "model.language_model."];

@@ -37,19 +37,25 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         Some(_) => config.periodic_windows(window, PERIOD)?,
         None => config.mixed_windows(None, |_| false)?,
     };
-    Ok(with_windows(common, windows))
+    Ok(with_windows(common, windows, window.is_some()))
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let common = metadata.hyperparameters()?;
-    let windows = metadata.windows(metadata.window(None)?, PERIOD)?;
-    Ok(with_windows(common, windows))
+    let window = metadata.window(None)?;
+    let windows = metadata.windows(window, PERIOD)?;
+    Ok(with_windows(common, windows, window.is_some()))
 }
 
-/// A model with these windows. If there are some, the layers without do not rotate.
-fn with_windows(numbers: Hyperparameters, windows: Vec<Option<usize>>) -> Hyperparameters {
+/// A model with these windows. If it has a size of windows, even if no layer has one, the layers
+/// without do not rotate.
+fn with_windows(
+    numbers: Hyperparameters,
+    windows: Vec<Option<usize>>,
+    has_size: bool,
+) -> Hyperparameters {
     let mut numbers = Hyperparameters { windows, ..numbers };
-    if numbers.windows.iter().any(Option::is_some) {
+    if has_size {
         numbers.unrotated = numbers.layers_without_window();
     }
     numbers

@@ -8,6 +8,7 @@ use crate::device::{QueryScale, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
 use crate::model::names::{self, Part};
+use serde_json::Value;
 use std::collections::HashSet;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -116,9 +117,20 @@ fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, M
 /// The factor on queries that are not rotated.
 fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
     let settings = config.settings;
-    let is_on = settings.flag("attn_temperature_tuning")?.unwrap_or(true);
+    let key = "attn_temperature_tuning";
+    // A number in older files: anything but 0 is true.
+    let truth = |value: &Value| value.as_bool().or_else(|| Some(value.as_f64()? != 0.0));
+    let is_on = settings
+        .optional(key, "true, false or a number", truth)?
+        .unwrap_or(true);
     let slope = settings.number_or("attn_scale", Some(0.1))?;
-    let slope = slope.ok_or_else(|| settings.refused("attn_scale", "null", "a number"))?;
+    let slope = slope.filter(|slope| slope.is_finite());
+    let slope = slope.ok_or_else(|| {
+        let found = settings
+            .get("attn_scale")
+            .map_or("null".to_owned(), ToString::to_string);
+        settings.refused("attn_scale", found, "a finite number")
+    })?;
     let key = "floor_scale";
     let interval = settings.size_or(key, 8192)?;
     let interval = u32::try_from(interval)

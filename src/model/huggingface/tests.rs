@@ -579,6 +579,9 @@ fn layers_without_rope_are_listed_or_come_at_an_interval() {
     };
     assert_eq!(rotated(exaone(json!({}))), [true, true, true, false]);
     assert_eq!(rotated(exaone(json!({"sliding_window": null}))), [true; 4]);
+    // There is a size of windows, but no layer has one.
+    let full = json!({"layer_types": vec!["full_attention"; 4]});
+    assert_eq!(rotated(exaone(full)), [false; 4]);
     let cohere = json!({
         "model_type": "cohere2", "num_hidden_layers": 2,
         "layer_types": ["full_attention", "sliding_attention"],
@@ -708,6 +711,9 @@ fn llama4_mixes_chunks_and_layers_without_rope() {
     assert_eq!((scale.slope, scale.interval, scale.offset), (0.1, 8192, 1));
     assert_eq!(config.dense_width(), Some(16_384));
     assert_eq!(config.shared_width(), Some(8192));
+    // As files of the first version say it.
+    let older = llama(json!({"attn_temperature_tuning": 4})).unwrap();
+    assert!((older.layers.iter()).any(|layer| layer.attention().query_scale.is_some()));
     let plain = json!({"attn_temperature_tuning": false, "attention_chunk_size": null});
     let config = llama(plain).unwrap();
     let attentions = || config.layers.iter().map(|layer| layer.attention());
@@ -721,6 +727,11 @@ fn llama4_mixes_chunks_and_layers_without_rope() {
         (json!({"moe_layers": [0.5]}), "moe_layers"),
         (json!({"floor_scale": 0}), "floor_scale"),
         (json!({"attn_scale": null}), "attn_scale"),
+        (json!({"attn_scale": 1e39}), "attn_scale"),
+        (
+            json!({"attn_temperature_tuning": "4"}),
+            "attn_temperature_tuning",
+        ),
         (
             json!({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}),
             "layer_types",
@@ -755,4 +766,21 @@ fn gpt_oss_is_extended_by_default_and_limits_its_experts() {
     }
     let error = read(&json!({"model_type": "gpt_oss", "swiglu_limit": -7.0}));
     assert!(error.unwrap_err().to_string().contains("swiglu_limit"));
+}
+
+#[test]
+fn quantised_weights_are_refused_by_their_method() {
+    let plain = json!({"model_type": "gpt_oss"});
+    assert!(refuse_quantised(&plain).is_ok());
+    let mxfp4 = json!({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}});
+    let error = refuse_quantised(&mxfp4).unwrap_err().to_string();
+    assert!(
+        error.contains("quantization_config.quant_method"),
+        "{error}"
+    );
+    assert!(error.contains("mxfp4"), "{error}");
+    let inner = json!({"model_type": "llava", "text_config": {"model_type": "llama",
+        "quantization_config": {"quant_method": "fp8"}}});
+    let error = refuse_quantised(&inner).unwrap_err().to_string();
+    assert!(error.contains("fp8"), "{error}");
 }
