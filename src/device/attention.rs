@@ -56,8 +56,24 @@ pub trait AttentionOps: RopeOps {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
     /// its own. `out` has `heads.q_columns()` columns.
     ///
+    /// A sink is a score, one per query head: if there are sinks, the softmax is computed as if
+    /// there were one more key with that score, whose value is zero. Xiao et al., *Efficient
+    /// Streaming Language Models with Attention Sinks*, 2023.
+    ///
     /// Fails if a block table of the layer's group begins too late for the window, see
     /// [`ATTENTION_SPAN`], or ends too early for the rows.
+    fn attend_with_sinks(
+        &mut self,
+        qkv: &Self::Tensor,
+        spec: &AttentionSpec,
+        sinks: Option<&Self::Vector>,
+        cache: &Self::Cache,
+        layer: CacheLayer,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
+    /// Computes [`AttentionOps::attend_with_sinks`] without sinks.
+    #[cfg(feature = "internals")]
     fn attend(
         &mut self,
         qkv: &Self::Tensor,
@@ -68,20 +84,6 @@ pub trait AttentionOps: RopeOps {
     ) -> Result<(), DeviceError> {
         self.attend_with_sinks(qkv, spec, None, cache, layer, out)
     }
-
-    /// Computes [`AttentionOps::attend`] with sinks, if there are some. A sink is a score, one
-    /// per query head: the softmax is computed as if there were one more key with that score,
-    /// whose value is zero. Xiao et al., *Efficient Streaming Language Models with Attention
-    /// Sinks*, 2023.
-    fn attend_with_sinks(
-        &mut self,
-        qkv: &Self::Tensor,
-        spec: &AttentionSpec,
-        sinks: Option<&Self::Vector>,
-        cache: &Self::Cache,
-        layer: CacheLayer,
-        out: &mut Self::Tensor,
-    ) -> Result<(), DeviceError>;
 
     /// Does what [`RopeOps::rope_store`], [`RopeOps::scale_queries`] and then
     /// [`AttentionOps::attend_with_sinks`] do, in one kernel if the device has one for the step.

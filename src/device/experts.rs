@@ -79,7 +79,17 @@ pub trait ExpertOps: DeviceTypes {
     type Experts;
 
     /// Loads the experts of one layer. Entry `e` of both lists is expert `e`. In `gate_up`, the
-    /// rows of the gate come first.
+    /// rows of the gate come first. If there are corrections, one per expert, they are added to
+    /// the weights to choose experts, see [`SigmoidRouting`].
+    fn load_corrected_experts(
+        &mut self,
+        gate_up: &[LinearSpec<'_>],
+        down: &[LinearSpec<'_>],
+        corrections: Option<&[f32]>,
+    ) -> Result<Self::Experts, DeviceError>;
+
+    /// Loads the experts of one layer, without corrections.
+    #[cfg(feature = "internals")]
     fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
@@ -87,15 +97,6 @@ pub trait ExpertOps: DeviceTypes {
     ) -> Result<Self::Experts, DeviceError> {
         self.load_corrected_experts(gate_up, down, None)
     }
-
-    /// Loads the experts of one layer, with a correction for each if there are some: a number
-    /// that is added to its weight to choose experts, see [`SigmoidRouting`].
-    fn load_corrected_experts(
-        &mut self,
-        gate_up: &[LinearSpec<'_>],
-        down: &[LinearSpec<'_>],
-        corrections: Option<&[f32]>,
-    ) -> Result<Self::Experts, DeviceError>;
 
     /// Computes a mixture-of-experts feed-forward layer. `router` has one logit per expert. The
     /// outputs of a row's experts are summed in the order of their index.

@@ -107,7 +107,9 @@ pub(super) struct Storage {
     pub(super) huggingface_name: fn(Part) -> String,
     /// The name of a part of a layer in GGUF files, after `blk.N.`.
     pub(super) gguf_name: fn(Part) -> String,
-    /// Whether query, key and value are one tensor.
+    /// Whether query, key and value are one tensor. Only random weights need to know: readers
+    /// find out by the names of the tensors.
+    #[cfg_attr(not(any(feature = "cli", feature = "internals")), allow(dead_code))]
     pub(super) fuses_qkv: bool,
     /// Whether gate and up are one tensor.
     pub(super) fuses_gate_up: bool,
