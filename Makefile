@@ -6,7 +6,7 @@ LESS_OPTIMISED := --config profile.test.package.quell.opt-level=1
 # The model checkers' tests need features that exclude each other.
 ALL := --locked --workspace --exclude interleavings
 
-.PHONY: demo check test test-cuda-and-models test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
+.PHONY: demo check test test-cuda test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -24,7 +24,7 @@ check:
 ## is run on a machine with a GPU, on the virtual one. Also fails if the kernels do not do what
 ## benches/results/kernel-counts.json says.
 ##
-## The tests of the CUDA device and the model checkers use one core most of the time, so the
+## The tests of the CUDA device keep one core busy, because they share one virtual GPU, so the
 ## other tests run beside them. The unit tests do not optimise the crate, which would take longer
 ## than running them: most of what is slow is in the integration tests, whose copy of the crate
 ## is optimised.
@@ -32,18 +32,18 @@ test: model clients templates
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
 	@# Cargo decides for itself how many jobs it runs.
-	$(MAKE) --jobs 2 CARGO="env -u MAKEFLAGS $(CARGO)" test-cuda-and-models test-others
+	$(MAKE) --jobs 2 CARGO="env -u MAKEFLAGS $(CARGO)" test-cuda test-others
 
-test-cuda-and-models:
+test-cuda:
 	$(CARGO) test $(ALL) --test 'cuda*'
 	$(CARGO) test $(ALL) --bench kernels -- --virtual --check
-	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
-	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
-	$(MAKE) models
 
 test-others:
 	$(CARGO) test $(ALL) --test '[!c]*' --test 'cpu*'
 	$(CARGO) test $(ALL) --doc
+	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
+	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
+	$(MAKE) models
 	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
 	$(MAKE) check
 
