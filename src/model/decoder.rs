@@ -74,8 +74,7 @@ impl<D: Device> Decoder<D> {
                 Some(device.load_vector(&weight)?)
             }
         };
-        let ropes = config.ropes.iter().map(|rope| rope.spec(limits.positions));
-        let ropes = ropes.chain([RopeSpec::nothing(limits.positions)]);
+        let ropes = rope_specs(&config, limits).into_iter();
         let ropes = ropes.map(|spec| device.load_rope(&spec));
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;
         let workspace = Workspace::allocate(&config, device, limits)?;
@@ -96,8 +95,7 @@ impl<D: Device> Decoder<D> {
     /// positions take on `device`.
     pub fn activation_bytes(config: &ModelConfig, device: &D, limits: StepLimits) -> usize {
         let mut bytes = workspace::bytes(config, device, limits);
-        let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
-        let specs: Vec<RopeSpec> = specs.collect();
+        let specs = rope_specs(config, limits);
         for (index, spec) in specs.iter().enumerate() {
             if !specs[..index].contains(spec) {
                 bytes = bytes.saturating_add(device.rope_bytes(spec));
@@ -220,6 +218,13 @@ impl<D: Device> Decoder<D> {
             None => Ok(()),
         }
     }
+}
+
+/// Returns the position embeddings of a model, and one that rotates nothing.
+fn rope_specs(config: &ModelConfig, limits: StepLimits) -> Vec<RopeSpec> {
+    let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
+    let nothing = RopeSpec::nothing(limits.positions);
+    specs.chain([nothing]).collect()
 }
 
 /// What the norms of the residual stream compute.

@@ -62,11 +62,11 @@ impl ModelSource {
                 Part::ExpertDown(_) => stacked.down,
                 _ => stacked.gate_up,
             };
-            return vec![self.stacked_path(layer, name)];
+            return vec![self.layer_prefix(layer) + name];
         }
         match self.stacked_name(layer, part(0)) {
-            Some(stacked) if self.holds(&stacked) => vec![stacked],
-            _ => (0..count)
+            Some(stacked) => vec![stacked],
+            None => (0..count)
                 .map(|expert| self.name(layer, part(expert)))
                 .collect(),
         }
@@ -88,25 +88,18 @@ impl ModelSource {
         }
     }
 
-    /// The full name of a stacked tensor of a Hugging Face checkpoint.
-    fn stacked_path(&self, layer: usize, name: &str) -> String {
-        let prefix = match self.naming() {
-            Naming::Gguf => "",
-            Naming::HuggingFace { prefix } => prefix,
-        };
-        format!("{prefix}layers.{layer}.{name}")
-    }
-
-    /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer.
+    /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the
+    /// file has it.
     fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
         let name = match self.naming() {
             Naming::Gguf => names::gguf_stacked(part)?,
             Naming::HuggingFace { .. } => return None,
         };
-        Some(format!("blk.{layer}.{name}.weight"))
+        let name = format!("{}{name}.weight", self.layer_prefix(layer));
+        self.holds(&name).then_some(name)
     }
 
-    /// A linear layer of parts of one expert, each a tensor of its own or a slice of a stacked
+    /// A linear layer of parts of one expert, each a tensor of its own or an entry of a stacked
     /// one, with their biases if there are some.
     fn expert_linear(
         &self,
@@ -115,31 +108,16 @@ impl ModelSource {
         parts: &[(Part, usize)],
         columns: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let (mut stored, mut bias) = (Vec::with_capacity(parts.len()), Vec::new());
-        let mut is_biased = false;
-        for &(part, rows) in parts {
-            let own = self.name(layer, part);
-            let stacked = self.stacked_name(layer, part);
-            let stacked = stacked.filter(|name| self.holds(name));
-            let name = stacked.as_ref().unwrap_or(&own);
-            let of_expert = |name: &str, shape: &[usize]| match stacked {
-                Some(_) => self.entry(name, expert, shape),
-                None => self.tensor(name),
-            };
-            stored.push(self.rows(&of_expert(name, &[rows, columns])?, rows, columns)?);
-            let bias_name = names::bias(name);
-            if self.has_bias(part, &bias_name) {
-                bias.extend(self.numbers(&of_expert(&bias_name, &[rows])?, rows)?);
-                is_biased = true;
-            } else {
-                bias.resize(bias.len() + rows, 0.0);
+        self.linear_of(parts, columns, |part| {
+            match self.stacked_name(layer, part) {
+                Some(stacked) => (stacked, Some(expert)),
+                None => (self.name(layer, part), None),
             }
-        }
-        Ok(StoredLinear::new(stored).with_bias(is_biased.then_some(bias)))
+        })
     }
 
     /// Entry `index` of a stacked tensor, whose entries must have this shape.
-    fn entry(
+    pub(super) fn entry(
         &self,
         name: &str,
         index: usize,
@@ -169,8 +147,8 @@ impl ModelSource {
             (true, true) => 2 * row,
             (true, false) => 2 * (row - width) + 1,
         };
-        let gate_up = self.stacked_path(layer, stacked.gate_up);
-        let down = self.stacked_path(layer, stacked.down);
+        let gate_up = self.layer_prefix(layer) + stacked.gate_up;
+        let down = self.layer_prefix(layer) + stacked.down;
         let columns: Vec<usize> = (0..2 * width).map(place).collect();
         let gate_up = self.transposed(&gate_up, expert, hidden, &columns)?;
         let columns: Vec<usize> = (0..hidden).collect();

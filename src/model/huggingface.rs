@@ -227,12 +227,18 @@ impl<'a> Config<'a> {
 
     /// Biases on all of the attention's projections, if `attention_bias` says so.
     pub(super) fn attention_biases(&self) -> Result<Biases, ModelError> {
-        let attention = self.settings.flag("attention_bias")?.unwrap_or(false);
+        let attention = self.attention_bias(false)?;
         Ok(Biases {
-            qkv: Some(attention),
-            attention_out: Some(attention),
+            qkv: attention,
+            attention_out: attention,
             ..Biases::NONE
         })
+    }
+
+    /// `attention_bias`, or `default` where it is missing.
+    pub(super) fn attention_bias(&self, default: bool) -> Result<Option<bool>, ModelError> {
+        let said = self.settings.flag("attention_bias")?;
+        Ok(Some(said.unwrap_or(default)))
     }
 
     fn end_tokens(&self) -> Result<Vec<u32>, ModelError> {

@@ -116,6 +116,18 @@ pub enum QkNormKind {
 }
 
 impl LayerSpec {
+    /// The same layer, with queries and keys normalised in this way.
+    pub(super) fn with_qk_norm(self, kind: QkNormKind) -> Self {
+        let Mixer::Attention(attention) = self.mixer;
+        Self {
+            mixer: Mixer::Attention(Attention {
+                qk_norm: Some(kind),
+                ..attention
+            }),
+            ..self
+        }
+    }
+
     /// The layer's attention.
     pub fn attention(&self) -> &Attention {
         let Mixer::Attention(attention) = &self.mixer;

@@ -134,11 +134,7 @@ impl ModelSource {
     pub(super) fn prediction_layers(&self) -> Vec<String> {
         let first = self.config.layers.len();
         let layers = first..first + self.config.prediction_layers;
-        let name = |layer| match self.naming {
-            Naming::Gguf => format!("blk.{layer}."),
-            Naming::HuggingFace { prefix } => format!("{prefix}layers.{layer}."),
-        };
-        layers.map(name).collect()
+        layers.map(|layer| self.layer_prefix(layer)).collect()
     }
 
     /// The name of the token embedding.
@@ -293,20 +289,25 @@ impl ModelSource {
         self.linear(layer, &[(Part::Router, experts)], self.config.hidden)
     }
 
+    /// What the names of all tensors of a layer begin with.
+    pub(super) fn layer_prefix(&self, layer: usize) -> String {
+        match self.naming {
+            Naming::Gguf => format!("blk.{layer}."),
+            Naming::HuggingFace { prefix } => format!("{prefix}layers.{layer}."),
+        }
+    }
+
     /// The name of the weight of a part of a layer.
     pub(super) fn name(&self, layer: usize, part: Part) -> String {
         let storage = self.config.architecture.storage;
-        match self.naming {
-            Naming::Gguf => {
-                let suffix = names::gguf_suffix(part);
-                format!("blk.{layer}.{}{suffix}", (storage.gguf_name)(part))
-            }
-            Naming::HuggingFace { prefix } => {
-                let name = (storage.huggingface_name)(part);
-                let suffix = names::huggingface_suffix(part);
-                format!("{prefix}layers.{layer}.{name}{suffix}")
-            }
-        }
+        let (name, suffix) = match self.naming {
+            Naming::Gguf => ((storage.gguf_name)(part), names::gguf_suffix(part)),
+            Naming::HuggingFace { .. } => (
+                (storage.huggingface_name)(part),
+                names::huggingface_suffix(part),
+            ),
+        };
+        self.layer_prefix(layer) + &name + suffix
     }
 
     pub(super) fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
@@ -325,15 +326,30 @@ impl ModelSource {
         parts: &[(Part, usize)],
         columns: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
+        self.linear_of(parts, columns, |part| (self.name(layer, part), None))
+    }
+
+    /// Like [`ModelSource::linear`]. `locate` returns the name of the tensor of a part and, if the
+    /// part is only an entry of the tensor, the entry's index; biases are located in the same way.
+    pub(super) fn linear_of(
+        &self,
+        parts: &[(Part, usize)],
+        columns: usize,
+        locate: impl Fn(Part) -> (String, Option<usize>),
+    ) -> Result<StoredLinear<'_>, ModelError> {
         let mut stored = Vec::with_capacity(parts.len());
         let mut bias = Vec::new();
         let mut biased = false;
         for &(part, rows) in parts {
-            let name = self.name(layer, part);
-            stored.push(self.matrix(&name, rows, columns)?);
+            let (name, entry) = locate(part);
+            let view = |name: &str, shape: &[usize]| match entry {
+                Some(index) => self.entry(name, index, shape),
+                None => self.tensor(name),
+            };
+            stored.push(self.rows(&view(&name, &[rows, columns])?, rows, columns)?);
             let bias_name = names::bias(&name);
             if self.has_bias(part, &bias_name) {
-                bias.extend(self.vector(&bias_name, rows)?);
+                bias.extend(self.numbers(&view(&bias_name, &[rows])?, rows)?);
                 biased = true;
             } else {
                 bias.resize(bias.len() + rows, 0.0);

@@ -41,14 +41,12 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
-    let common = config.hyperparameters()?;
-    let qkv = config.settings.flag("attention_bias")?.unwrap_or(true);
     Ok(Hyperparameters {
         biases: Biases {
-            qkv: Some(qkv),
+            qkv: config.attention_bias(true)?,
             ..Biases::NONE
         },
-        ..common
+        ..config.hyperparameters()?
     })
 }
 

@@ -70,14 +70,13 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         shared: (shared > 0).then_some(width.saturating_mul(shared)),
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
-    let qkv = settings.flag("attention_bias")?.unwrap_or(false);
     Ok(Hyperparameters {
         dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
         experts: Some(experts),
         has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(false),
         prediction_layers: settings.size_or("num_nextn_predict_layers", 1)?.min(64),
         biases: Biases {
-            qkv: Some(qkv),
+            qkv: config.attention_bias(false)?,
             ..Biases::NONE
         },
         ..common

@@ -81,7 +81,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             ..common.rope.clone()
         },
     };
-    let attention = Some(settings.flag("attention_bias")?.unwrap_or(true));
+    let attention = config.attention_bias(true)?;
     let mut numbers = Hyperparameters {
         sliding_rope: rope.clone(),
         rope,

@@ -2,7 +2,6 @@
 //! what each part of a layer adds to the residual stream.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
-use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 
@@ -34,15 +33,11 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
     let factor = |key| settings.positive_or(key, 1.0);
-    let feed_forward = settings.flag("mlp_bias")?.unwrap_or(false);
     let mut numbers = Hyperparameters {
         attention_scale: factor("attention_multiplier")?,
         embedding_scale: factor("embedding_multiplier")?,
         logit_scale: 1.0 / factor("logits_scaling")?,
-        biases: Biases {
-            feed_forward: Some(feed_forward),
-            ..config.attention_biases()?
-        },
+        biases: llama::biases(config)?,
         ..common
     };
     numbers.names.keys.attention_scale = "attention_multiplier";

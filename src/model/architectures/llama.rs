@@ -46,14 +46,18 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
 };
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
-    let common = config.hyperparameters()?;
-    let feed_forward = config.settings.flag("mlp_bias")?.unwrap_or(false);
     Ok(Hyperparameters {
-        biases: Biases {
-            feed_forward: Some(feed_forward),
-            ..config.attention_biases()?
-        },
-        ..common
+        biases: biases(config)?,
+        ..config.hyperparameters()?
+    })
+}
+
+/// Biases where `attention_bias` and `mlp_bias` say so.
+pub(super) fn biases(config: &Config<'_>) -> Result<Biases, ModelError> {
+    let feed_forward = config.settings.flag("mlp_bias")?.unwrap_or(false);
+    Ok(Biases {
+        feed_forward: Some(feed_forward),
+        ..config.attention_biases()?
     })
 }
 

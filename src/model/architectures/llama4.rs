@@ -2,7 +2,7 @@
 //! attention within chunks in most layers, and without RoPE in the others, whose queries grow with
 //! their position.
 
-use super::smollm3::unrotated_layers;
+use super::smollm3::{every, unrotated_layers};
 use super::{Architecture, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage, llama};
 use crate::device::{QueryScale, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::huggingface::{Config, ConfigClass};
@@ -110,8 +110,7 @@ fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, M
     if step == 0 {
         return Err(settings.refused(key, step, "at least 1"));
     }
-    let layers = 0..layers.min(1 << 16);
-    Ok(layers.filter(|layer| (layer + 1) % step == 0).collect())
+    Ok(every(step, layers))
 }
 
 /// The factor on queries that are not rotated.

@@ -4,7 +4,7 @@
 use super::{Architecture, Hyperparameters, ModelError, Storage, llama, mixtral};
 use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
-use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
+use crate::model::layer::{Experts, LayerSpec, QkNormKind};
 use crate::model::names::Part;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -64,13 +64,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
-    LayerSpec {
-        mixer: Mixer::Attention(Attention {
-            qk_norm: Some(QkNormKind::WholeRow),
-            ..numbers.attention(index)
-        }),
-        ..numbers.layer(index)
-    }
+    numbers.layer(index).with_qk_norm(QkNormKind::WholeRow)
 }
 
 fn huggingface_name(part: Part) -> String {

@@ -5,7 +5,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
-use crate::model::layer::{Attention, LayerSpec, Mixer, NormPlacement, QkNormKind};
+use crate::model::layer::{LayerSpec, NormPlacement, QkNormKind};
 use crate::model::{RopeConfig, RopeScaling};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -53,12 +53,8 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
 
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
     LayerSpec {
-        mixer: Mixer::Attention(Attention {
-            qk_norm: Some(QkNormKind::WholeRow),
-            ..numbers.attention(index)
-        }),
         mixer_norms: NormPlacement::After,
         feed_forward_norms: NormPlacement::After,
-        ..numbers.layer(index)
+        ..numbers.layer(index).with_qk_norm(QkNormKind::WholeRow)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2};
 use crate::model::huggingface::{Config, ConfigClass};
-use crate::model::layer::{Attention, LayerSpec, Mixer, QkNormKind};
+use crate::model::layer::{LayerSpec, QkNormKind};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "qwen3",
@@ -31,11 +31,5 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
-    LayerSpec {
-        mixer: Mixer::Attention(Attention {
-            qk_norm: Some(QkNormKind::PerHead),
-            ..numbers.attention(index)
-        }),
-        ..numbers.layer(index)
-    }
+    numbers.layer(index).with_qk_norm(QkNormKind::PerHead)
 }

@@ -33,15 +33,12 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
-    let settings = config.settings;
-    let qkv = settings.flag("attention_bias")?.unwrap_or(true);
-    let attention_out = settings.flag("attention_out_bias")?.unwrap_or(false);
-    let feed_forward = settings.flag("mlp_bias")?.unwrap_or(false);
+    let attention_out = config.settings.flag("attention_out_bias")?;
     Ok(Hyperparameters {
         biases: Biases {
-            qkv: Some(qkv),
-            attention_out: Some(attention_out),
-            feed_forward: Some(feed_forward),
+            qkv: config.attention_bias(true)?,
+            attention_out: Some(attention_out.unwrap_or(false)),
+            ..llama::biases(config)?
         },
         ..common
     })

@@ -1,7 +1,6 @@
 //! SmolLM3: Llama without RoPE in every fourth layer.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
-use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 use std::collections::HashSet;
@@ -44,14 +43,10 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         true => config.window()?,
         false => None,
     };
-    let feed_forward = settings.flag("mlp_bias")?.unwrap_or(false);
     Ok(Hyperparameters {
         windows: config.mixed_windows(window, |layer| unrotated.contains(&layer))?,
         unrotated,
-        biases: Biases {
-            feed_forward: Some(feed_forward),
-            ..config.attention_biases()?
-        },
+        biases: llama::biases(config)?,
         ..common
     })
 }
@@ -93,7 +88,7 @@ pub(super) fn unrotated_layers(
 }
 
 /// The last of every `period` layers.
-fn every(period: usize, layers: usize) -> HashSet<usize> {
+pub(super) fn every(period: usize, layers: usize) -> HashSet<usize> {
     let layers = 0..layers.min(1 << 16);
     layers.filter(|layer| (layer + 1) % period == 0).collect()
 }
