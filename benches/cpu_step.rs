@@ -180,7 +180,14 @@ impl Model {
                 place,
             )?;
             lap("rope_store");
-            d.attend(&self.qkv, &spec, &self.cache, place, &mut self.attended)?;
+            d.attend(
+                &self.qkv,
+                &spec,
+                None,
+                &self.cache,
+                place,
+                &mut self.attended,
+            )?;
             lap("attend");
             d.linear(&self.attended, &layer.output, rows, &mut self.x)?;
             lap("linear output");

@@ -140,8 +140,9 @@ fn decode(
     };
     bench.measure(work, filled.layers, |device| {
         let mut layers = (0..filled.layers).map(CacheLayer::single_group);
-        layers
-            .try_for_each(|layer| device.attend(&qkv, &filled.spec, &filled.cache, layer, &mut out))
+        layers.try_for_each(|layer| {
+            device.attend(&qkv, &filled.spec, None, &filled.cache, layer, &mut out)
+        })
     });
     Ok(())
 }
@@ -173,7 +174,7 @@ fn prefill(bench: &mut Bench, shape: &Shape, new: usize, cached: usize) -> Resul
     if bench.wants("attend prefill") {
         bench.measure(work, 1, |device| {
             let layer = CacheLayer::single_group(0);
-            device.attend(&qkv, &filled.spec, &filled.cache, layer, &mut out)
+            device.attend(&qkv, &filled.spec, None, &filled.cache, layer, &mut out)
         });
     }
     if bench.wants("rope_store") {

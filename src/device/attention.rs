@@ -62,7 +62,7 @@ pub trait AttentionOps: RopeOps {
     ///
     /// Fails if a block table of the layer's group begins too late for the window, see
     /// [`ATTENTION_SPAN`], or ends too early for the rows.
-    fn attend_with_sinks(
+    fn attend(
         &mut self,
         qkv: &Self::Tensor,
         spec: &AttentionSpec,
@@ -72,21 +72,7 @@ pub trait AttentionOps: RopeOps {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
-    /// Computes [`AttentionOps::attend_with_sinks`] without sinks.
-    #[cfg(feature = "internals")]
-    fn attend(
-        &mut self,
-        qkv: &Self::Tensor,
-        spec: &AttentionSpec,
-        cache: &Self::Cache,
-        layer: CacheLayer,
-        out: &mut Self::Tensor,
-    ) -> Result<(), DeviceError> {
-        self.attend_with_sinks(qkv, spec, None, cache, layer, out)
-    }
-
-    /// Does what [`RopeOps::rope_store`], [`RopeOps::scale_queries`] and then
-    /// [`AttentionOps::attend_with_sinks`] do, in one kernel if the device has one for the step.
+    /// Does what [`rope_then_attend`] does, in one kernel if the device has one for the step.
     /// Leaves anything in `qkv`.
     fn rope_attend(
         &mut self,
@@ -96,24 +82,31 @@ pub trait AttentionOps: RopeOps {
         layer: CacheLayer,
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError> {
-        let RotaryAttention {
-            rotary,
-            spec,
-            sinks,
-        } = attention;
-        self.rope_store(
-            qkv,
-            spec.heads,
-            rotary.norm.as_ref(),
-            rotary.rope,
-            cache,
-            layer,
-        )?;
-        if let Some(scale) = rotary.query_scale {
-            self.scale_queries(qkv, spec.heads, scale)?;
-        }
-        self.attend_with_sinks(qkv, spec, *sinks, cache, layer, out)
+        rope_then_attend(self, qkv, attention, cache, layer, out)
     }
+}
+
+/// Does [`RopeOps::rope_store`], [`RopeOps::scale_queries`] and [`AttentionOps::attend`], one
+/// after the other.
+pub(super) fn rope_then_attend<D: AttentionOps>(
+    device: &mut D,
+    qkv: &mut D::Tensor,
+    attention: &RotaryAttention<'_, D>,
+    cache: &mut D::Cache,
+    layer: CacheLayer,
+    out: &mut D::Tensor,
+) -> Result<(), DeviceError> {
+    let RotaryAttention {
+        rotary,
+        spec,
+        sinks,
+    } = attention;
+    let (norm, rope) = (rotary.norm.as_ref(), rotary.rope);
+    device.rope_store(qkv, spec.heads, norm, rope, cache, layer)?;
+    if let Some(scale) = rotary.query_scale {
+        device.scale_queries(qkv, spec.heads, scale)?;
+    }
+    device.attend(qkv, spec, *sinks, cache, layer, out)
 }
 
 /// Attention, and what is done to queries and keys before it.
@@ -122,7 +115,7 @@ pub struct RotaryAttention<'a, D: RopeOps> {
     pub rotary: Rotary<'a, D>,
     /// The attention.
     pub spec: AttentionSpec,
-    /// Sinks, if there are some; see [`AttentionOps::attend_with_sinks`].
+    /// Sinks, if there are some; see [`AttentionOps::attend`].
     pub sinks: Option<&'a D::Vector>,
 }
 

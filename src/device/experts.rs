@@ -43,6 +43,14 @@ pub struct SigmoidRouting {
 }
 
 impl RoutingSpec {
+    /// Returns whether the weights multiply the inputs of the experts.
+    pub fn scales_input(&self) -> bool {
+        match self.score {
+            RouterScore::Softmax => false,
+            RouterScore::Sigmoid(sigmoid) => sigmoid.scales_input,
+        }
+    }
+
     /// Checks that experts can be chosen so out of `count`. The error says why not.
     pub fn check(&self, count: usize) -> Result<(), String> {
         let top_k = self.top_k;
@@ -81,22 +89,12 @@ pub trait ExpertOps: DeviceTypes {
     /// Loads the experts of one layer. Entry `e` of both lists is expert `e`. In `gate_up`, the
     /// rows of the gate come first. If there are corrections, one per expert, they are added to
     /// the weights to choose experts, see [`SigmoidRouting`].
-    fn load_corrected_experts(
+    fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
         corrections: Option<&[f32]>,
     ) -> Result<Self::Experts, DeviceError>;
-
-    /// Loads the experts of one layer, without corrections.
-    #[cfg(feature = "internals")]
-    fn load_experts(
-        &mut self,
-        gate_up: &[LinearSpec<'_>],
-        down: &[LinearSpec<'_>],
-    ) -> Result<Self::Experts, DeviceError> {
-        self.load_corrected_experts(gate_up, down, None)
-    }
 
     /// Computes a mixture-of-experts feed-forward layer. `router` has one logit per expert. The
     /// outputs of a row's experts are summed in the order of their index.

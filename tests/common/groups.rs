@@ -242,7 +242,7 @@ impl<D: TestDevice> Grouped<D> {
             let (spec, heads) = (self.spec(layer), self.heads);
             let (device, cache, rope) = (&mut self.device, &mut self.cache, &self.rope);
             device.rope_store(qkv, heads, None, rope, cache, layer.place)?;
-            device.attend(qkv, &spec, cache, layer.place, out)?;
+            device.attend(qkv, &spec, None, cache, layer.place, out)?;
         }
         Ok(())
     }
@@ -258,7 +258,7 @@ impl<D: TestDevice> Grouped<D> {
         let (device, cache) = (&mut self.device, &mut self.cache);
         let stored = device.rope_store(&mut qkv, self.heads, None, &self.rope, cache, layer.place);
         let attended =
-            stored.and_then(|()| device.attend(&qkv, &spec, cache, layer.place, &mut out));
+            stored.and_then(|()| device.attend(&qkv, &spec, None, cache, layer.place, &mut out));
         self.device.finish(Ok(())).unwrap();
         attended
     }

@@ -102,7 +102,7 @@ impl Layer {
             )
             .unwrap();
         self.device
-            .attend_with_sinks(&qkv, &self.spec, sinks, &self.cache, layer, &mut out)
+            .attend(&qkv, &self.spec, sinks, &self.cache, layer, &mut out)
             .unwrap();
         let mut row = 0;
         parts
@@ -631,7 +631,7 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
         layer.device.stage(&batch).unwrap();
         let (device, cache) = (&mut layer.device, &mut layer.cache);
         let stored = device.rope_store(&mut qkv, spec.heads, None, &layer.rope, cache, of_layer);
-        let attended = device.attend(&qkv, &spec, cache, of_layer, &mut out);
+        let attended = device.attend(&qkv, &spec, None, cache, of_layer, &mut out);
         assert_eq!(
             (stored.is_ok(), attended.is_ok()),
             ok,

@@ -518,7 +518,9 @@ fn padding_of_recorded_steps_changes_no_bit() {
             Staged::Enqueue => {
                 layer.rope_store(&mut qkv).unwrap();
                 let (device, cache) = (&mut layer.device, &layer.cache);
-                device.attend(&qkv, &spec, cache, LAYER, &mut out).unwrap();
+                device
+                    .attend(&qkv, &spec, None, cache, LAYER, &mut out)
+                    .unwrap();
                 assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
             }
         }
@@ -576,7 +578,9 @@ fn decode_after_one_prompt(
         if staged == Staged::Enqueue {
             layer.rope_store(&mut qkv).unwrap();
             let (device, cache) = (&mut layer.device, &layer.cache);
-            device.attend(&qkv, spec, cache, LAYER, &mut out).unwrap();
+            device
+                .attend(&qkv, spec, None, cache, LAYER, &mut out)
+                .unwrap();
             assert_eq!(device.finish(Ok(())).unwrap(), Finished::Done);
         }
         let values = layer.device.values(&out, rows.len()).unwrap();
@@ -676,7 +680,9 @@ fn splitting_a_step_into_several_launches_changes_no_bit() {
         layer.stage(&batch);
         layer.rope_store(&mut qkv).unwrap();
         let (device, cache) = (&mut layer.device, &layer.cache);
-        device.attend(&qkv, &spec, cache, LAYER, &mut out).unwrap();
+        device
+            .attend(&qkv, &spec, None, cache, LAYER, &mut out)
+            .unwrap();
         device.finish(Ok(())).unwrap();
         bits(&device.values(&out, count).unwrap())
     };
@@ -745,7 +751,7 @@ fn invalid_attention_arguments_are_refused() {
         layer.rope_store(&mut qkv).unwrap();
         let (device, cache) = (&mut layer.device, &layer.cache);
         let place = CacheLayer::single_group(index);
-        let outcome = device.attend(&qkv, spec, cache, place, &mut out);
+        let outcome = device.attend(&qkv, spec, None, cache, place, &mut out);
         device.finish(Ok(())).unwrap();
         outcome
     };
@@ -833,7 +839,7 @@ fn sinks_and_chunks_agree_with_float64_in_any_steps() {
         let mut out = layer.tensor(uneven.spec.heads.q_columns(), &[0.0; 128]);
         layer.stage(&batch);
         let (device, cache) = (&mut layer.device, &layer.cache);
-        let error = device.attend(&qkv, &uneven.spec, cache, LAYER, &mut out);
+        let error = device.attend(&qkv, &uneven.spec, None, cache, LAYER, &mut out);
         layer.device.finish(Ok(())).unwrap();
         assert!(error.unwrap_err().to_string().contains("48"));
     }

@@ -137,7 +137,14 @@ impl Model {
         device.linear(&self.normed, &self.qkv, rows, &mut self.rows)?;
         let (rope, cache) = (&self.rope, &mut self.cache);
         device.rope_store(&mut self.rows, HEADS, None, rope, cache, LAYER)?;
-        device.attend(&self.rows, &spec, &self.cache, LAYER, &mut self.attended)?;
+        device.attend(
+            &self.rows,
+            &spec,
+            None,
+            &self.cache,
+            LAYER,
+            &mut self.attended,
+        )?;
         device.linear(&self.attended, &self.out, rows, &mut self.delta)?;
         device.add(&mut self.residual, &self.delta, rows)?;
         if samples == 0 {

@@ -214,7 +214,7 @@ impl<'d> Layer<'d> {
                 self.rope_store(&mut qkv).unwrap();
                 let (device, cache, sinks) = (&mut self.device, &self.cache, self.sinks.as_ref());
                 device
-                    .attend_with_sinks(&qkv, spec, sinks, cache, LAYER, &mut out)
+                    .attend(&qkv, spec, sinks, cache, LAYER, &mut out)
                     .unwrap();
             }
         }

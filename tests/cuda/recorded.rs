@@ -230,7 +230,9 @@ impl Run {
             device
                 .rope_store(&mut qkv, heads, None, &rope, &mut cache, LAYER)
                 .unwrap();
-            device.attend(&qkv, &spec, &cache, LAYER, &mut out).unwrap();
+            device
+                .attend(&qkv, &spec, None, &cache, LAYER, &mut out)
+                .unwrap();
             self.keep(format!("attend-{head_dim}-step{index}"), &out, rows);
         }
     }
@@ -241,7 +243,7 @@ impl Run {
         let down = weights(HIDDEN, width, DType::BF16);
         let gate_ups = vec![spec(&gate_up, None); count];
         let downs = vec![spec(&down, None); count];
-        let experts = self.device.load_experts(&gate_ups, &downs).unwrap();
+        let experts = self.device.load_experts(&gate_ups, &downs, None).unwrap();
         let routing = RoutingSpec {
             top_k: 2,
             score: RouterScore::Softmax,

@@ -33,7 +33,7 @@ use operands::{Attend, Item};
 const STATE: usize = 3072;
 
 impl AttentionOps for CpuDevice {
-    fn attend_with_sinks(
+    fn attend(
         &mut self,
         qkv: &CpuTensor,
         spec: &AttentionSpec,

@@ -26,6 +26,8 @@ pub(crate) struct Scratch {
     /// Rows that chose each expert, with their weights.
     chosen: Vec<Vec<(usize, f32)>>,
     order: Vec<(usize, f32)>,
+    /// Groups of experts, with their ranks.
+    groups: Vec<(usize, f32)>,
     x: Vec<f32>,
     gate_up: Vec<f32>,
     hidden: Vec<f32>,
@@ -45,7 +47,7 @@ struct Operands<'a> {
 impl ExpertOps for CpuDevice {
     type Experts = CpuExperts;
 
-    fn load_corrected_experts(
+    fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
@@ -142,13 +144,7 @@ impl CpuExperts {
         let isa = multiplier.isa;
         let columns = out.len() / operands.rows.max(1);
         scratch.choose(operands, self.gate_up.len(), self.corrections.as_deref());
-        let scales_input = matches!(
-            operands.routing.score,
-            RouterScore::Sigmoid(SigmoidRouting {
-                scales_input: true,
-                ..
-            })
-        );
+        let scales_input = operands.routing.scales_input();
         out.fill(0.0);
         for (expert, (gate_up, down)) in self.gate_up.iter().zip(&self.down).enumerate() {
             let rows = std::mem::take(&mut scratch.chosen[expert]);
@@ -245,21 +241,20 @@ impl Scratch {
         };
         let size = logits.len() / routing.groups;
         // Which groups are open, by the sum of their two best experts.
-        let mut groups: Vec<(usize, f32)> = (0..routing.groups)
-            .map(|group| {
-                let mut best = [f32::NEG_INFINITY; 2];
-                for rank in (group * size..(group + 1) * size).map(rank) {
-                    best[1] = best[1].max(best[0].min(rank));
-                    best[0] = best[0].max(rank);
-                }
-                (group, best[0] + best[1])
-            })
-            .collect();
+        let of_group = |group: usize| {
+            let mut best = [f32::NEG_INFINITY; 2];
+            for rank in (group * size..(group + 1) * size).map(rank) {
+                best[1] = best[1].max(best[0].min(rank));
+                best[0] = best[0].max(rank);
+            }
+            (group, best[0] + best[1])
+        };
+        self.groups.clear();
+        self.groups.extend((0..routing.groups).map(of_group));
         let by_rank = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        groups.sort_by(by_rank);
-        groups.truncate(routing.top_groups);
+        self.groups.sort_by(by_rank);
         self.order.clear();
-        for (group, _) in groups {
+        for &(group, _) in self.groups.iter().take(routing.top_groups) {
             let experts = group * size..(group + 1) * size;
             self.order
                 .extend(experts.map(|expert| (expert, rank(expert))));

@@ -21,9 +21,10 @@ use super::scratch::Scratch;
 use super::signature::Signature;
 use super::step::{Bounds, MOST_UNITS, UNIT, UnitSpread};
 use super::tensor::{CudaTensor, require_shape};
+use crate::device::attention::rope_then_attend;
 use crate::device::{
     AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
-    RopeOps, RotaryAttention,
+    RotaryAttention,
 };
 
 kernels! {
@@ -233,7 +234,7 @@ impl ScalarParameters {
 }
 
 impl AttentionOps for CudaDevice {
-    fn attend_with_sinks(
+    fn attend(
         &mut self,
         qkv: &CudaTensor,
         spec: &AttentionSpec,
@@ -267,11 +268,7 @@ impl AttentionOps for CudaDevice {
         // A norm over a whole row needs all of its heads in one block.
         let per_head = norm.is_none_or(|norm| norm.per_head);
         if self.step.has_prefills() || !per_head || rotary.query_scale.is_some() {
-            self.rope_store(qkv, spec.heads, norm, rotary.rope, cache, layer)?;
-            if let Some(scale) = rotary.query_scale {
-                self.scale_queries(qkv, spec.heads, scale)?;
-            }
-            return self.attend_with_sinks(qkv, spec, *sinks, cache, layer, out);
+            return rope_then_attend(self, qkv, attention, cache, layer, out);
         }
         let rows = Rows {
             qkv,

@@ -13,7 +13,7 @@ use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
     Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RouterScore,
-    RoutingSpec, SigmoidRouting,
+    RoutingSpec,
 };
 
 kernels! {
@@ -138,7 +138,7 @@ pub(super) struct ExpertScratch(Scratch);
 struct Pairs {
     expert: Ptr,
     weight: Ptr,
-    /// What the inputs of pairs are multiplied by, where that is not 1.
+    /// Place for what the inputs of pairs are multiplied by.
     input: Ptr,
     /// The tiles of the pairs, which are sorted by expert.
     tiles: ExpertTiles,
@@ -149,6 +149,16 @@ struct Pairs {
     gate_up: Ptr,
     hidden: Ptr,
     out: Ptr,
+}
+
+impl Pairs {
+    /// Returns the address of what the inputs of pairs are multiplied by, or NULL for nothing.
+    fn input_factors(&self, routing: RoutingSpec) -> Ptr {
+        match routing.scales_input() {
+            true => self.input,
+            false => Ptr::NULL,
+        }
+    }
 }
 
 /// Returns the maximum number of tiles of each of [`TILE_ROWS`] that the pairs of `rows` rows
@@ -234,7 +244,7 @@ impl ExpertScratch {
 impl ExpertOps for CudaDevice {
     type Experts = CudaExperts;
 
-    fn load_corrected_experts(
+    fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
@@ -325,13 +335,7 @@ impl ExpertOps for CudaDevice {
         };
         let places = self.expert_scratch.pairs(&self.context, rows, shape)?;
         self.route(&places, router, routing, experts, (rows, count))?;
-        let scales_input = matches!(
-            routing.score,
-            RouterScore::Sigmoid(SigmoidRouting {
-                scales_input: true,
-                ..
-            })
-        );
+        let scales_input = routing.scales_input();
         let is_plain = experts.gate_up_bias.is_none() && !scales_input;
 
         let average = pairs.div_ceil(count);
@@ -358,11 +362,7 @@ impl ExpertOps for CudaDevice {
                 out: places.hidden,
                 slot: places.slot,
                 expert: places.expert,
-                input: if scales_input {
-                    places.input
-                } else {
-                    Ptr::NULL
-                },
+                input: places.input_factors(routing),
                 bias: address(experts.gate_up_bias.as_ref()),
                 count: pairs,
                 columns: hidden,
@@ -498,11 +498,7 @@ impl CudaDevice {
                 grid,
                 places.expert,
                 places.weight,
-                if sigmoid.scales_input {
-                    places.input
-                } else {
-                    Ptr::NULL
-                },
+                places.input_factors(routing),
                 router.ptr(),
                 address(experts.corrections.as_ref()),
                 count,

@@ -6,10 +6,10 @@ use super::context::Context;
 use super::error::{require, unsupported};
 use super::launch::{Grid, kernels};
 use super::load;
-use super::memory::{Buffer, Ptr};
+use super::memory::Ptr;
 use super::options::CudaOptions;
 use super::pack::{RECORD_INPUTS, RECORD_OUTPUTS};
-use super::scratch::{Scratch, rounded};
+use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::units::{Room, Tiles, round_records, unit_inputs};
 use super::weights::{CudaLinear, Kind, Segment};
@@ -50,7 +50,7 @@ pub(super) struct Products {
     converted: Scratch,
     /// Sums of units, which pass from block to block, after the counters of the blocks that have
     /// arrived. Each launch leaves the counters at zero.
-    sums: Option<Buffer>,
+    sums: Scratch,
     room: Room,
     /// cuBLASLt, if the options request it.
     blas: Option<Blas>,
@@ -67,7 +67,7 @@ impl Products {
         let blas = || Blas::new(context, options);
         Ok(Self {
             converted: Scratch::default(),
-            sums: None,
+            sums: Scratch::zeroed(),
             room,
             blas: options.blas.then(blas).transpose()?,
         })
@@ -86,12 +86,7 @@ impl Products {
 
     /// Returns the address of the memory for sums.
     fn sums(&mut self, context: &Context) -> Result<Ptr, DeviceError> {
-        if let Some(sums) = &self.sums {
-            return Ok(sums.ptr());
-        }
-        context.refuse_in_capture("allocating memory for sums")?;
-        let sums = context.allocate_zeroed(rounded(self.room.sum_bytes()), "sums of products")?;
-        Ok(self.sums.insert(sums).ptr())
+        self.sums.get(context, self.room.sum_bytes())
     }
 
     fn converted(&mut self, context: &Context, numbers: usize) -> Result<Ptr, DeviceError> {

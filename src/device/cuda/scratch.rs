@@ -31,8 +31,8 @@ impl Scratch {
         }
     }
 
-    /// Returns the address of at least `bytes` bytes, uninitialised unless they are zeroed. Fails if the memory would
-    /// have to grow while a graph is being recorded.
+    /// Returns the address of at least `bytes` bytes, uninitialised unless they are zeroed. Fails
+    /// if the memory would have to grow while a graph is being recorded.
     pub(super) fn get(&mut self, context: &Context, bytes: usize) -> Result<Ptr, DeviceError> {
         match &self.buffer {
             Some(buffer) if buffer.bytes() >= bytes => Ok(buffer.ptr()),

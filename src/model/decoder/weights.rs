@@ -167,9 +167,7 @@ impl<D: Device> Loader<'_, D> {
             false => None,
         };
         let corrections = corrections.as_deref();
-        let loaded = self
-            .device
-            .load_corrected_experts(&gate_up, &down, corrections)?;
+        let loaded = self.device.load_experts(&gate_up, &down, corrections)?;
         Ok(FeedForwardWeights::Experts {
             router,
             experts: loaded,

@@ -71,8 +71,8 @@ impl Description {
             .map(|(&id, token)| SpecialToken {
                 id,
                 text: &token.content,
-                special: token.special,
                 search: Search {
+                    special: token.special,
                     late: token.normalized,
                     absorbs_before: token.lstrip,
                     absorbs_after: token.rstrip,

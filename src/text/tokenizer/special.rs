@@ -30,8 +30,6 @@ pub(super) struct SpecialTokens {
 pub(super) struct SpecialToken<'a> {
     pub(super) id: u32,
     pub(super) text: &'a str,
-    /// Whether the token is plain text if special tokens are not parsed.
-    pub(super) special: bool,
     pub(super) search: Search,
 }
 
@@ -64,9 +62,11 @@ impl Stages {
     }
 }
 
-/// How a special token is found, as a `tokenizer.json` says.
+/// How a token is searched for.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Search {
+    /// Only if special tokens are parsed; the token is plain text otherwise.
+    pub(super) special: bool,
     /// Only between the tokens that are found at once.
     pub(super) late: bool,
     /// Absorbs the white space before it.
@@ -78,8 +78,8 @@ pub(super) struct Search {
 #[derive(Debug)]
 struct Finder {
     automaton: Option<AhoCorasick>,
-    /// The tokens, in the order of the automaton's patterns, and whether each is special.
-    tokens: Vec<(u32, bool, Search)>,
+    /// The tokens, in the order of the automaton's patterns.
+    tokens: Vec<(u32, Search)>,
 }
 
 impl Finder {
@@ -96,7 +96,7 @@ impl Finder {
             automaton: (!tokens.is_empty()).then_some(automaton),
             tokens: tokens
                 .iter()
-                .map(|token| (token.id, token.special, token.search))
+                .map(|token| (token.id, token.search))
                 .collect(),
         })
     }
@@ -109,8 +109,8 @@ impl Finder {
             .iter()
             .flat_map(|automaton| automaton.find_iter(text))
         {
-            let (id, special, search) = self.tokens[found.pattern().as_usize()];
-            if special && !parse_special {
+            let (id, search) = self.tokens[found.pattern().as_usize()];
+            if search.special && !parse_special {
                 continue;
             }
             // White space that another token has absorbed may contain a token.
@@ -146,8 +146,10 @@ impl SpecialTokens {
             let token = |(id, text, kind): (u32, _, TokenKind)| SpecialToken {
                 id,
                 text,
-                special: kind.is_special(),
-                search: Search::default(),
+                search: Search {
+                    special: kind.is_special(),
+                    ..Search::default()
+                },
             };
             wanted.map(token).collect()
         };
@@ -172,7 +174,7 @@ impl SpecialTokens {
     pub(super) fn absorb_spaces(&self) -> bool {
         let finders = [&self.all.first, &self.all.second];
         let mut searches = finders.into_iter().flat_map(|finder| &finder.tokens);
-        searches.any(|(.., search)| search.absorbs_before || search.absorbs_after)
+        searches.any(|(_, search)| search.absorbs_before || search.absorbs_after)
     }
 
     /// Splits `text` at special tokens. Without `parse_special`, splits at user-defined
