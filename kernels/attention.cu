@@ -1,6 +1,7 @@
 // Attention over the paged cache: one kernel for sequences with one row (decode), which rotates and
 // stores the row, spreads the sequence's units of keys over warps and merges them, and one for
 // sequences with more rows (prefill). See attention.cuh for what they share.
+#include "arrival.cuh"
 #include "attention.cuh"
 #include "rope.cuh"
 
@@ -148,20 +149,11 @@ __device__ __noinline__ void merge_units(
 ) {
     __shared__ u32 arrived;
     const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks);
-    const u32 blocks = block.blocks, units = block.units;
-    u32* const arrival = arrivals + blockIdx.z * gridDim.y + blockIdx.y;
-    // What this block has written can be seen by the one that sees all others arrive.
-    if (blocks > 1) __threadfence();
-    __syncthreads();
-    if (blocks > 1) {
-        if (threadIdx.x == 0) {
-            arrived = atomicAdd(arrival, 1) + 1;
-            __threadfence();
-            // Every block has arrived: none changes the count any more.
-            if (arrived == blocks) *arrival = 0;
-        }
+    const u32 units = block.units;
+    if (block.blocks > 1) {
+        if (!is_last_to_arrive(arrivals + blockIdx.z * gridDim.y + blockIdx.y, block.blocks, &arrived)) return;
+    } else {
         __syncthreads();
-        if (arrived != blocks) return;
     }
 
     constexpr u32 AT_ONCE = 32, ACROSS = 128;

@@ -198,7 +198,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
                 kept_at(0)[i * THREADS] = make_float4(total[i][0], total[i][1], total[i][2], total[i][3]);
             }
         }
-        if (!is_last_to_arrive(kept.arrived, reinterpret_cast<u32*>(stages))) return;
+        if (!is_last_to_arrive(kept.arrived, gridDim.z, reinterpret_cast<u32*>(stages))) return;
 #pragma unroll 1
         for (u32 i = 0; i < FOURS; i++) {
             float four[4] = {};

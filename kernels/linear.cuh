@@ -7,6 +7,7 @@
 // order. So a row's results do not depend on the tile, nor on the rows beside it, nor on how many
 // blocks share the units of a tile. See linear.cu and linear_quant.cu for the units.
 #pragma once
+#include "arrival.cuh"
 #include "gate.cuh"
 
 // As `copy_async` and `load_matrices` of common.cuh, for an address that is already one
@@ -108,27 +109,6 @@ struct SharedSums {
         return total;
     }
 };
-
-// Returns whether all other blocks of the tile have called it, in every thread of the block.
-// What they wrote before is then visible, to loads that bypass the L1 cache. `shared`: shared memory
-// that nothing else is in. Called, not inlined: most kernels have it.
-__device__ __noinline__ bool is_last_to_arrive(u32* arrived, u32* shared) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        // Orders what the whole block wrote, since the barrier made it visible to this thread.
-        __threadfence();
-        const u32 before = atomicAdd(arrived, 1);
-        __threadfence();
-        // The next launch counts from zero again.
-        if (before == gridDim.z - 1) *arrived = 0;
-        *shared = before;
-    }
-    __syncthreads();
-    const u32 before = *shared;
-    // The memory may take something else.
-    __syncthreads();
-    return before == gridDim.z - 1;
-}
 
 // Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
 // the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is a multiple of

@@ -478,7 +478,7 @@ __device__ __noinline__ void finish(Output to, Tile tile, SharedSums kept, u32 s
     extern __shared__ __align__(256) u8 stages[];
     float* const results = reinterpret_cast<float*>(stages);
     if (is_shared()) {
-        if (!is_last_to_arrive(kept.arrived, reinterpret_cast<u32*>(stages))) return;
+        if (!is_last_to_arrive(kept.arrived, gridDim.z, reinterpret_cast<u32*>(stages))) return;
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < size; i += blockDim.x) results[i] = kept.total(i, size);
     }

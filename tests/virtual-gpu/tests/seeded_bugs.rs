@@ -519,7 +519,7 @@ fn a_kernel_that_lets_the_next_one_begin_before_it_waits_is_detected() {
 fn a_count_of_blocks_that_is_not_reset_is_detected() {
     // The only store of a word to global memory.
     let is_reset = |_: &str, line: &str| line.starts_with("st.global.u32");
-    let image = with_bug("attention", "merge_units", 0, is_reset, without);
+    let image = with_bug("attention", "is_last_to_arrive", 0, is_reset, without);
     let found = outcome(same_attention(&image, false));
     assert_eq!(found, Err("wrong result".to_owned()));
 }
@@ -543,14 +543,13 @@ fn units_that_are_merged_in_another_order_change_bits() {
 #[test]
 fn a_merge_that_does_not_wait_for_the_other_blocks_is_detected() {
     // The first block to arrive merges, while the others have not written their results.
-    let is_last =
-        |before: &str, line: &str| before.contains("E7arrived") && line.starts_with("setp.ne.s32");
-    // The second of two comparisons: the first one is that of the reset.
-    let never = |line: &str| {
-        let predicate = line["setp.ne.s32 ".len()..].split(',').next().unwrap();
-        format!("setp.ne.s32 {predicate}, 0, 0;")
+    let is_comparison = |_: &str, line: &str| line.starts_with("setp.eq.s32");
+    let always = |line: &str| {
+        let predicate = line["setp.eq.s32 ".len()..].split(',').next().unwrap();
+        format!("setp.eq.s32 {predicate}, 0, 0;")
     };
-    let image = with_bug("attention", "merge_units", 1, is_last, never);
+    // The second comparison: the first one finds the thread that counts.
+    let image = with_bug("attention", "is_last_to_arrive", 1, is_comparison, always);
     let fault = same_attention(&image, false).unwrap_err();
     assert_eq!(fault.kind, FaultKind::UninitialisedRead, "{fault}");
 }
