@@ -6,6 +6,7 @@
 //! the same cache, and each block belongs to one group.
 
 use super::attention::ATTENTION_SPAN;
+use super::recurrent::{BatchState, check_states};
 use std::ops::Range;
 
 /// The rows of one sequence in a step.
@@ -58,6 +59,8 @@ pub struct Batch {
     pub sequences: Vec<BatchSequence>,
     /// One entry per group of layers.
     pub groups: Vec<BatchGroup>,
+    /// One entry per sequence; none if the model has no recurrent layers.
+    pub states: Vec<BatchState>,
     /// Rows whose logits are needed, in ascending order.
     pub sample_rows: Vec<usize>,
 }
@@ -87,6 +90,7 @@ impl Batch {
             group.tables.clear();
             group.entries.clear();
         }
+        self.states.clear();
         self.sample_rows.clear();
     }
 
@@ -147,6 +151,8 @@ impl Batch {
             }
         }
         self.check_sequences()?;
+        let rows_of = self.sequences.iter().map(|sequence| sequence.rows.len());
+        check_states(&self.states, rows_of, sorted)?;
         if let Some(row) = self.sample_rows.iter().find(|&&row| row >= rows) {
             return Err(format!(
                 "sample row {row} is out of range: the batch has {rows} rows"

@@ -1,9 +1,9 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
+use super::layer::{Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
 use super::{ModelError, RopeConfig};
-use crate::device::HeadShape;
+use crate::device::{HeadShape, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -67,6 +67,17 @@ pub struct ModelConfig {
     pub end_tokens: Vec<u32>,
 }
 
+/// Where recurrent layers keep what they know of the tokens so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StateLayout {
+    /// Number of float32 numbers of a sequence's state, all layers together; 0 if no layer is
+    /// recurrent.
+    pub elements: usize,
+    /// The parts of each layer: that of its convolution, and that of its recurrence. They are
+    /// empty where there is none.
+    pub layers: Vec<[StatePart; 2]>,
+}
+
 impl ModelConfig {
     /// The longest sequence unless a longer one, up to [`ModelConfig::context`], is asked
     /// for. It is shorter for models with LongRoPE: beyond it other factors apply, to short
@@ -75,16 +86,41 @@ impl ModelConfig {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The attention heads, which are the same in every layer.
+    /// The attention heads, which are the same in every layer that has attention.
     pub fn heads(&self) -> HeadShape {
-        self.layers[0].attention().heads
+        let first = self.attentions().next();
+        first.map(|attention| attention.heads).unwrap_or_default()
+    }
+
+    /// The attention of the layers that have it, which keep keys and values.
+    pub fn attentions(&self) -> impl Iterator<Item = &Attention> {
+        self.layers.iter().filter_map(LayerSpec::attention)
+    }
+
+    /// Where the recurrent layers keep what they know of the tokens so far.
+    pub fn states(&self) -> StateLayout {
+        let mut layout = StateLayout::default();
+        for layer in &self.layers {
+            let parts = layer.state_elements(self.hidden).map(|elements| {
+                let part = StatePart {
+                    offset: layout.elements,
+                    elements,
+                };
+                layout.elements = layout
+                    .elements
+                    .saturating_add(elements.next_multiple_of(16));
+                part
+            });
+            layout.layers.push(parts);
+        }
+        layout
     }
 
     /// The sliding window of the layers that have one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
-        layers.find_map(|layer| layer.attention().window)
+        layers.find_map(|layer| layer.attention()?.window)
     }
 
     /// The width of the dense feed-forward parts, if there are any.
@@ -113,11 +149,20 @@ impl ModelConfig {
     /// Checks that the layers fit the memory that they share: the cache has one shape for
     /// all of them, and so have the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
+        if self.attentions().next().is_none() {
+            let expected = "at least one layer with attention";
+            return Err(ModelError::setting(
+                "layer_types",
+                "recurrent only",
+                expected,
+            ));
+        }
         let (heads, dense, experts) = (self.heads(), self.dense_width(), self.experts());
         for (index, layer) in self.layers.iter().enumerate() {
-            let own = layer.attention().heads;
-            if own != heads {
-                return Err(uneven(index, "heads", own, heads));
+            if let Some(attention) = layer.attention()
+                && attention.heads != heads
+            {
+                return Err(uneven(index, "heads", attention.heads, heads));
             }
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
@@ -184,8 +229,9 @@ mod tests {
         };
         refused(
             |layers| {
-                let Mixer::Attention(attention) = &mut layers[5].mixer;
-                attention.heads.kv_heads = 2;
+                if let Mixer::Attention(attention) = &mut layers[5].mixer {
+                    attention.heads.kv_heads = 2;
+                }
             },
             ["layer 5's heads", "kv_heads: 4"],
         );

@@ -1,16 +1,17 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod layer_step;
+mod short_conv;
 mod weights;
 mod workspace;
 
-use super::layer::{LayerSpec, NormKind, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
-    AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Rotary,
-    RotaryAttention, Staged,
+    Batch, CacheLayer, Device, DeviceError, Finished, RopeSpec, Staged, StatePart,
 };
+use layer_step::{LayerStep, Norm};
 use std::ops::Range;
-use weights::{FeedForwardWeights, LayerWeights};
+use weights::{LayerWeights, MixerWeights};
 use workspace::Workspace;
 
 /// A model on a device.
@@ -18,8 +19,11 @@ pub struct Decoder<D: Device> {
     config: ModelConfig,
     embedding: D::Linear,
     layers: Vec<LayerWeights<D>>,
-    /// Where each layer's keys and values are in the KV cache.
+    /// Where each layer's keys and values are in the KV cache. Without meaning for a recurrent
+    /// layer.
     places: Vec<CacheLayer>,
+    /// The parts of each layer in the state of a sequence.
+    states: Vec<[StatePart; 2]>,
     final_norm: D::Vector,
     /// The weight of the final norm times the factor on logits, unless that is 1.
     logit_norm: Option<D::Vector>,
@@ -42,8 +46,8 @@ pub struct StepLimits {
 }
 
 impl<D: Device> Decoder<D> {
-    /// Loads a model. `place` returns where a layer's keys and values are in the KV cache.
-    /// `progress` is told after each layer how many of how many are done.
+    /// Loads a model. `place` returns where the keys and values of a layer are in the KV cache,
+    /// given its index among the layers that have attention. `progress` is told after each layer how many of how many are done.
     pub fn load(
         source: &ModelSource,
         device: &mut D,
@@ -78,8 +82,15 @@ impl<D: Device> Decoder<D> {
         let ropes = ropes.map(|spec| device.load_rope(&spec));
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;
         let workspace = Workspace::allocate(&config, device, limits)?;
+        let mut attentions = 0;
+        let places = config.layers.iter().map(|layer| {
+            let own = layer.attention().map(|_| place(attentions));
+            attentions += usize::from(own.is_some());
+            own.unwrap_or_default()
+        });
         Ok(Self {
-            places: (0..config.layers.len()).map(place).collect(),
+            places: places.collect(),
+            states: config.states().layers,
             config,
             embedding,
             layers,
@@ -153,20 +164,29 @@ impl<D: Device> Decoder<D> {
         device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
-        let specs = self.config.layers.iter().zip(&self.places);
-        for ((spec, &place), layer) in specs.zip(&self.layers) {
+        let places = self.places.iter().zip(&self.states);
+        let specs = self.config.layers.iter().zip(places);
+        for ((spec, (&place, &state)), layer) in specs.zip(&self.layers) {
             let step = LayerStep {
                 spec,
                 norm: Norm::of(&self.config),
                 place,
+                state,
                 rows,
             };
             let workspace = &mut self.workspace;
             let norms = &layer.mixer_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
-            let nothing = self.config.ropes.len();
-            let rope = &self.ropes[spec.attention().rope.unwrap_or(nothing)];
-            step.attention(device, workspace, layer, rope, cache)?;
+            match &layer.mixer {
+                MixerWeights::Attention(weights) => {
+                    let rope = spec.attention().and_then(|attention| attention.rope);
+                    let rope = &self.ropes[rope.unwrap_or(self.config.ropes.len())];
+                    step.attention(device, workspace, weights, rope, cache)?;
+                }
+                MixerWeights::ShortConv(weights) => {
+                    step.short_conv(device, workspace, weights, cache)?;
+                }
+            }
             pending = step.output(device, workspace, norms.after.as_ref())?;
             let norms = &layer.feed_forward_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
@@ -225,208 +245,4 @@ fn rope_specs(config: &ModelConfig, limits: StepLimits) -> Vec<RopeSpec> {
     let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
     let nothing = RopeSpec::nothing(limits.positions);
     specs.chain([nothing]).collect()
-}
-
-/// What the norms of the residual stream compute.
-#[derive(Clone, Copy)]
-struct Norm {
-    kind: NormKind,
-    /// Added to the mean square, or the variance.
-    epsilon: f32,
-}
-
-impl Norm {
-    fn of(config: &ModelConfig) -> Self {
-        Self {
-            kind: config.norm,
-            epsilon: config.norm_epsilon,
-        }
-    }
-
-    /// Normalises `x`. A layer norm also subtracts the mean of each row of `x` itself: nothing
-    /// that reads `x` later depends on it.
-    fn compute<D: Device>(
-        self,
-        device: &mut D,
-        x: &mut D::Tensor,
-        weight: &D::Vector,
-        rows: usize,
-        out: &mut D::Tensor,
-    ) -> Result<(), DeviceError> {
-        if self.kind == NormKind::Layer {
-            device.centre(x, rows)?;
-        }
-        device.rms_norm(x, weight, self.epsilon, rows, out)
-    }
-}
-
-/// One layer of one step.
-struct LayerStep<'a> {
-    spec: &'a LayerSpec,
-    norm: Norm,
-    place: CacheLayer,
-    rows: usize,
-}
-
-impl LayerStep<'_> {
-    /// Adds what is pending to the residual stream and makes a sub-layer's input.
-    fn input<D: Device>(
-        &self,
-        device: &mut D,
-        workspace: &mut Workspace<D::Tensor>,
-        norm: Option<&D::Vector>,
-        pending: bool,
-    ) -> Result<(), DeviceError> {
-        let Workspace {
-            residual,
-            normed,
-            delta,
-            ..
-        } = workspace;
-        let (epsilon, rows) = (self.norm.epsilon, self.rows);
-        match norm {
-            Some(weight) if pending && self.norm.kind == NormKind::Rms => {
-                device.add_rms_norm(residual, delta, weight, epsilon, rows, normed)
-            }
-            Some(weight) => {
-                if pending {
-                    device.add(residual, delta, rows)?;
-                }
-                self.norm.compute(device, residual, weight, rows, normed)
-            }
-            None if pending => device.add(residual, delta, rows),
-            None => Ok(()),
-        }
-    }
-
-    /// Takes a sub-layer's output; `true` when it is still to be added.
-    fn output<D: Device>(
-        &self,
-        device: &mut D,
-        workspace: &mut Workspace<D::Tensor>,
-        norm: Option<&D::Vector>,
-    ) -> Result<bool, DeviceError> {
-        let Workspace {
-            residual, delta, ..
-        } = workspace;
-        match norm {
-            Some(weight) => {
-                device.rms_norm_add(delta, weight, self.norm.epsilon, self.rows, residual)?;
-                Ok(false)
-            }
-            None => Ok(true),
-        }
-    }
-
-    fn attention<D: Device>(
-        &self,
-        device: &mut D,
-        workspace: &mut Workspace<D::Tensor>,
-        layer: &LayerWeights<D>,
-        rope: &D::Rope,
-        cache: &mut D::Cache,
-    ) -> Result<(), DeviceError> {
-        let spec = self.spec.attention();
-        let Workspace {
-            residual,
-            normed,
-            qkv,
-            attention,
-            delta,
-            ..
-        } = workspace;
-        let input = match self.spec.mixer_norms.reads_residual() {
-            true => &*residual,
-            false => &*normed,
-        };
-        device.linear(input, &layer.qkv, self.rows, qkv)?;
-        let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
-            q,
-            k,
-            epsilon: self.norm.epsilon,
-            per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
-        });
-        let rotary = Rotary {
-            norm,
-            rope,
-            query_scale: spec.query_scale,
-        };
-        let spec = AttentionSpec {
-            heads: spec.heads,
-            scale: spec.scale,
-            window: spec.window,
-            chunked: spec.is_chunked,
-            softcap: spec.softcap,
-        };
-        let rotary_attention = RotaryAttention {
-            rotary,
-            spec,
-            sinks: layer.sinks.as_ref(),
-        };
-        device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
-        device.linear(attention, &layer.attention_out, self.rows, delta)
-    }
-
-    fn feed_forward<D: Device>(
-        &self,
-        device: &mut D,
-        workspace: &mut Workspace<D::Tensor>,
-        layer: &LayerWeights<D>,
-    ) -> Result<(), DeviceError> {
-        let Workspace {
-            residual,
-            normed,
-            delta,
-            gate_up,
-            hidden,
-            router,
-            shared_gate_up,
-            shared_hidden,
-            ..
-        } = workspace;
-        let input = match self.spec.feed_forward_norms.reads_residual() {
-            true => &*residual,
-            false => &*normed,
-        };
-        match (&layer.feed_forward, gate_up, hidden, router) {
-            (
-                FeedForwardWeights::Dense {
-                    gate_up: weight,
-                    down,
-                    activation,
-                },
-                Some(gate_up),
-                Some(hidden),
-                _,
-            ) => {
-                device.gated_linear(input, weight, *activation, self.rows, gate_up, hidden)?;
-                device.linear(hidden, down, self.rows, delta)
-            }
-            (
-                FeedForwardWeights::Experts {
-                    router: weight,
-                    experts,
-                    routing,
-                    shared,
-                },
-                _,
-                _,
-                Some(router),
-            ) => {
-                device.linear(input, weight, self.rows, router)?;
-                device.experts(input, router, *routing, experts, self.rows, delta)?;
-                let shared = shared.as_ref().zip(shared_gate_up.as_mut());
-                let Some(((shared, gate_up), hidden)) = shared.zip(shared_hidden.as_mut()) else {
-                    return Ok(());
-                };
-                // `check_layers` allows shared experts only where `input` is not the residual
-                // stream, and nothing but `delta` is pending.
-                device.add(residual, delta, self.rows)?;
-                let (rows, activation) = (self.rows, routing.activation);
-                device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
-                device.linear(hidden, &shared.down, rows, delta)
-            }
-            _ => unreachable!("the workspace is allocated for the layers that there are"),
-        }
-    }
 }

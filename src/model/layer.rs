@@ -25,6 +25,17 @@ pub struct LayerSpec {
 pub enum Mixer {
     /// Causal softmax attention over cached keys and values.
     Attention(Attention),
+    /// A gated convolution over the last few tokens.
+    ShortConv(ShortConv),
+}
+
+/// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShortConv {
+    /// Number of tokens that take part in a result, its own included.
+    pub taps: usize,
+    /// Whether the convolution has a bias, and so have the projections before and after it.
+    pub has_bias: bool,
 }
 
 /// The attention of a layer.
@@ -118,20 +129,32 @@ pub enum QkNormKind {
 impl LayerSpec {
     /// The same layer, with queries and keys normalised in this way.
     pub(super) fn with_qk_norm(self, kind: QkNormKind) -> Self {
-        let Mixer::Attention(attention) = self.mixer;
-        Self {
-            mixer: Mixer::Attention(Attention {
+        let mixer = match self.mixer {
+            Mixer::Attention(attention) => Mixer::Attention(Attention {
                 qk_norm: Some(kind),
                 ..attention
             }),
-            ..self
+            other => other,
+        };
+        Self { mixer, ..self }
+    }
+
+    /// The layer's attention, if it has some.
+    pub fn attention(&self) -> Option<&Attention> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            _ => None,
         }
     }
 
-    /// The layer's attention.
-    pub fn attention(&self) -> &Attention {
-        let Mixer::Attention(attention) = &self.mixer;
-        attention
+    /// Numbers of elements that the mixer keeps of all tokens so far: those of its convolution,
+    /// and those of its recurrence. Both are 0 for attention, which keeps keys and values.
+    /// `hidden` is the width of the residual stream.
+    pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
+        match self.mixer {
+            Mixer::Attention(_) => [0, 0],
+            Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
+        }
     }
 }
 

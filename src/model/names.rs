@@ -29,6 +29,12 @@ pub(super) enum Part {
     SharedDown,
     /// The sinks of the attention's heads.
     Sinks,
+    /// The projection before a convolution.
+    ConvInput,
+    /// The weights of a convolution.
+    Convolution,
+    /// The projection after a convolution.
+    ConvOutput,
 }
 
 /// What follows the name of a part in a GGUF file.
@@ -74,6 +80,9 @@ pub(super) fn gguf(part: Part) -> String {
         Part::SharedUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
         Part::Sinks => "attn_sinks",
+        Part::ConvInput => "shortconv.in_proj",
+        Part::Convolution => "shortconv.conv",
+        Part::ConvOutput => "shortconv.out_proj",
     };
     name.to_owned()
 }
@@ -117,6 +126,9 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::SharedUp => "mlp.shared_experts.up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
         Part::Sinks => "self_attn.sinks",
+        Part::ConvInput => "conv.in_proj",
+        Part::Convolution => "conv.conv",
+        Part::ConvOutput => "conv.out_proj",
     };
     name.to_owned()
 }

@@ -1,7 +1,7 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::FeedForward;
+use super::layer::{Attention, FeedForward, Mixer, ShortConv};
 use super::names::{self, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
@@ -55,7 +55,10 @@ impl List<'_> {
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
-        self.attention(layer);
+        match spec.mixer {
+            Mixer::Attention(attention) => self.attention(layer, &attention),
+            Mixer::ShortConv(conv) => self.short_conv(layer, conv),
+        }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
             (Part::FeedForwardNorm, spec.feed_forward_norms.is_before()),
@@ -114,9 +117,23 @@ impl List<'_> {
         }
     }
 
-    fn attention(&mut self, layer: usize) {
+    fn short_conv(&mut self, layer: usize, conv: ShortConv) {
+        let hidden = self.config.hidden;
+        self.part(layer, Part::ConvInput, 3 * hidden, hidden);
+        self.part(layer, Part::ConvOutput, hidden, hidden);
+        let convolution = self.name(layer, Part::Convolution);
+        if conv.has_bias {
+            self.vector(names::bias(&convolution), hidden, 0.0);
+        }
+        self.tensors.push(RandomTensor {
+            name: convolution,
+            shape: vec![hidden, 1, conv.taps],
+            content: RandomContent::Weights,
+        });
+    }
+
+    fn attention(&mut self, layer: usize, attention: &Attention) {
         let (config, hidden) = (self.config, self.config.hidden);
-        let attention = config.layers[layer].attention();
         let heads = attention.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if config.architecture.storage.fuses_qkv {

@@ -4,7 +4,7 @@ use super::architectures::RopeRows;
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
-use crate::device::RowOrder;
+use crate::device::{HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
 
@@ -211,11 +211,12 @@ impl ModelSource {
     }
 
     /// Query, key and value of a layer, stacked.
-    pub(super) fn qkv(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let (heads, hidden) = (
-            self.config.layers[layer].attention().heads,
-            self.config.hidden,
-        );
+    pub(super) fn qkv(
+        &self,
+        layer: usize,
+        heads: HeadShape,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let hidden = self.config.hidden;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if self.fuses_qkv(layer) {
             return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], hidden);
@@ -231,7 +232,7 @@ impl ModelSource {
     /// The order in which the rows of queries and keys of a layer are stored, unless it is that
     /// in which they are used. It does not matter where they are not rotated.
     fn rope_order(&self, layer: usize) -> Option<RowOrder> {
-        let attention = self.config.layers[layer].attention();
+        let attention = self.config.layers[layer].attention()?;
         let rope = &self.config.ropes[attention.rope?];
         let is_interleaved = match self.config.architecture.storage.rope_rows {
             RopeRows::Halves => false,
@@ -251,9 +252,13 @@ impl ModelSource {
     }
 
     /// The attention's output projection.
-    pub(super) fn attention_out(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let columns = self.config.layers[layer].attention().heads.q_columns();
-        self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
+    pub(super) fn attention_out(
+        &self,
+        layer: usize,
+        heads: HeadShape,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let part = (Part::AttentionOut, self.config.hidden);
+        self.linear(layer, &[part], heads.q_columns())
     }
 
     /// Gate and up projection of a dense layer, stacked.
@@ -275,9 +280,44 @@ impl ModelSource {
     }
 
     /// The sinks of the attention's heads.
-    pub(super) fn sinks(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
-        let heads = self.config.layers[layer].attention().heads;
+    pub(super) fn sinks(&self, layer: usize, heads: HeadShape) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Sinks), heads.q_heads)
+    }
+
+    /// The weights of the convolution of a layer, for each tap the weights of all channels.
+    pub(super) fn convolution(
+        &self,
+        layer: usize,
+        channels: usize,
+        taps: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        let name = self.name(layer, Part::Convolution);
+        let tensor = self.tensor(&name)?;
+        // Hugging Face checkpoints have a dimension for input channels, of which there is one.
+        if tensor.shape != [channels, 1, taps] && tensor.shape != [channels, taps] {
+            return Err(ModelError::WrongShape {
+                name,
+                found: tensor.shape.to_vec(),
+                expected: vec![channels, taps],
+            });
+        }
+        let flat = TensorView {
+            shape: &[channels * taps],
+            ..tensor
+        };
+        let by_channel = self.numbers(&flat, channels * taps)?;
+        let taps = (0..taps).map(|tap| by_channel.iter().skip(tap).step_by(taps));
+        Ok(taps.flatten().copied().collect())
+    }
+
+    /// The bias of the convolution of a layer.
+    pub(super) fn convolution_bias(
+        &self,
+        layer: usize,
+        channels: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        let weight = self.name(layer, Part::Convolution);
+        self.vector(&names::bias(&weight), channels)
     }
 
     /// The router of a mixture of experts.

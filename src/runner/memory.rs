@@ -148,8 +148,8 @@ pub(super) fn cache_layout(
     model: &ModelConfig,
     config: &EngineConfig,
 ) -> Result<CacheLayout, LoadError> {
-    let layers = model.layers.iter();
-    let windows: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
+    let attentions = model.attentions();
+    let windows: Vec<Option<usize>> = attentions.map(|attention| attention.window).collect();
     let context = context_tokens(model, config);
     CacheLayout::new(&windows, context, ATTENTION_SPAN)
         .map_err(|EmptyWindow { layer }| LoadError::EmptyWindow { layer })

@@ -87,7 +87,7 @@ impl Kernel for Gate<'_> {
 }
 
 #[inline(always)]
-fn silu<S: Simd>(s: S, x: S::F) -> S::F {
+pub(super) fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     let e = s.exp(s.sub(s.splat(0.0), x));
     s.div(x, s.add(s.splat(1.0), e))
 }

@@ -9,7 +9,7 @@ use super::error::{require, require_ok};
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, StateShape};
 use std::ops::Range;
 
 /// The KV cache. It has one buffer for each layer of a block.
@@ -17,6 +17,8 @@ pub struct CpuCache {
     shape: CacheShape,
     pub(crate) half: bool,
     pub(super) layers: Vec<Buffer<u8>>,
+    /// The states of recurrent layers, one slot after the other; `None` if there are none.
+    pub(super) states: Option<(StateShape, Buffer<f32>)>,
 }
 
 /// Positions of the parts of a tile, in elements.
@@ -82,6 +84,7 @@ impl CpuCache {
             shape,
             half,
             layers: layers.collect::<Result<_, _>>()?,
+            states: None,
         })
     }
 

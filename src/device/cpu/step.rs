@@ -2,7 +2,8 @@
 
 use super::CpuDevice;
 use crate::device::{
-    Batch, BatchGroup, BatchSequence, CacheLayer, DeviceError, Feedback, Finished, Staged, StepOps,
+    Batch, BatchGroup, BatchSequence, BatchState, CacheLayer, DeviceError, Feedback, Finished,
+    Staged, StepOps,
 };
 
 /// A checked batch: every row has a token, the sequences cover the rows in order, and no two
@@ -13,6 +14,7 @@ pub(crate) struct StagedBatch {
     pub(crate) positions: Vec<u32>,
     pub(crate) sequences: Vec<BatchSequence>,
     groups: Vec<BatchGroup>,
+    pub(crate) states: Vec<BatchState>,
     pub(crate) sample_rows: Vec<usize>,
     /// Number of the batch. Values computed for another number are stale.
     pub(crate) generation: u64,
@@ -46,6 +48,7 @@ impl StagedBatch {
             // A rejected batch must not be computed.
             self.tokens.clear();
             self.sequences.clear();
+            self.states.clear();
             self.sample_rows.clear();
         }
         outcome.map_err(|reason| DeviceError::Failed {
@@ -60,6 +63,7 @@ impl StagedBatch {
         copy(&mut self.tokens, &batch.tokens);
         copy(&mut self.positions, &batch.positions);
         copy(&mut self.sequences, &batch.sequences);
+        copy(&mut self.states, &batch.states);
         copy(&mut self.sample_rows, &batch.sample_rows);
         self.groups
             .resize_with(batch.groups.len(), Default::default);

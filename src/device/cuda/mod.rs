@@ -35,6 +35,7 @@ mod overlap;
 mod pack;
 mod pooling;
 mod probe;
+mod recurrent;
 mod rope;
 mod sampling;
 mod scratch;

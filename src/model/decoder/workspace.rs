@@ -1,8 +1,10 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::short_conv::ShortConvSpace;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
+use crate::model::layer::Mixer;
 
 /// Activations of a step, allocated once and shared by all layers. `T` is the device's tensor.
 pub(super) struct Workspace<T> {
@@ -12,6 +14,8 @@ pub(super) struct Workspace<T> {
     pub(super) normed: T,
     pub(super) qkv: T,
     pub(super) attention: T,
+    /// Activations of layers with a gated convolution, if there are some.
+    pub(super) short_conv: Option<ShortConvSpace<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -51,12 +55,19 @@ impl<T> Workspace<T> {
                 .transpose()
         };
         let experts = config.experts().map(|experts| experts.count);
+        let mut mixers = config.layers.iter().map(|layer| layer.mixer);
+        let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
+        let convolved = convolves.then_some(config.hidden);
+        let conv_input = optional(convolved.map(|channels| 3 * channels), activation)?;
+        let conv_output = optional(convolved, activation)?;
+        let short_conv = conv_input.zip(conv_output);
         Ok(Self {
             gate_up: optional(dense.map(|width| 2 * width), activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
             shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
             shared_hidden: optional(shared, activation)?,
+            short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,
