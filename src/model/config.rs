@@ -15,6 +15,8 @@ pub struct Biases {
     pub attention_out: Option<bool>,
     /// The feed-forward layers' projections.
     pub feed_forward: Option<bool>,
+    /// The projections of recurrent mixers.
+    pub recurrent: Option<bool>,
 }
 
 impl Biases {
@@ -23,6 +25,7 @@ impl Biases {
         qkv: None,
         attention_out: None,
         feed_forward: None,
+        recurrent: None,
     };
 
     /// None at all.
@@ -30,6 +33,7 @@ impl Biases {
         qkv: Some(false),
         attention_out: Some(false),
         feed_forward: Some(false),
+        recurrent: Some(false),
     };
 }
 

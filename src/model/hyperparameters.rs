@@ -5,7 +5,7 @@ use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
+use crate::device::{Activation, ConvSpec, HeadShape, QueryScale, RouterScore};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -49,6 +49,10 @@ pub(super) struct Hyperparameters {
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
+    /// The mixer of the recurrent layers, in architectures that have some.
+    pub(super) recurrent: Option<Mixer>,
+    /// Layers that have it instead of attention.
+    pub(super) recurrent_layers: HashSet<usize>,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -97,7 +101,10 @@ impl Hyperparameters {
     /// and keys.
     pub(super) fn layer(&self, index: usize) -> LayerSpec {
         LayerSpec {
-            mixer: Mixer::Attention(self.attention(index)),
+            mixer: match self.recurrent {
+                Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
+                _ => Mixer::Attention(self.attention(index)),
+            },
             mixer_norms: NormPlacement::Before,
             feed_forward: self.feed_forward(index),
             feed_forward_norms: NormPlacement::Before,
@@ -151,6 +158,7 @@ impl Hyperparameters {
             let found = format!("{} entries long", self.windows.len());
             return Err(self.refused(|keys| keys.layer_types, found, expected));
         }
+        self.check_recurrent()?;
         if let Some(experts) = self.experts {
             self.check_experts(experts)?;
         }
@@ -202,6 +210,36 @@ impl Hyperparameters {
             return Err(self.refused(|keys| keys.head_dim, head_dim, "even"));
         }
         Ok(())
+    }
+
+    fn check_recurrent(&self) -> Result<(), ModelError> {
+        let Some(mixer) = self.recurrent else {
+            return match self.recurrent_layers.is_empty() {
+                true => Ok(()),
+                false => Err(self.refused(|keys| keys.kv_heads, 0, "at least 1 in every layer")),
+            };
+        };
+        match mixer {
+            Mixer::Attention(_) => Ok(()),
+            Mixer::ShortConv(conv) => {
+                if !self.hidden.is_multiple_of(ConvSpec::CHANNELS) {
+                    let expected = format!("a multiple of {}", ConvSpec::CHANNELS);
+                    return Err(self.refused(|keys| keys.hidden, self.hidden, expected));
+                }
+                self.check_taps(conv.taps)
+            }
+        }
+    }
+
+    fn check_taps(&self, taps: usize) -> Result<(), ModelError> {
+        match ConvSpec::TAPS.contains(&taps) {
+            true => Ok(()),
+            false => {
+                let (least, most) = (ConvSpec::TAPS.start(), ConvSpec::TAPS.end());
+                let expected = format!("from {least} to {most}");
+                Err(self.refused(|keys| keys.taps, taps, expected))
+            }
+        }
     }
 
     fn check_factors(&self) -> Result<(), ModelError> {

@@ -25,6 +25,7 @@ pub(super) struct Keys {
     pub(super) expert_groups: &'static str,
     pub(super) expert_scale: &'static str,
     pub(super) shared_experts: &'static str,
+    pub(super) taps: &'static str,
     pub(super) rope_base: &'static str,
     pub(super) rope_dimension: &'static str,
     /// The following are relative to [`KeyNames::rope_place`].
@@ -62,6 +63,7 @@ pub(super) const GGUF: Keys = Keys {
     expert_groups: "expert_group_used_count",
     expert_scale: "expert_weights_scale",
     shared_experts: "expert_shared_count",
+    taps: "ssm.conv_kernel",
     rope_base: "rope.freq_base",
     rope_dimension: "rope.dimension_count",
     rope_factor: "factor",
@@ -97,6 +99,7 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     expert_groups: "topk_group",
     expert_scale: "routed_scaling_factor",
     shared_experts: "n_shared_experts",
+    taps: "conv_kernel",
     rope_base: "rope_theta",
     rope_dimension: "partial_rotary_factor",
     rope_factor: "factor",

@@ -34,7 +34,7 @@ pub enum Mixer {
 pub struct ShortConv {
     /// Number of tokens that take part in a result, its own included.
     pub taps: usize,
-    /// Whether the convolution has a bias, and so have the projections before and after it.
+    /// Whether the convolution has a bias.
     pub has_bias: bool,
 }
 

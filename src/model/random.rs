@@ -14,11 +14,14 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
         tensors: Vec::new(),
     };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden);
-    list.matrix(format!("{prefix}embed_tokens.weight"), vocabulary, hidden);
+    let storage = config.architecture.storage;
+    let embedding = storage.embedding;
+    list.matrix(format!("{prefix}{embedding}.weight"), vocabulary, hidden);
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
-    list.norm(format!("{prefix}norm.weight"), hidden);
+    let norm = storage.final_norm.huggingface;
+    list.norm(format!("{prefix}{norm}.weight"), hidden);
     if !tied {
         list.matrix("lm_head.weight".to_owned(), vocabulary, hidden);
     }
@@ -119,8 +122,11 @@ impl List<'_> {
 
     fn short_conv(&mut self, layer: usize, conv: ShortConv) {
         let hidden = self.config.hidden;
+        let bias = self.config.biases.recurrent;
         self.part(layer, Part::ConvInput, 3 * hidden, hidden);
+        self.bias(layer, Part::ConvInput, 3 * hidden, bias);
         self.part(layer, Part::ConvOutput, hidden, hidden);
+        self.bias(layer, Part::ConvOutput, hidden, bias);
         let convolution = self.name(layer, Part::Convolution);
         if conv.has_bias {
             self.vector(names::bias(&convolution), hidden, 0.0);

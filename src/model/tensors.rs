@@ -18,6 +18,14 @@ pub(super) enum Naming {
     },
 }
 
+/// What may stand before `layers.0` in a Hugging Face checkpoint.
+const PREFIXES: [&str; 4] = [
+    "model.",
+    "language_model.model.",
+    "model.language_model.",
+    "backbone.",
+];
+
 /// A model's numbers together with its weights.
 pub struct ModelSource {
     config: ModelConfig,
@@ -56,15 +64,14 @@ impl ModelSource {
         huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
-        let prefixes = ["model.", "language_model.model.", "model.language_model."];
-        let prefix = prefixes
+        let embedding = config.architecture.storage.embedding;
+        let prefix = PREFIXES
             .into_iter()
             .find(|prefix| {
-                folder
-                    .tensor(&format!("{prefix}embed_tokens.weight"))
-                    .is_some()
+                let name = format!("{prefix}{embedding}.weight");
+                folder.tensor(&name).is_some()
             })
-            .unwrap_or("model.");
+            .unwrap_or(PREFIXES[0]);
         let source = Self {
             config,
             weights: Box::new(folder),
@@ -89,7 +96,7 @@ impl ModelSource {
 
         let config = huggingface::read(settings)?;
         let tied = huggingface::ties_embeddings(settings)?;
-        let prefix = "model.";
+        let prefix = PREFIXES[0];
         let tensors = tensors(&config, prefix, tied);
         Ok(Self {
             weights: Box::new(weights(tensors, format)?),
@@ -141,7 +148,10 @@ impl ModelSource {
     pub(super) fn embedding_name(&self) -> String {
         match self.naming {
             Naming::Gguf => "token_embd.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}embed_tokens.weight"),
+            Naming::HuggingFace { prefix } => {
+                let name = self.config.architecture.storage.embedding;
+                format!("{prefix}{name}.weight")
+            }
         }
     }
 
@@ -165,9 +175,10 @@ impl ModelSource {
 
     /// The name of the norm before the output projection.
     pub(super) fn final_norm_name(&self) -> String {
+        let name = self.config.architecture.storage.final_norm;
         match self.naming {
-            Naming::Gguf => "output_norm.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}norm.weight"),
+            Naming::Gguf => format!("{}.weight", name.gguf),
+            Naming::HuggingFace { prefix } => format!("{prefix}{}.weight", name.huggingface),
         }
     }
 
@@ -405,6 +416,7 @@ impl ModelSource {
         let said = match part {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
             Part::AttentionOut => biases.attention_out,
+            Part::ConvInput | Part::ConvOutput => biases.recurrent,
             _ => biases.feed_forward,
         };
         said.unwrap_or_else(|| self.holds(name))

@@ -285,6 +285,8 @@ converted! {
     ernie4_5_as_converted_by_llama_cpp_agrees_with_transformers: "ernie4.5",
     glm4_as_converted_by_llama_cpp_agrees_with_transformers: "glm4",
     granite_as_converted_by_llama_cpp_agrees_with_transformers: "granite",
+    lfm2_as_converted_by_llama_cpp_agrees_with_transformers: "lfm2",
+    lfm2_moe_as_converted_by_llama_cpp_agrees_with_transformers: "lfm2-moe",
     ministral3_as_converted_by_llama_cpp_agrees_with_transformers: "mistral4",
     olmo3_as_converted_by_llama_cpp_agrees_with_transformers: "olmo3",
     seed_oss_as_converted_by_llama_cpp_agrees_with_transformers: "seed-oss",

@@ -15,6 +15,8 @@ mod glm4;
 mod glm4_moe;
 mod gpt_oss;
 mod granite;
+mod lfm2;
+mod lfm2_moe;
 mod llama;
 mod llama4;
 mod minimax_m2;
@@ -64,6 +66,8 @@ static ALL: &[&Architecture] = &[
     &glm4_moe::ARCHITECTURE,
     &minimax_m2::ARCHITECTURE,
     &llama4::ARCHITECTURE,
+    &lfm2::ARCHITECTURE,
+    &lfm2_moe::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -103,6 +107,11 @@ pub(super) struct GgufFormat {
 /// How an architecture's tensors are stored.
 #[derive(Clone, Copy)]
 pub(super) struct Storage {
+    /// The name of the token embedding in Hugging Face checkpoints, between the prefix and
+    /// `.weight`.
+    pub(super) embedding: &'static str,
+    /// The name of the norm before the output projection.
+    pub(super) final_norm: FinalNorm,
     /// The name of a part of a layer in Hugging Face checkpoints, after `layers.N.`.
     pub(super) huggingface_name: fn(Part) -> String,
     /// The name of a part of a layer in GGUF files, after `blk.N.`.
@@ -121,6 +130,15 @@ pub(super) struct Storage {
     /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
     /// each expert has its own.
     pub(super) stacked_experts: Option<StackedExperts>,
+}
+
+/// The name of the norm before the output projection, without `.weight`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FinalNorm {
+    /// In Hugging Face checkpoints, after the prefix.
+    pub(super) huggingface: &'static str,
+    /// In GGUF files.
+    pub(super) gguf: &'static str,
 }
 
 /// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
@@ -151,6 +169,11 @@ pub(super) enum RopeRows {
 impl Storage {
     /// The layout of most architectures.
     const COMMON: Self = Self {
+        embedding: "embed_tokens",
+        final_norm: FinalNorm {
+            huggingface: "norm",
+            gguf: "output_norm",
+        },
         huggingface_name: names::huggingface,
         gguf_name: names::gguf,
         fuses_qkv: false,
