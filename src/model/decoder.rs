@@ -1,6 +1,7 @@
 //! The decoder: a list of layers, computed over any device.
 
 mod layer_step;
+mod mamba2;
 mod short_conv;
 mod weights;
 mod workspace;
@@ -185,6 +186,9 @@ impl<D: Device> Decoder<D> {
                 }
                 MixerWeights::ShortConv(weights) => {
                     step.short_conv(device, workspace, weights, cache)?;
+                }
+                MixerWeights::Mamba2(weights) => {
+                    step.mamba2(device, workspace, weights, cache)?;
                 }
             }
             pending = step.output(device, workspace, norms.after.as_ref())?;

@@ -5,7 +5,7 @@ use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, ConvSpec, HeadShape, QueryScale, RouterScore};
+use crate::device::{Activation, ConvSpec, HeadShape, Mamba2Spec, QueryScale, RouterScore};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -228,7 +228,34 @@ impl Hyperparameters {
                 }
                 self.check_taps(conv.taps)
             }
+            Mixer::Mamba2(spec) => {
+                self.check_recurrence(spec.recurrence)?;
+                self.check_taps(spec.taps)
+            }
         }
+    }
+
+    fn check_recurrence(&self, spec: Mamba2Spec) -> Result<(), ModelError> {
+        self.check_size(|keys| keys.recurrent_heads, spec.heads, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_head_dim, spec.head_dim, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_groups, spec.groups, 1 << 14)?;
+        self.check_size(|keys| keys.state_size, spec.state_size, 1 << 14)?;
+        if !spec.head_dim.is_multiple_of(Mamba2Spec::HEAD_DIM) {
+            let expected = format!(
+                "such that heads have a multiple of {} columns",
+                Mamba2Spec::HEAD_DIM
+            );
+            return Err(self.refused(|keys| keys.recurrent_head_dim, spec.head_dim, expected));
+        }
+        if !spec.heads.is_multiple_of(spec.groups) {
+            let expected = format!("a divisor of the {} heads", spec.heads);
+            return Err(self.refused(|keys| keys.recurrent_groups, spec.groups, expected));
+        }
+        if !spec.state_size.is_multiple_of(Mamba2Spec::STATE_SIZE) {
+            let expected = format!("a multiple of {}", Mamba2Spec::STATE_SIZE);
+            return Err(self.refused(|keys| keys.state_size, spec.state_size, expected));
+        }
+        Ok(())
     }
 
     fn check_taps(&self, taps: usize) -> Result<(), ModelError> {

@@ -1,7 +1,7 @@
 //! Every tensor of a file is either used or known to be harmless; any other is refused by
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
-use super::layer::{Attention, FeedForward, LayerSpec, Mixer, ShortConv};
+use super::layer::{Attention, FeedForward, LayerSpec, Mamba2, Mixer, ShortConv};
 use super::names::{self, Part};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
@@ -137,6 +137,7 @@ impl Inventory<'_> {
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
+            Mixer::Mamba2(spec) => self.mamba2(layer, spec)?,
         }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
@@ -147,16 +148,20 @@ impl Inventory<'_> {
                 if experts.has_corrections {
                     self.require(self.source.name(layer, Part::Corrections))?;
                 }
-                if experts.shared.is_some() {
-                    for part in [Part::SharedGate, Part::SharedUp, Part::SharedDown] {
-                        self.linear(layer, part)?;
-                    }
+                if experts.shared.is_none() {
+                    return Ok(());
                 }
-                Ok(())
+                let gate_up: &[Part] = match self.source.fuses_gate_up(layer, Part::SharedGate) {
+                    true => &[Part::FusedSharedGateUp],
+                    false => &[Part::SharedGate, Part::SharedUp],
+                };
+                for &part in gate_up {
+                    self.linear(layer, part)?;
+                }
+                self.linear(layer, Part::SharedDown)
             }
             FeedForward::Dense { .. } => {
-                let gate_up: &[Part] = match self.source.config().architecture.storage.fuses_gate_up
-                {
+                let gate_up: &[Part] = match self.source.fuses_gate_up(layer, Part::Gate) {
                     true => &[Part::FusedGateUp],
                     false => &[Part::Gate, Part::Up],
                 };
@@ -186,13 +191,31 @@ impl Inventory<'_> {
     fn short_conv(&mut self, layer: usize, conv: ShortConv) -> Result<(), ModelError> {
         self.linear(layer, Part::ConvInput)?;
         self.linear(layer, Part::ConvOutput)?;
+        self.convolution(layer, conv.has_bias)
+    }
+
+    fn convolution(&mut self, layer: usize, has_bias: bool) -> Result<(), ModelError> {
         let weight = self.source.name(layer, Part::Convolution);
         let bias = names::bias(&weight);
         self.require(weight)?;
-        match conv.has_bias {
+        match has_bias {
             true => self.require(bias),
             false => Ok(()),
         }
+    }
+
+    fn mamba2(&mut self, layer: usize, spec: Mamba2) -> Result<(), ModelError> {
+        self.linear(layer, Part::RecurrentInput)?;
+        self.linear(layer, Part::RecurrentOutput)?;
+        for part in [
+            Part::DecayRates,
+            Part::StepBiases,
+            Part::Skips,
+            Part::RecurrentNorm,
+        ] {
+            self.require(self.source.name(layer, part))?;
+        }
+        self.convolution(layer, spec.has_conv_bias)
     }
 
     /// A projection, with its bias if it has one.

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, QueryScale, RoutingSpec};
+use crate::device::{Activation, HeadShape, Mamba2Spec, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -27,6 +27,8 @@ pub enum Mixer {
     Attention(Attention),
     /// A gated convolution over the last few tokens.
     ShortConv(ShortConv),
+    /// A Mamba-2 recurrence.
+    Mamba2(Mamba2),
 }
 
 /// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
@@ -36,6 +38,20 @@ pub struct ShortConv {
     pub taps: usize,
     /// Whether the convolution has a bias.
     pub has_bias: bool,
+}
+
+/// The Mamba-2 recurrence of a layer: a projection, a convolution with SiLU, the recurrence, and
+/// a gated norm in as many groups as the recurrence has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mamba2 {
+    /// The dimensions of the recurrence.
+    pub recurrence: Mamba2Spec,
+    /// Number of tokens that take part in a result of the convolution, its own included.
+    pub taps: usize,
+    /// Whether the convolution has a bias.
+    pub has_conv_bias: bool,
+    /// Added to the mean square in the gated norm.
+    pub norm_epsilon: f32,
 }
 
 /// The attention of a layer.
@@ -154,6 +170,12 @@ impl LayerSpec {
         match self.mixer {
             Mixer::Attention(_) => [0, 0],
             Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
+            Mixer::Mamba2(Mamba2 {
+                recurrence, taps, ..
+            }) => {
+                let convolution = recurrence.channels() * taps.saturating_sub(1);
+                [convolution, recurrence.state_elements()]
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ pub(super) enum Part {
     Corrections,
     SharedGate,
     SharedUp,
+    FusedSharedGateUp,
     SharedDown,
     /// The sinks of the attention's heads.
     Sinks,
@@ -35,12 +36,25 @@ pub(super) enum Part {
     Convolution,
     /// The projection after a convolution.
     ConvOutput,
+    /// The projection before a recurrence.
+    RecurrentInput,
+    /// The logarithms of the rates at which a state decays, or in GGUF files the negated rates.
+    DecayRates,
+    /// What is added to the lengths of a recurrence's steps.
+    StepBiases,
+    /// Factors on the inputs that bypass a state.
+    Skips,
+    /// The norm after a recurrence.
+    RecurrentNorm,
+    /// The projection after a recurrence.
+    RecurrentOutput,
 }
 
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections => ".bias",
+        Part::Corrections | Part::StepBiases => ".bias",
+        Part::DecayRates | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -49,6 +63,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::Sinks => "",
+        Part::DecayRates | Part::StepBiases | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -77,12 +92,18 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ExpertDown(expert) => return format!("ffn_down.{expert}"),
         Part::Corrections => "exp_probs_b",
         Part::SharedGate => "ffn_gate_shexp",
-        Part::SharedUp => "ffn_up_shexp",
+        Part::SharedUp | Part::FusedSharedGateUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
         Part::Sinks => "attn_sinks",
         Part::ConvInput => "shortconv.in_proj",
         Part::Convolution => "shortconv.conv",
         Part::ConvOutput => "shortconv.out_proj",
+        Part::RecurrentInput => "ssm_in",
+        Part::DecayRates => "ssm_a",
+        Part::StepBiases => "ssm_dt",
+        Part::Skips => "ssm_d",
+        Part::RecurrentNorm => "ssm_norm",
+        Part::RecurrentOutput => "ssm_out",
     };
     name.to_owned()
 }
@@ -124,11 +145,18 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::Corrections => "mlp.gate.e_score_correction_bias",
         Part::SharedGate => "mlp.shared_experts.gate_proj",
         Part::SharedUp => "mlp.shared_experts.up_proj",
+        Part::FusedSharedGateUp => "mlp.shared_experts.gate_up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
         Part::Sinks => "self_attn.sinks",
         Part::ConvInput => "conv.in_proj",
         Part::Convolution => "conv.conv",
         Part::ConvOutput => "conv.out_proj",
+        Part::RecurrentInput => "mamba.in_proj",
+        Part::DecayRates => "mamba.A_log",
+        Part::StepBiases => "mamba.dt_bias",
+        Part::Skips => "mamba.D",
+        Part::RecurrentNorm => "mamba.norm",
+        Part::RecurrentOutput => "mamba.out_proj",
     };
     name.to_owned()
 }

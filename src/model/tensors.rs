@@ -279,10 +279,16 @@ impl ModelSource {
         width: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
         let hidden = self.config.hidden;
-        if self.config.architecture.storage.fuses_gate_up {
+        if self.fuses_gate_up(layer, Part::Gate) {
             return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
         }
         self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)
+    }
+
+    /// Whether the gate, which is this part, and its up projection are one tensor of a layer.
+    pub(super) fn fuses_gate_up(&self, layer: usize, gate: Part) -> bool {
+        let fuses = self.config.architecture.storage.fuses_gate_up;
+        fuses && !self.holds(&self.name(layer, gate))
     }
 
     /// Down projection of a dense layer.
@@ -329,6 +335,35 @@ impl ModelSource {
     ) -> Result<Vec<f32>, ModelError> {
         let weight = self.name(layer, Part::Convolution);
         self.vector(&names::bias(&weight), channels)
+    }
+
+    /// The rates at which the state of each head decays: negative numbers.
+    pub(super) fn decay_rates(&self, layer: usize, heads: usize) -> Result<Vec<f32>, ModelError> {
+        let mut rates = self.recurrent_vector(layer, Part::DecayRates, heads)?;
+        // GGUF converters have computed them already.
+        if self.naming != Naming::Gguf {
+            rates.iter_mut().for_each(|rate| *rate = -rate.exp());
+        }
+        Ok(rates)
+    }
+
+    /// A vector of a recurrence. GGUF files may have it as a matrix with one row or column, or
+    /// with a row for each group of heads.
+    pub(super) fn recurrent_vector(
+        &self,
+        layer: usize,
+        part: Part,
+        length: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        let name = self.name(layer, part);
+        let tensor = self.tensor(&name)?;
+        let is_flat = self.naming == Naming::Gguf && tensor.elements() == length;
+        let shape = [length];
+        let flat = TensorView {
+            shape: if is_flat { &shape } else { tensor.shape },
+            ..tensor
+        };
+        self.numbers(&flat, length)
     }
 
     /// The router of a mixture of experts.
@@ -417,6 +452,7 @@ impl ModelSource {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
             Part::AttentionOut => biases.attention_out,
             Part::ConvInput | Part::ConvOutput => biases.recurrent,
+            Part::RecurrentInput | Part::RecurrentOutput => biases.recurrent,
             _ => biases.feed_forward,
         };
         said.unwrap_or_else(|| self.holds(name))

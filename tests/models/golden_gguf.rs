@@ -285,6 +285,7 @@ converted! {
     ernie4_5_as_converted_by_llama_cpp_agrees_with_transformers: "ernie4.5",
     glm4_as_converted_by_llama_cpp_agrees_with_transformers: "glm4",
     granite_as_converted_by_llama_cpp_agrees_with_transformers: "granite",
+    granite_with_mamba2_as_converted_by_llama_cpp_agrees_with_transformers: "granite-hybrid",
     lfm2_as_converted_by_llama_cpp_agrees_with_transformers: "lfm2",
     lfm2_moe_as_converted_by_llama_cpp_agrees_with_transformers: "lfm2-moe",
     ministral3_as_converted_by_llama_cpp_agrees_with_transformers: "mistral4",

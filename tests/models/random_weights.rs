@@ -2,7 +2,7 @@
 
 use quell::internals::model::ModelSource;
 use quell::internals::runner::random_model;
-use quell::internals::weights::{DType, ModelFolder};
+use quell::internals::weights::{DType, ModelFolder, from_python_json};
 use quell::{Engine, EngineConfig, LoadOptions, Request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ fn checkpoints() -> Vec<PathBuf> {
 }
 
 fn settings(folder: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+    from_python_json(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
 }
 
 fn engine(folder: &Path, format: DType) -> Engine {

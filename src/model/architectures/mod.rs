@@ -15,6 +15,7 @@ mod glm4;
 mod glm4_moe;
 mod gpt_oss;
 mod granite;
+mod granitemoehybrid;
 mod lfm2;
 mod lfm2_moe;
 mod llama;
@@ -68,6 +69,7 @@ static ALL: &[&Architecture] = &[
     &llama4::ARCHITECTURE,
     &lfm2::ARCHITECTURE,
     &lfm2_moe::ARCHITECTURE,
+    &granitemoehybrid::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -120,7 +122,8 @@ pub(super) struct Storage {
     /// find out by the names of the tensors.
     #[cfg_attr(not(any(feature = "cli", feature = "internals")), allow(dead_code))]
     pub(super) fuses_qkv: bool,
-    /// Whether gate and up are one tensor.
+    /// Whether gate and up are one tensor, also those of a dense part beside experts, unless a
+    /// file has a tensor with the gate's own name.
     pub(super) fuses_gate_up: bool,
     /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF
     /// converters add the 1.
@@ -141,15 +144,18 @@ pub(super) struct FinalNorm {
     pub(super) gguf: &'static str,
 }
 
-/// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
-/// in tensors of these names with `_bias` behind them.
+/// Tensors of all experts of a layer. Biases, if there are some, are in tensors of these names
+/// with `_bias` behind them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StackedExperts {
-    /// Gates and ups, `[experts, hidden, 2 · width]`.
+    /// Gates and ups, `[experts, 2 · width, hidden]`.
     pub(super) gate_up: &'static str,
-    /// `[experts, width, hidden]`.
+    /// `[experts, hidden, width]`.
     pub(super) down: &'static str,
-    /// Whether gates and ups alternate. Otherwise, all gates come first.
+    /// Whether the matrix of each expert is transposed.
+    pub(super) are_transposed: bool,
+    /// Whether gates and ups alternate, which only transposed ones do. Otherwise, all gates come
+    /// first.
     pub(super) alternates: bool,
 }
 

@@ -1,5 +1,6 @@
 //! A layer's weights on a device.
 
+use super::mamba2::Mamba2LayerWeights;
 use super::short_conv::ShortConvWeights;
 use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
@@ -18,6 +19,7 @@ pub(super) struct LayerWeights<D: Device> {
 pub(super) enum MixerWeights<D: Device> {
     Attention(AttentionWeights<D>),
     ShortConv(ShortConvWeights<D>),
+    Mamba2(Mamba2LayerWeights<D>),
 }
 
 /// The weights of attention.
@@ -96,6 +98,10 @@ impl<D: Device> LayerWeights<D> {
             Mixer::ShortConv(conv) => {
                 let device = &mut *loader.device;
                 MixerWeights::ShortConv(ShortConvWeights::load(source, device, layer, conv)?)
+            }
+            Mixer::Mamba2(spec) => {
+                let device = &mut *loader.device;
+                MixerWeights::Mamba2(Mamba2LayerWeights::load(source, device, layer, spec)?)
             }
         };
         Ok(Self {

@@ -1,6 +1,7 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
@@ -16,6 +17,8 @@ pub(super) struct Workspace<T> {
     pub(super) attention: T,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
+    /// Activations of Mamba-2 layers, if there are some.
+    pub(super) mamba2: Option<Mamba2Space<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -49,6 +52,14 @@ impl<T> Workspace<T> {
         let (activation, full) = (Precision::Activation, Precision::Full);
         let (heads, dense) = (config.heads(), config.dense_width());
         let shared = config.shared_width();
+        let mut mixers = config.layers.iter().map(|layer| layer.mixer);
+        let mamba2 = mixers.find_map(|mixer| match mixer {
+            Mixer::Mamba2(spec) => Some(spec),
+            _ => None,
+        });
+        let of_columns = |columns, precision| make(rows, columns, precision);
+        let mamba2 = mamba2.map(|spec| Mamba2Space::make(&spec, of_columns));
+        let mamba2 = mamba2.transpose()?;
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
@@ -68,6 +79,7 @@ impl<T> Workspace<T> {
             shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
             shared_hidden: optional(shared, activation)?,
             short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
+            mamba2,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,
