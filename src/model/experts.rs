@@ -1,23 +1,25 @@
 //! The tensors of a mixture of experts.
 
 use super::architectures::StackedExperts;
-use super::names::{self, Part};
+use super::layer::Experts;
+use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
-use crate::device::RowOrder;
+use crate::device::{Activation, RowOrder};
 use crate::weights::TensorView;
 use std::borrow::Cow;
 
 impl ModelSource {
-    /// Gate and up projection of one expert, stacked, and its down projection.
+    /// Gate and up projection of one expert, stacked, or the latter alone, and its down
+    /// projection.
     pub(super) fn expert(
         &self,
         layer: usize,
         expert: usize,
-        width: usize,
+        spec: &Experts,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        let hidden = self.config().hidden;
+        let (hidden, width) = (self.config().hidden, spec.width);
         if let Some(stacked) = self.stacked_experts() {
             if stacked.are_transposed {
                 return self.transposed_expert(layer, expert, width, stacked);
@@ -30,24 +32,23 @@ impl ModelSource {
             (Part::ExpertGate(expert), width),
             (Part::ExpertUp(expert), width),
         ];
-        let gate_up = self.expert_linear(layer, expert, &gate_up, hidden)?;
+        let first = usize::from(!spec.routing.activation.is_gated());
+        let gate_up = self.expert_linear(layer, expert, &gate_up[first..], hidden)?;
         let down = [(Part::ExpertDown(expert), hidden)];
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
-    /// Gate and up projection of the dense part beside the experts, stacked, and its down
-    /// projection.
+    /// Gate and up projection of the dense part beside the experts, stacked, or the latter alone,
+    /// and its down projection.
     pub(super) fn shared_expert(
         &self,
         layer: usize,
         width: usize,
+        activation: Activation,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config().hidden;
-        let gate_up = match self.fuses_gate_up(layer, Part::SharedGate) {
-            true => &[(Part::FusedSharedGateUp, 2 * width)][..],
-            false => &[(Part::SharedGate, width), (Part::SharedUp, width)],
-        };
-        let gate_up = self.linear(layer, gate_up, hidden)?;
+        let gate_up = self.gate_up_parts(layer, GateUp::SHARED, activation, width);
+        let gate_up = self.linear(layer, &gate_up, hidden)?;
         let down = self.linear(layer, &[(Part::SharedDown, hidden)], width)?;
         Ok((gate_up, down))
     }

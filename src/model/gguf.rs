@@ -187,6 +187,8 @@ impl<'a> Metadata<'a> {
             dense_layers: HashSet::new(),
             recurrent: None,
             recurrent_layers: self.layers_without_heads()?,
+            without_mixer: HashSet::new(),
+            without_feed_forward: HashSet::new(),
             biases: Biases::AS_STORED,
             prediction_layers: 0,
             end_tokens: Vec::new(),

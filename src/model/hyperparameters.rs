@@ -53,6 +53,10 @@ pub(super) struct Hyperparameters {
     pub(super) recurrent: Option<Mixer>,
     /// Layers that have it instead of attention.
     pub(super) recurrent_layers: HashSet<usize>,
+    /// Layers that are only a feed-forward part.
+    pub(super) without_mixer: HashSet<usize>,
+    /// Layers that are only a mixer.
+    pub(super) without_feed_forward: HashSet<usize>,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -100,14 +104,25 @@ impl Hyperparameters {
     /// A layer as the numbers alone tell it: norms on the inputs, and no norms on queries
     /// and keys.
     pub(super) fn layer(&self, index: usize) -> LayerSpec {
+        let norms_before = |part_is_there| match part_is_there {
+            true => NormPlacement::Before,
+            false => NormPlacement::BesideMixer,
+        };
+        let mixer = self.mixer(index);
+        let feed_forward = self.feed_forward(index);
         LayerSpec {
-            mixer: match self.recurrent {
-                Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
-                _ => Mixer::Attention(self.attention(index)),
-            },
-            mixer_norms: NormPlacement::Before,
-            feed_forward: self.feed_forward(index),
-            feed_forward_norms: NormPlacement::Before,
+            mixer,
+            mixer_norms: norms_before(mixer != Mixer::None),
+            feed_forward,
+            feed_forward_norms: norms_before(feed_forward != FeedForward::None),
+        }
+    }
+
+    fn mixer(&self, index: usize) -> Mixer {
+        match self.recurrent {
+            _ if self.without_mixer.contains(&index) => Mixer::None,
+            Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
+            _ => Mixer::Attention(self.attention(index)),
         }
     }
 
@@ -138,6 +153,7 @@ impl Hyperparameters {
 
     fn feed_forward(&self, index: usize) -> FeedForward {
         match self.experts {
+            _ if self.without_feed_forward.contains(&index) => FeedForward::None,
             Some(experts) if !self.dense_layers.contains(&index) => FeedForward::Experts(experts),
             _ => FeedForward::Dense {
                 width: self.intermediate,
@@ -220,7 +236,7 @@ impl Hyperparameters {
             };
         };
         match mixer {
-            Mixer::Attention(_) => Ok(()),
+            Mixer::Attention(_) | Mixer::None => Ok(()),
             Mixer::ShortConv(conv) => {
                 if !self.hidden.is_multiple_of(ConvSpec::CHANNELS) {
                     let expected = format!("a multiple of {}", ConvSpec::CHANNELS);

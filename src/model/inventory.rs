@@ -2,9 +2,10 @@
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
 use super::layer::{Attention, FeedForward, LayerSpec, Mamba2, Mixer, ShortConv};
-use super::names::{self, Part};
+use super::names::{self, GateUp, Part};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
+use crate::device::Activation;
 use std::collections::HashSet;
 
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
@@ -138,39 +139,43 @@ impl Inventory<'_> {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
             Mixer::Mamba2(spec) => self.mamba2(layer, spec)?,
+            Mixer::None => {}
         }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
                 self.linear(layer, Part::Router)?;
-                for part in [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown] {
-                    self.experts(layer, experts.count, part)?;
+                let activation = experts.routing.activation;
+                let first = usize::from(!activation.is_gated());
+                let parts = [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown];
+                for part in &parts[first..] {
+                    self.experts(layer, experts.count, *part)?;
                 }
                 if experts.has_corrections {
                     self.require(self.source.name(layer, Part::Corrections))?;
                 }
-                if experts.shared.is_none() {
-                    return Ok(());
+                match experts.shared {
+                    Some(_) => self.dense(layer, GateUp::SHARED, activation, Part::SharedDown),
+                    None => Ok(()),
                 }
-                let gate_up: &[Part] = match self.source.fuses_gate_up(layer, Part::SharedGate) {
-                    true => &[Part::FusedSharedGateUp],
-                    false => &[Part::SharedGate, Part::SharedUp],
-                };
-                for &part in gate_up {
-                    self.linear(layer, part)?;
-                }
-                self.linear(layer, Part::SharedDown)
             }
-            FeedForward::Dense { .. } => {
-                let gate_up: &[Part] = match self.source.fuses_gate_up(layer, Part::Gate) {
-                    true => &[Part::FusedGateUp],
-                    false => &[Part::Gate, Part::Up],
-                };
-                for &part in gate_up {
-                    self.linear(layer, part)?;
-                }
-                self.linear(layer, Part::Down)
+            FeedForward::Dense { activation, .. } => {
+                self.dense(layer, GateUp::DENSE, activation, Part::Down)
             }
+            FeedForward::None => Ok(()),
         }
+    }
+
+    fn dense(
+        &mut self,
+        layer: usize,
+        gate_up: GateUp,
+        activation: Activation,
+        down: Part,
+    ) -> Result<(), ModelError> {
+        for (part, _) in self.source.gate_up_parts(layer, gate_up, activation, 0) {
+            self.linear(layer, part)?;
+        }
+        self.linear(layer, down)
     }
 
     fn attention(&mut self, layer: usize, attention: &Attention) -> Result<(), ModelError> {

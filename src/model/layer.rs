@@ -29,6 +29,8 @@ pub enum Mixer {
     ShortConv(ShortConv),
     /// A Mamba-2 recurrence.
     Mamba2(Mamba2),
+    /// They do not: the layer is only a feed-forward part. Its mixer's norms are nowhere.
+    None,
 }
 
 /// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
@@ -81,7 +83,8 @@ pub struct Attention {
 /// The feed-forward part of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum FeedForward {
-    /// `down(activation(gate(x)) · up(x))`.
+    /// `down(activation(gate(x)) · up(x))`, or `down(activation(up(x)))` if the activation has no
+    /// gate.
     Dense {
         /// Rows of `gate` and of `up`.
         width: usize,
@@ -90,6 +93,8 @@ pub enum FeedForward {
     },
     /// A mixture of such parts, of which a router chooses some for each token.
     Experts(Experts),
+    /// Nothing: the layer is only a mixer. The norms of its feed-forward part are nowhere.
+    None,
 }
 
 /// The mixture of experts of a layer.
@@ -126,8 +131,9 @@ pub enum NormPlacement {
     After,
     /// On both.
     BeforeAndAfter,
-    /// Nowhere. A feed-forward part with this placement computes beside the mixer: it reads
-    /// the mixer's normalised input, and both outputs are added to the residual stream.
+    /// Nowhere. A feed-forward part with this placement computes beside the mixer, if there are
+    /// both: it reads the mixer's normalised input, and both outputs are added to the residual
+    /// stream.
     BesideMixer,
 }
 
@@ -168,7 +174,7 @@ impl LayerSpec {
     /// `hidden` is the width of the residual stream.
     pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
         match self.mixer {
-            Mixer::Attention(_) => [0, 0],
+            Mixer::Attention(_) | Mixer::None => [0, 0],
             Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
             Mixer::Mamba2(Mamba2 {
                 recurrence, taps, ..

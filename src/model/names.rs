@@ -1,5 +1,7 @@
 //! The names of tensors, as most architectures have them.
 
+use crate::device::Activation;
+
 /// A tensor of a layer, by its role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -48,6 +50,45 @@ pub(super) enum Part {
     RecurrentNorm,
     /// The projection after a recurrence.
     RecurrentOutput,
+}
+
+/// The parts that may hold the gate and the up projection of a feed-forward part.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GateUp {
+    pub(super) gate: Part,
+    pub(super) up: Part,
+    /// Both in one tensor.
+    pub(super) fused: Part,
+}
+
+impl GateUp {
+    /// Those of a dense feed-forward part.
+    pub(super) const DENSE: Self = Self {
+        gate: Part::Gate,
+        up: Part::Up,
+        fused: Part::FusedGateUp,
+    };
+
+    /// Those of a dense part beside experts.
+    pub(super) const SHARED: Self = Self {
+        gate: Part::SharedGate,
+        up: Part::SharedUp,
+        fused: Part::FusedSharedGateUp,
+    };
+
+    /// Returns the parts that there are, with their rows, for an activation of `width` results.
+    pub(super) fn parts(
+        self,
+        activation: Activation,
+        width: usize,
+        are_fused: bool,
+    ) -> Vec<(Part, usize)> {
+        match (activation.is_gated(), are_fused) {
+            (false, _) => vec![(self.up, width)],
+            (true, true) => vec![(self.fused, 2 * width)],
+            (true, false) => vec![(self.gate, width), (self.up, width)],
+        }
+    }
 }
 
 /// What follows the name of a part in a GGUF file.

@@ -2,7 +2,7 @@
 //! not depend on what the weights are.
 
 use super::layer::{Attention, FeedForward, Mamba2, Mixer, ShortConv};
-use super::names::{self, Part};
+use super::names::{self, GateUp, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -62,6 +62,7 @@ impl List<'_> {
             Mixer::Attention(attention) => self.attention(layer, &attention),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
             Mixer::Mamba2(spec) => self.mamba2(layer, spec),
+            Mixer::None => {}
         }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
@@ -95,7 +96,9 @@ impl List<'_> {
                     }
                     None => {
                         for expert in 0..experts.count {
-                            self.part(layer, Part::ExpertGate(expert), width, hidden);
+                            if experts.routing.activation.is_gated() {
+                                self.part(layer, Part::ExpertGate(expert), width, hidden);
+                            }
                             self.part(layer, Part::ExpertUp(expert), width, hidden);
                             self.part(layer, Part::ExpertDown(expert), hidden, width);
                         }
@@ -105,24 +108,21 @@ impl List<'_> {
                     self.vector(self.name(layer, Part::Corrections), experts.count, 0.0);
                 }
                 if let Some(shared) = experts.shared {
-                    if config.architecture.storage.fuses_gate_up {
-                        self.part(layer, Part::FusedSharedGateUp, 2 * shared, hidden);
-                    } else {
-                        self.part(layer, Part::SharedGate, shared, hidden);
-                        self.part(layer, Part::SharedUp, shared, hidden);
+                    let fuses = config.architecture.storage.fuses_gate_up;
+                    let activation = experts.routing.activation;
+                    for (part, rows) in GateUp::SHARED.parts(activation, shared, fuses) {
+                        self.part(layer, part, rows, hidden);
                     }
                     self.part(layer, Part::SharedDown, hidden, shared);
                 }
             }
-            FeedForward::Dense { width, .. } => {
+            FeedForward::None => {}
+            FeedForward::Dense { width, activation } => {
                 let bias = config.biases.feed_forward;
-                if config.architecture.storage.fuses_gate_up {
-                    self.part(layer, Part::FusedGateUp, 2 * width, hidden);
-                } else {
-                    self.part(layer, Part::Gate, width, hidden);
-                    self.part(layer, Part::Up, width, hidden);
-                    self.bias(layer, Part::Gate, width, bias);
-                    self.bias(layer, Part::Up, width, bias);
+                let fuses = config.architecture.storage.fuses_gate_up;
+                for (part, rows) in GateUp::DENSE.parts(activation, width, fuses) {
+                    self.part(layer, part, rows, hidden);
+                    self.bias(layer, part, rows, bias);
                 }
                 self.part(layer, Part::Down, hidden, width);
                 self.bias(layer, Part::Down, hidden, bias);

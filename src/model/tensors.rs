@@ -1,10 +1,10 @@
 //! Finds a model's tensors, whatever its file calls them.
 
 use super::architectures::RopeRows;
-use super::names::{self, Part};
+use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
-use crate::device::{HeadShape, RowOrder};
+use crate::device::{Activation, HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
 
@@ -272,23 +272,28 @@ impl ModelSource {
         self.linear(layer, &[part], heads.q_columns())
     }
 
-    /// Gate and up projection of a dense layer, stacked.
+    /// Gate and up projection of a dense layer, stacked, or the latter alone.
     pub(super) fn gate_up(
         &self,
         layer: usize,
         width: usize,
+        activation: Activation,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let hidden = self.config.hidden;
-        if self.fuses_gate_up(layer, Part::Gate) {
-            return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
-        }
-        self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)
+        let parts = self.gate_up_parts(layer, GateUp::DENSE, activation, width);
+        self.linear(layer, &parts, self.config.hidden)
     }
 
-    /// Whether the gate, which is this part, and its up projection are one tensor of a layer.
-    pub(super) fn fuses_gate_up(&self, layer: usize, gate: Part) -> bool {
+    /// The parts of a layer that hold gate and up projection, as the file has them.
+    pub(super) fn gate_up_parts(
+        &self,
+        layer: usize,
+        parts: GateUp,
+        activation: Activation,
+        width: usize,
+    ) -> Vec<(Part, usize)> {
         let fuses = self.config.architecture.storage.fuses_gate_up;
-        fuses && !self.holds(&self.name(layer, gate))
+        let are_fused = fuses && !self.holds(&self.name(layer, parts.gate));
+        parts.parts(activation, width, are_fused)
     }
 
     /// Down projection of a dense layer.

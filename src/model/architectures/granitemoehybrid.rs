@@ -128,7 +128,7 @@ fn mamba2(config: &Config<'_>, hidden: usize) -> Result<(Mixer, bool), ModelErro
             head_dim,
             state_size: settings.size_or("mamba_d_state", 256)?,
             groups: settings.size_or("mamba_n_groups", 1)?,
-            step_limits: step_limits(config)?,
+            step_limits: step_limits(config, "time_step_limit")?,
         },
         taps: settings.size_or("mamba_d_conv", 4)?,
         has_conv_bias: settings.flag("mamba_conv_bias")?.unwrap_or(true),
@@ -139,15 +139,15 @@ fn mamba2(config: &Config<'_>, hidden: usize) -> Result<(Mixer, bool), ModelErro
     Ok((mixer, has_bias))
 }
 
-/// `time_step_limit`, whose numbers may be infinite.
-pub(super) fn step_limits(config: &Config<'_>) -> Result<[f32; 2], ModelError> {
+/// The limits of steps under `key`, which may be infinite.
+pub(super) fn step_limits(config: &Config<'_>, key: &str) -> Result<[f32; 2], ModelError> {
     let number = |value: &Value| match value.as_str() {
         // Python writes it as a word, which is read as a string.
         Some("Infinity") => Some(f32::INFINITY),
         Some(_) => None,
         None => Some(value.as_f64()? as f32),
     };
-    let (key, expected) = ("time_step_limit", "two numbers in ascending order");
+    let expected = "two numbers in ascending order";
     let limits = config.settings.optional(key, expected, |value| {
         let [least, most] = value.as_array()?.as_slice() else {
             return None;

@@ -24,6 +24,7 @@ mod minimax_m2;
 mod ministral3;
 mod mistral;
 mod mixtral;
+mod nemotron_h;
 mod olmo2;
 mod olmo3;
 mod phi3;
@@ -70,6 +71,7 @@ static ALL: &[&Architecture] = &[
     &lfm2::ARCHITECTURE,
     &lfm2_moe::ARCHITECTURE,
     &granitemoehybrid::ARCHITECTURE,
+    &nemotron_h::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.

@@ -65,6 +65,11 @@ impl<T> Workspace<T> {
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
+        let of_dense = config.dense_activation().zip(dense);
+        let gate_up = of_dense.map(|(activation, width)| activation.gate_up_columns(width));
+        let of_shared = config.experts().zip(shared);
+        let shared_gate_up =
+            of_shared.map(|(experts, width)| experts.routing.activation.gate_up_columns(width));
         let experts = config.experts().map(|experts| experts.count);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
@@ -73,10 +78,10 @@ impl<T> Workspace<T> {
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
         Ok(Self {
-            gate_up: optional(dense.map(|width| 2 * width), activation)?,
+            gate_up: optional(gate_up, activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
-            shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
+            shared_gate_up: optional(shared_gate_up, activation)?,
             shared_hidden: optional(shared, activation)?,
             short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
             mamba2,
