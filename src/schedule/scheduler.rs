@@ -19,6 +19,20 @@ use crate::cache::{
     AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, StateSlot,
 };
 use crate::id::StepId;
+use serde::Serialize;
+
+/// Number of prompt tokens that had to be computed, although they were looked up, by reason. The
+/// last token of a prompt, and those of its last, incomplete block, are always computed and do
+/// not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct PrefixMisses {
+    /// No block with these tokens, and all tokens before them, is known.
+    pub no_block: u64,
+    /// Their blocks are known, but there is no snapshot of the state of recurrent layers from
+    /// which the sequence could continue.
+    pub no_snapshot: u64,
+}
 
 /// Number of sequences in each state, and totals of what was done for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,6 +52,8 @@ pub struct Counts {
     /// Prompt tokens that were reused from the prefix cache, from a session or from a sequence
     /// with the same prompt, since the start.
     pub prefix_hits: u64,
+    /// Prompt tokens that were looked up and not found, since the start.
+    pub prefix_misses: PrefixMisses,
     /// Sessions that keep keys and values between their turns.
     pub retained_sessions: usize,
     /// Blocks that these sessions keep.

@@ -250,6 +250,13 @@ impl Scheduler {
             sequence.cached_tokens = cost.computed;
             if !sequence.spec.task.needs_every_row() {
                 self.totals.prefix_queries += sequence.prompt_tokens as u64;
+                // Sessions and sequences with the same prompt have more than complete blocks.
+                let size = self.cache.block_tokens();
+                let whole = sequence.prompt_tokens.saturating_sub(1) / size * size;
+                let (found, matched) = (cost.computed, cost.matched.max(cost.computed));
+                let misses = &mut self.totals.prefix_misses;
+                misses.no_snapshot += (matched - found) as u64;
+                misses.no_block += whole.saturating_sub(matched) as u64;
             }
             self.totals.prefix_hits += cost.computed as u64;
         }
