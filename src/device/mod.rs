@@ -34,6 +34,7 @@ mod embedding;
 mod error;
 mod experts;
 mod linear;
+mod mamba2;
 mod norm;
 mod pooling;
 mod recurrent;
@@ -52,6 +53,7 @@ pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
 pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
+pub use mamba2::{Mamba2Ops, Mamba2Spec, Mamba2Weights};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
 pub use recurrent::{
@@ -101,6 +103,7 @@ pub trait Device:
     + PoolingOps
     + CacheOps
     + RecurrentOps
+    + Mamba2Ops
     + SwapOps
 {
     /// Returns a description of this device.

@@ -3,7 +3,7 @@
 use super::architectures::Architecture;
 use super::layer::{Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
 use super::{ModelError, RopeConfig};
-use crate::device::{HeadShape, StatePart};
+use crate::device::{Activation, HeadShape, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -15,6 +15,8 @@ pub struct Biases {
     pub attention_out: Option<bool>,
     /// The feed-forward layers' projections.
     pub feed_forward: Option<bool>,
+    /// The projections of recurrent mixers.
+    pub recurrent: Option<bool>,
 }
 
 impl Biases {
@@ -23,6 +25,7 @@ impl Biases {
         qkv: None,
         attention_out: None,
         feed_forward: None,
+        recurrent: None,
     };
 
     /// None at all.
@@ -30,6 +33,7 @@ impl Biases {
         qkv: Some(false),
         attention_out: Some(false),
         feed_forward: Some(false),
+        recurrent: Some(false),
     };
 }
 
@@ -116,6 +120,13 @@ impl ModelConfig {
         layout
     }
 
+    /// The number of layers that keep a state.
+    pub fn recurrent_layers(&self) -> usize {
+        let layers = self.layers.iter();
+        let states = layers.map(|layer| layer.state_elements(self.hidden));
+        states.filter(|parts| *parts != [0, 0]).count()
+    }
+
     /// The sliding window of the layers that have one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
@@ -128,7 +139,16 @@ impl ModelConfig {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
             FeedForward::Dense { width, .. } => Some(width),
-            FeedForward::Experts(_) => None,
+            FeedForward::Experts(_) | FeedForward::None => None,
+        })
+    }
+
+    /// The activation of the dense feed-forward parts, if there are any.
+    pub(super) fn dense_activation(&self) -> Option<Activation> {
+        let mut layers = self.layers.iter();
+        layers.find_map(|layer| match layer.feed_forward {
+            FeedForward::Dense { activation, .. } => Some(activation),
+            FeedForward::Experts(_) | FeedForward::None => None,
         })
     }
 
@@ -136,7 +156,7 @@ impl ModelConfig {
     pub fn experts(&self) -> Option<Experts> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
-            FeedForward::Dense { .. } => None,
+            FeedForward::Dense { .. } | FeedForward::None => None,
             FeedForward::Experts(experts) => Some(experts),
         })
     }
@@ -176,10 +196,15 @@ impl ModelConfig {
                 ));
             }
             match layer.feed_forward {
-                FeedForward::Dense { width, .. } => {
+                FeedForward::None => {}
+                FeedForward::Dense { width, activation } => {
                     let first = dense.unwrap_or(width);
                     if width != first {
                         return Err(uneven(index, "feed-forward size", width, first));
+                    }
+                    let first = self.dense_activation().unwrap_or(activation);
+                    if activation.is_gated() != first.is_gated() {
+                        return Err(uneven(index, "activation", activation, first));
                     }
                 }
                 FeedForward::Experts(own) => {

@@ -1,44 +1,53 @@
 //! The tensors of a mixture of experts.
 
 use super::architectures::StackedExperts;
-use super::names::{self, Part};
+use super::layer::Experts;
+use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
-use crate::device::RowOrder;
+use crate::device::{Activation, RowOrder};
 use crate::weights::TensorView;
 use std::borrow::Cow;
 
 impl ModelSource {
-    /// Gate and up projection of one expert, stacked, and its down projection.
+    /// Gate and up projection of one expert, stacked, or the latter alone, and its down
+    /// projection.
     pub(super) fn expert(
         &self,
         layer: usize,
         expert: usize,
-        width: usize,
+        spec: &Experts,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        if let Some(stacked) = self.transposed_experts() {
-            return self.transposed_expert(layer, expert, width, stacked);
+        let (hidden, width) = (self.config().hidden, spec.width);
+        if let Some(stacked) = self.stacked_experts() {
+            if stacked.are_transposed {
+                return self.transposed_expert(layer, expert, width, stacked);
+            }
+            let entry = |name, rows, columns| self.expert_entry(layer, name, expert, rows, columns);
+            let gate_up = entry(stacked.gate_up, 2 * width, hidden)?;
+            return Ok((gate_up, entry(stacked.down, hidden, width)?));
         }
-        let hidden = self.config().hidden;
         let gate_up = [
             (Part::ExpertGate(expert), width),
             (Part::ExpertUp(expert), width),
         ];
-        let gate_up = self.expert_linear(layer, expert, &gate_up, hidden)?;
+        let first = usize::from(!spec.routing.activation.is_gated());
+        let gate_up = self.expert_linear(layer, expert, &gate_up[first..], hidden)?;
         let down = [(Part::ExpertDown(expert), hidden)];
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
-    /// Gate and up projection of the dense part beside the experts, stacked, and its down
-    /// projection.
+    /// Gate and up projection of the dense part beside the experts, stacked, or the latter alone,
+    /// and its down projection.
     pub(super) fn shared_expert(
         &self,
         layer: usize,
         width: usize,
+        activation: Activation,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config().hidden;
-        let gate_up = [(Part::SharedGate, width), (Part::SharedUp, width)];
+        let gate_up = self.gate_up_parts(layer, GateUp::SHARED, activation, width);
         let gate_up = self.linear(layer, &gate_up, hidden)?;
         let down = self.linear(layer, &[(Part::SharedDown, hidden)], width)?;
         Ok((gate_up, down))
@@ -57,7 +66,7 @@ impl ModelSource {
         count: usize,
         part: fn(usize) -> Part,
     ) -> Vec<String> {
-        if let Some(stacked) = self.transposed_experts() {
+        if let Some(stacked) = self.stacked_experts() {
             let name = match part(0) {
                 Part::ExpertDown(_) => stacked.down,
                 _ => stacked.gate_up,
@@ -74,14 +83,14 @@ impl ModelSource {
 
     /// The name of the bias that belongs to a tensor of experts.
     pub(super) fn expert_bias_name(&self, weight: &str) -> String {
-        match self.transposed_experts() {
+        match self.stacked_experts() {
             Some(_) => format!("{weight}_bias"),
             None => names::bias(weight),
         }
     }
 
     /// How the experts of a layer are stacked in Hugging Face checkpoints, if they are.
-    fn transposed_experts(&self) -> Option<StackedExperts> {
+    fn stacked_experts(&self) -> Option<StackedExperts> {
         match self.naming() {
             Naming::Gguf => None,
             Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
@@ -130,6 +139,25 @@ impl ModelSource {
             found: tensor.shape.to_vec(),
             expected: [&[index + 1][..], shape].concat(),
         })
+    }
+
+    /// The rows of one expert in a stacked tensor of a layer, with its bias, if there is one.
+    fn expert_entry(
+        &self,
+        layer: usize,
+        name: &str,
+        expert: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let name = self.layer_prefix(layer) + name;
+        let stored = self.rows(&self.entry(&name, expert, &[rows, columns])?, rows, columns)?;
+        let bias_name = self.expert_bias_name(&name);
+        let bias = match self.has_bias(Part::ExpertDown(expert), &bias_name) {
+            true => Some(self.numbers(&self.entry(&bias_name, expert, &[rows])?, rows)?),
+            false => None,
+        };
+        Ok(StoredLinear::new(vec![stored]).with_bias(bias))
     }
 
     /// One expert of a checkpoint that stacks them transposed.

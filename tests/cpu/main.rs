@@ -5,3 +5,5 @@ mod groups;
 mod linear;
 mod operations;
 mod quant_reference;
+mod recurrent;
+mod ungated;

@@ -1,5 +1,6 @@
 //! A layer's weights on a device.
 
+use super::mamba2::Mamba2LayerWeights;
 use super::short_conv::ShortConvWeights;
 use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
@@ -18,6 +19,8 @@ pub(super) struct LayerWeights<D: Device> {
 pub(super) enum MixerWeights<D: Device> {
     Attention(AttentionWeights<D>),
     ShortConv(ShortConvWeights<D>),
+    Mamba2(Mamba2LayerWeights<D>),
+    None,
 }
 
 /// The weights of attention.
@@ -54,6 +57,7 @@ pub(super) enum FeedForwardWeights<D: Device> {
         /// The dense part beside the experts.
         shared: Option<Shared<D>>,
     },
+    None,
 }
 
 /// The weights of a dense part beside experts.
@@ -97,6 +101,11 @@ impl<D: Device> LayerWeights<D> {
                 let device = &mut *loader.device;
                 MixerWeights::ShortConv(ShortConvWeights::load(source, device, layer, conv)?)
             }
+            Mixer::Mamba2(spec) => {
+                let device = &mut *loader.device;
+                MixerWeights::Mamba2(Mamba2LayerWeights::load(source, device, layer, spec)?)
+            }
+            Mixer::None => MixerWeights::None,
         };
         Ok(Self {
             mixer_norms,
@@ -166,7 +175,8 @@ impl<D: Device> Loader<'_, D> {
     fn feed_forward(&mut self, spec: &FeedForward) -> Result<FeedForwardWeights<D>, ModelError> {
         match *spec {
             FeedForward::Dense { width, activation } => {
-                let gate_up = self.source.gate_up(self.layer, width)?;
+                self.device.check_activation(activation)?;
+                let gate_up = self.source.gate_up(self.layer, width, activation)?;
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
                 Ok(FeedForwardWeights::Dense {
@@ -176,14 +186,16 @@ impl<D: Device> Loader<'_, D> {
                 })
             }
             FeedForward::Experts(experts) => self.experts(experts),
+            FeedForward::None => Ok(FeedForwardWeights::None),
         }
     }
 
     fn experts(&mut self, spec: Experts) -> Result<FeedForwardWeights<D>, ModelError> {
+        self.device.check_activation(spec.routing.activation)?;
         let router = self.source.router(self.layer, spec.count)?;
         let router = self.device.load_linear(&router.spec())?;
         let experts = (0..spec.count)
-            .map(|expert| self.source.expert(self.layer, expert, spec.width))
+            .map(|expert| self.source.expert(self.layer, expert, &spec))
             .collect::<Result<Vec<_>, _>>()?;
         let specs = experts.iter();
         let (gate_up, down): (Vec<LinearSpec<'_>>, Vec<LinearSpec<'_>>) = specs
@@ -200,14 +212,14 @@ impl<D: Device> Loader<'_, D> {
             experts: loaded,
             routing: spec.routing,
             shared: match spec.shared {
-                Some(width) => Some(self.shared(width)?),
+                Some(width) => Some(self.shared(width, spec.routing.activation)?),
                 None => None,
             },
         })
     }
 
-    fn shared(&mut self, width: usize) -> Result<Shared<D>, ModelError> {
-        let (gate_up, down) = self.source.shared_expert(self.layer, width)?;
+    fn shared(&mut self, width: usize, activation: Activation) -> Result<Shared<D>, ModelError> {
+        let (gate_up, down) = self.source.shared_expert(self.layer, width, activation)?;
         Ok(Shared {
             gate_up: self.device.load_linear(&gate_up.spec())?,
             down: self.device.load_linear(&down.spec())?,

@@ -1,6 +1,7 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
@@ -16,6 +17,8 @@ pub(super) struct Workspace<T> {
     pub(super) attention: T,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
+    /// Activations of Mamba-2 layers, if there are some.
+    pub(super) mamba2: Option<Mamba2Space<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -49,11 +52,24 @@ impl<T> Workspace<T> {
         let (activation, full) = (Precision::Activation, Precision::Full);
         let (heads, dense) = (config.heads(), config.dense_width());
         let shared = config.shared_width();
+        let mut mixers = config.layers.iter().map(|layer| layer.mixer);
+        let mamba2 = mixers.find_map(|mixer| match mixer {
+            Mixer::Mamba2(spec) => Some(spec),
+            _ => None,
+        });
+        let of_columns = |columns, precision| make(rows, columns, precision);
+        let mamba2 = mamba2.map(|spec| Mamba2Space::make(&spec, of_columns));
+        let mamba2 = mamba2.transpose()?;
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
+        let of_dense = config.dense_activation().zip(dense);
+        let gate_up = of_dense.map(|(activation, width)| activation.gate_up_columns(width));
+        let of_shared = config.experts().zip(shared);
+        let shared_gate_up =
+            of_shared.map(|(experts, width)| experts.routing.activation.gate_up_columns(width));
         let experts = config.experts().map(|experts| experts.count);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
@@ -62,12 +78,13 @@ impl<T> Workspace<T> {
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
         Ok(Self {
-            gate_up: optional(dense.map(|width| 2 * width), activation)?,
+            gate_up: optional(gate_up, activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
-            shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
+            shared_gate_up: optional(shared_gate_up, activation)?,
             shared_hidden: optional(shared, activation)?,
             short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
+            mamba2,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,

@@ -1,5 +1,7 @@
 //! Settings of `config.json`, read and refused.
 
+mod recurrent;
+
 use super::*;
 use crate::device::RouterScore;
 use crate::model::layer::Attention;
