@@ -159,7 +159,7 @@ pub(super) fn step_limits(config: &Config<'_>, key: &str) -> Result<[f32; 2], Mo
 }
 
 /// The limits of steps that limit nothing: no step is negative.
-const UNLIMITED: [f32; 2] = [0.0, f32::INFINITY];
+pub(super) const UNLIMITED: [f32; 2] = [0.0, f32::INFINITY];
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let mut numbers = granite::read_metadata(metadata)?;

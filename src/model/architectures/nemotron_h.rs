@@ -179,15 +179,30 @@ fn mamba2(config: &Config<'_>, epsilon: f32) -> Result<Mixer, ModelError> {
             head_dim: settings.size_or("mamba_head_dim", 64)?,
             state_size: settings.size_or("ssm_state_size", 128)?,
             groups: settings.size_or(of("mamba_n_groups", "n_groups"), 8)?,
-            step_limits: granitemoehybrid::step_limits(
-                config,
-                of("mamba_dt_limit", "time_step_limit"),
-            )?,
+            step_limits: step_limits(config)?,
         },
         taps: settings.size_or(of("mamba_d_conv", "conv_kernel"), 4)?,
         has_conv_bias: conv_bias.unwrap_or(true),
         norm_epsilon: epsilon,
     }))
+}
+
+/// The limits of steps. Steps of a prompt are limited by `time_step_min` in transformers, which
+/// reads no other limit.
+fn step_limits(config: &Config<'_>) -> Result<[f32; 2], ModelError> {
+    let settings = config.settings;
+    let key = either(config, "mamba_dt_limit", "time_step_limit");
+    let limits = granitemoehybrid::step_limits(config, key)?;
+    if limits != granitemoehybrid::UNLIMITED {
+        let found = format!("{limits:?}");
+        return Err(settings.refused(key, found, "0 and Infinity"));
+    }
+    let key = either(config, "mamba_dt_min", "time_step_min");
+    match settings.number_or(key, Some(0.001))? {
+        Some(least) if least.is_finite() && least >= 0.0 => Ok([least, f32::INFINITY]),
+        Some(least) => Err(settings.refused(key, least, "at least 0")),
+        None => Err(settings.refused(key, "null", "at least 0")),
+    }
 }
 
 fn experts(config: &Config<'_>) -> Result<Experts, ModelError> {

@@ -239,7 +239,9 @@ fn each_layer_of_nemotron_is_one_part() {
     }
     let config = read(&nemotron()).unwrap();
     assert_eq!(attention(&config, 2).rope, None);
-    assert_eq!(mamba2(&config.layers[0]).recurrence.groups, 8);
+    let recurrence = mamba2(&config.layers[0]).recurrence;
+    assert_eq!(recurrence.groups, 8);
+    assert_eq!(recurrence.step_limits, [0.001, f32::INFINITY]);
     assert_eq!(config.dense_activation(), Some(Activation::SquaredRelu));
     let experts = config.experts().unwrap();
     assert_eq!(experts.routing.activation, Activation::SquaredRelu);
@@ -277,6 +279,8 @@ fn settings_of_nemotron_that_make_no_sense_are_refused_by_their_keys() {
             (json!({"ssm_state_size": 12}), "ssm_state_size"),
             (json!({"n_groups": 3}), "n_groups"),
             (json!({"mamba_d_conv": 9}), "mamba_d_conv"),
+            (json!({"time_step_min": -0.1}), "time_step_min"),
+            (json!({"time_step_limit": [0.0, 0.1]}), "time_step_limit"),
         ],
     );
 }
