@@ -20,6 +20,7 @@ mod layer;
 mod names;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
+mod recurrent;
 mod rope;
 mod stored;
 mod tensors;
