@@ -20,6 +20,11 @@ pub struct EngineConfig {
     /// Size of the KV cache in bytes. If `None`, the device decides: 512 MiB on the CPU; on a
     /// GPU, the usable memory that is left after the weights are loaded.
     pub kv_cache_bytes: Option<usize>,
+    /// Number of slots for the states of recurrent layers, of models that have some: one for each
+    /// running sequence, and one for each state that is kept so that later sequences can begin
+    /// with it. If `None`, the slots take at most half of the memory of the KV cache, and there
+    /// are at most four for each of the sequences that may run.
+    pub state_slots: Option<usize>,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
     /// Maximum number of tokens per sequence, prompt and answer together. If `None`, the
@@ -61,6 +66,7 @@ impl Default for EngineConfig {
             max_sequences: 256,
             max_open_requests: 4096,
             kv_cache_bytes: None,
+            state_slots: None,
             block_tokens: 16,
             max_context: None,
             stream_buffer: 256,

@@ -19,7 +19,14 @@ impl BlockCache {
             return Err(AccountingError(format!("{counts:?} does not add up")));
         }
         let mut held = vec![0u32; counts.total];
+        let mut slots = vec![0u32; self.state_counts().total];
         for table in tables {
+            for slot in table.states.slots() {
+                match slots.get_mut(slot.index()) {
+                    Some(count) => *count += 1,
+                    None => return Err(AccountingError(format!("a table holds {slot:?}"))),
+                }
+            }
             for block in table.blocks() {
                 match held.get_mut(block.index()) {
                     Some(count) => *count += 1,
@@ -34,6 +41,10 @@ impl BlockCache {
             self.audit_published(table).map_err(AccountingError)?;
         }
         self.pool.audit(&held).map_err(AccountingError)?;
+        if let Some(states) = &self.states {
+            let audited = states.audit(&slots, &self.prefix);
+            audited.map_err(AccountingError)?;
+        }
         self.audit_deferred().map_err(AccountingError)?;
         self.audit_prefixes().map_err(AccountingError)?;
         Ok(counts)

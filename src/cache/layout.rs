@@ -18,17 +18,13 @@ pub enum GroupKind {
     Full,
     /// The last tokens: a token attends to itself and to the `window - 1` tokens before it.
     Window(usize),
-    /// No tokens, but one state per sequence, as recurrent layers have. No architecture uses it
-    /// yet.
-    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code))]
-    State,
 }
 
 impl GroupKind {
     /// Returns the first position that a token at `position` attends to.
     pub fn first_position(self, position: usize) -> usize {
         match self {
-            Self::Full | Self::State => 0,
+            Self::Full => 0,
             Self::Window(window) => (position + 1).saturating_sub(window),
         }
     }
@@ -178,7 +174,6 @@ impl CacheLayout {
                 let most = kept.saturating_add(step_tokens.saturating_mul(2));
                 all.min(most.div_ceil(block_tokens).saturating_add(2))
             }
-            GroupKind::State => 0,
         }
     }
 

@@ -37,12 +37,14 @@ mod list;
 mod pool;
 mod prefix;
 mod reuse;
+mod states;
 mod table;
 mod transfer;
 
 pub use fence::Fence;
 pub use layout::{CacheLayout, EmptyWindow, GroupKind};
 pub use pool::{BlockId, BlockState, Pool};
+pub use states::{StateSlot, StepState};
 pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};
 
@@ -50,6 +52,7 @@ use crate::id::StepId;
 use fence::Release;
 use prefix::PrefixCache;
 use serde::Serialize;
+use states::StateCache;
 use table::Group;
 use thiserror::Error;
 
@@ -123,6 +126,8 @@ pub struct BlockCache {
     layout: CacheLayout,
     /// Whether any group has a window.
     windowed: bool,
+    /// The slots for states; `None` if no layer is recurrent.
+    states: Option<StateCache>,
     block_tokens: usize,
     releases: u64,
     /// Blocks that the prefix cache has just forgotten together with another one. Kept to reuse
@@ -160,6 +165,7 @@ impl BlockCache {
             prefix: prefixes.then(|| PrefixCache::new(blocks, block_tokens, &layout)),
             layout,
             windowed,
+            states: None,
             block_tokens,
             releases: 0,
             useless: Vec::new(),
@@ -193,7 +199,6 @@ impl BlockCache {
         let tokens = match self.layout.groups()[group].kind {
             GroupKind::Full => extent.full,
             GroupKind::Window(_) => extent.windowed,
-            GroupKind::State => 0,
         };
         self.blocks_for(tokens)
     }
@@ -390,6 +395,11 @@ impl BlockCache {
         for other in self.useless.drain(..) {
             self.pool.forget(other);
         }
+        if let Some(states) = &mut self.states {
+            for slot in prefix.take_useless_states() {
+                states.forget(slot);
+            }
+        }
     }
 
     /// Releases the blocks of `table` that no token from `position` on needs. Returns the number
@@ -422,9 +432,19 @@ impl BlockCache {
         self.cut(table, 0, touched)
     }
 
+    /// Like [`BlockCache::release`], but `table` keeps its live state, from which the sequence
+    /// continues when its blocks are there again.
+    pub fn release_blocks_of(&mut self, table: &mut BlockTable, touched: StepId) -> usize {
+        let live = table.states.take_live();
+        let blocks = self.cut(table, 0, touched);
+        table.states.set_live(live);
+        blocks
+    }
+
     /// Releases the blocks of `table` after the first `tokens` tokens. Returns the number of
     /// blocks that no table holds any more.
     fn cut(&mut self, table: &mut BlockTable, tokens: usize, touched: StepId) -> usize {
+        self.cut_states(table, tokens, touched);
         self.unpublish_from(table, tokens / self.block_tokens);
         let keep = self.blocks_for(tokens);
         let mut blocks = Vec::new();
@@ -476,9 +496,13 @@ impl BlockCache {
             pool,
             fence,
             prefix,
+            states,
             ..
         } = self;
         fence.complete(step, |release| settle(pool, prefix, release));
+        if let Some(states) = states {
+            states.step_completed(step, prefix);
+        }
     }
 
     /// Returns the last step that has completed.
@@ -492,6 +516,9 @@ impl BlockCache {
         for block in cached {
             self.forget(block);
             self.pool.forget(block);
+        }
+        if let Some((states, prefix)) = self.states.as_mut().zip(self.prefix.as_mut()) {
+            states.clear(prefix);
         }
     }
 

@@ -11,6 +11,7 @@
 //! A node exists as long as it has a block or a child. If some layers need all tokens, a node
 //! without their blocks is of no use, so its other blocks are forgotten with them.
 
+use super::states::StateSlot;
 use super::{BlockId, CacheLayout, GroupKind};
 use foldhash::fast::RandomState;
 use std::collections::HashMap;
@@ -76,6 +77,12 @@ pub(super) struct PrefixCache {
     blocks: Vec<u32>,
     /// The node of each block, or [`NONE`].
     node_of: Vec<u32>,
+    /// The snapshot after the tokens of every node, or [`NONE`].
+    states: Vec<u32>,
+    /// The node of each snapshot, or [`NONE`].
+    node_of_state: Vec<u32>,
+    /// Snapshots that were forgotten with the block of their node.
+    useless_states: Vec<StateSlot>,
     /// Whether each group needs all tokens.
     full: Vec<bool>,
     block_tokens: usize,
@@ -102,6 +109,9 @@ impl PrefixCache {
             tokens: Vec::with_capacity(blocks * block_tokens),
             blocks: Vec::with_capacity(blocks * full.len()),
             node_of: vec![NONE; blocks],
+            states: Vec::with_capacity(blocks),
+            node_of_state: Vec::new(),
+            useless_states: Vec::new(),
             full,
             block_tokens,
             hasher: RandomState::default(),
@@ -110,6 +120,43 @@ impl PrefixCache {
 
     pub fn knows(&self, block: BlockId) -> bool {
         self.node_of[block.index()] != NONE
+    }
+
+    /// Reserves memory for this many slots for states.
+    pub fn reserve_states(&mut self, slots: usize) {
+        self.node_of_state = vec![NONE; slots];
+    }
+
+    pub fn knows_state(&self, slot: StateSlot) -> bool {
+        self.node_of_state[slot.index()] != NONE
+    }
+
+    /// Returns the snapshot after the tokens of a node, if there is one.
+    pub fn state(&self, node: NodeId) -> Option<StateSlot> {
+        let slot = self.states[node.index as usize];
+        (slot != NONE).then_some(StateSlot::new(slot))
+    }
+
+    /// Makes a snapshot known as the state after the tokens of a node, which has none.
+    pub fn publish_state(&mut self, node: NodeId, slot: StateSlot) {
+        debug_assert!(!self.knows_state(slot), "{slot:?} is known already");
+        self.states[node.index as usize] = slot.index() as u32;
+        self.node_of_state[slot.index()] = node.index;
+    }
+
+    /// Forgets a snapshot.
+    pub fn forget_state(&mut self, slot: StateSlot) {
+        let index = std::mem::replace(&mut self.node_of_state[slot.index()], NONE);
+        if index != NONE {
+            self.states[index as usize] = NONE;
+            self.remove_unused(index);
+        }
+    }
+
+    /// Takes the snapshots that were forgotten since the last call because the blocks of their
+    /// nodes were.
+    pub fn take_useless_states(&mut self) -> impl Iterator<Item = StateSlot> + '_ {
+        self.useless_states.drain(..)
     }
 
     /// Returns the node of a known block.
@@ -215,6 +262,7 @@ impl PrefixCache {
         let nodes = self.nodes.len();
         self.tokens.resize(nodes * self.block_tokens, 0);
         self.blocks.resize(nodes * self.full.len(), NONE);
+        self.states.resize(nodes, NONE);
         Some(nodes as u32 - 1)
     }
 
@@ -242,6 +290,11 @@ impl PrefixCache {
                     useless.push(BlockId(*other));
                     *other = NONE;
                 }
+                let state = std::mem::replace(&mut self.states[index as usize], NONE);
+                if state != NONE {
+                    self.node_of_state[state as usize] = NONE;
+                    self.useless_states.push(StateSlot::new(state));
+                }
             }
         }
         self.remove_unused(index);
@@ -253,7 +306,8 @@ impl PrefixCache {
         while index != NONE {
             let blocks = &self.blocks[index as usize * groups..][..groups];
             let node = &mut self.nodes[index as usize];
-            if node.children > 0 || blocks.iter().any(|block| *block != NONE) {
+            let has_state = self.states[index as usize] != NONE;
+            if node.children > 0 || has_state || blocks.iter().any(|block| *block != NONE) {
                 return;
             }
             node.generation = node.generation.wrapping_add(1);
@@ -301,6 +355,12 @@ impl PrefixCache {
                 known += 1;
                 if self.node_of(block) != Some(node) {
                     return Err(format!("{node:?} has {block:?}, which belongs to another"));
+                }
+            }
+            if let Some(slot) = self.state(node) {
+                used = true;
+                if self.node_of_state[slot.index()] != node.index {
+                    return Err(format!("{node:?} has {slot:?}, which belongs to another"));
                 }
             }
             used |= self.nodes[node.index as usize].children > 0;

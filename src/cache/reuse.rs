@@ -3,7 +3,7 @@
 
 use super::prefix::{NodeId, Predecessor};
 use super::table::Group;
-use super::{BlockCache, BlockId, BlockState, BlockTable, CacheLayout};
+use super::{BlockCache, BlockId, BlockState, BlockTable, CacheLayout, StateSlot};
 use crate::id::StepId;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +17,11 @@ pub struct PrefixHit {
     pub blocks: usize,
     /// How many of these no table holds, so that they count as available until they are used.
     pub cached: usize,
+    /// Number of tokens whose blocks are known, from which a sequence could begin if there were a
+    /// snapshot of its state. Equal to `tokens` if no layer is recurrent.
+    pub matched: usize,
+    /// How many snapshots that nobody holds are needed.
+    pub cached_states: usize,
 }
 
 /// From which block on a group is needed to begin with known blocks.
@@ -37,6 +42,17 @@ impl Needed<'_> {
             Self::From(first) => first.get(group).copied().unwrap_or(0),
         }
     }
+}
+
+/// The known blocks with which a sequence can begin.
+#[derive(Clone, Copy, Default)]
+struct Longest {
+    /// Number of blocks of each group that needs all tokens.
+    end: usize,
+    /// Node of the last of them.
+    node: Option<NodeId>,
+    /// The same number, if a snapshot of the state were not needed.
+    matched: usize,
 }
 
 impl BlockCache {
@@ -65,16 +81,30 @@ impl BlockCache {
         limit: usize,
         needed: Needed<'_>,
     ) -> PrefixHit {
-        let (end, node) = self.longest(salt, tokens, limit, needed);
+        let Longest { end, node, matched } = self.longest(salt, tokens, limit, needed);
         let mut hit = PrefixHit {
             tokens: end * self.block_tokens,
+            matched: matched * self.block_tokens,
             ..PrefixHit::default()
         };
+        if let Some(slot) = self.known_state(node, needed) {
+            hit.cached_states = usize::from(self.is_cached_state(slot));
+        }
         self.for_each_block(end, node, needed, |_, block| {
             hit.blocks += 1;
             hit.cached += usize::from(self.pool.state(block) == BlockState::Cached);
         });
         hit
+    }
+
+    /// Returns the known snapshot with which a sequence begins after `node`; `None` if it needs
+    /// none.
+    fn known_state(&self, node: Option<NodeId>, needed: Needed<'_>) -> Option<StateSlot> {
+        let needs_state = self.states.is_some() && matches!(needed, Needed::Window);
+        let prefix = self.prefix.as_ref().filter(|_| needs_state);
+        prefix
+            .zip(node)
+            .and_then(|(prefix, node)| prefix.state(node))
     }
 
     /// Returns the largest number of known blocks' worth of tokens after which every group can
@@ -85,8 +115,8 @@ impl BlockCache {
         tokens: &[u32],
         limit: usize,
         needed: Needed<'_>,
-    ) -> (usize, Option<NodeId>) {
-        let mut best = (0, None);
+    ) -> Longest {
+        let mut best = Longest::default();
         let Some(prefix) = &self.prefix else {
             return best;
         };
@@ -110,7 +140,13 @@ impl BlockCache {
                 continues &= *known_from <= first || first >= end;
             }
             if continues {
-                best = (end, Some(node));
+                best.matched = end;
+            }
+            let lacks_state = self.states.is_some()
+                && matches!(needed, Needed::Window)
+                && prefix.state(node).is_none();
+            if continues && !lacks_state {
+                (best.end, best.node) = (end, Some(node));
             } else if let Needed::From(_) = needed {
                 break;
             }
@@ -179,7 +215,11 @@ impl BlockCache {
     ) -> usize {
         debug_assert!(table.is_empty(), "the table must be empty");
         self.open(table);
-        let (end, node) = self.longest(table.salt.as_ref(), tokens, limit, needed);
+        let salt = table.salt.clone();
+        let Longest { end, node, .. } = self.longest(salt.as_ref(), tokens, limit, needed);
+        if let Some(slot) = self.known_state(node, needed) {
+            self.attach_state(table, end * self.block_tokens, slot);
+        }
         for (index, group) in table.groups.iter_mut().enumerate() {
             group.first = needed.first(&self.layout, index, end, self.block_tokens);
         }
@@ -294,8 +334,11 @@ impl BlockCache {
     }
 
     /// Returns whether a sequence can continue after the first `tokens` tokens of `table`: no
-    /// block that the next token needs was given back.
+    /// block that the next token needs was given back, and there is a snapshot of its state.
     pub fn can_continue(&self, table: &BlockTable, tokens: usize) -> bool {
+        if !self.has_state(table, tokens) {
+            return false;
+        }
         let mut groups = table.groups.iter().enumerate();
         groups.all(|(index, group)| {
             group.first <= self.layout.first_block(index, tokens, self.block_tokens)
@@ -330,6 +373,9 @@ impl BlockCache {
         }
         (shared.published, shared.last) = (table.published, table.last);
         self.unpublish_from(&mut shared, tokens / self.block_tokens);
+        if let Some(slot) = self.snapshot_of(table, tokens) {
+            self.attach_state(&mut shared, tokens, slot);
+        }
         shared
     }
 
@@ -355,7 +401,14 @@ impl BlockCache {
         if left > 0 {
             self.take_back(table, &nodes, left);
         }
-        (left, self.cut(table, left, touched))
+        let state = self.state_at(&nodes, left);
+        let blocks = self.cut(table, left, touched);
+        if let Some(slot) = state
+            && self.snapshot_of(table, left).is_none()
+        {
+            self.attach_state(table, left, slot);
+        }
+        (left, blocks)
     }
 
     /// Returns the nodes of the published blocks of `table`, in the order of the tokens.
@@ -376,9 +429,25 @@ impl BlockCache {
         first..self.blocks_for(tokens)
     }
 
+    /// Returns the known snapshot of the first `tokens` tokens of a sequence with these nodes.
+    fn state_at(&self, nodes: &[NodeId], tokens: usize) -> Option<StateSlot> {
+        let is_whole = self.states.is_some() && tokens.is_multiple_of(self.block_tokens);
+        let index = (tokens / self.block_tokens)
+            .checked_sub(1)
+            .filter(|_| is_whole);
+        let node = index.and_then(|index| nodes.get(index));
+        let prefix = self.prefix.as_ref();
+        prefix
+            .zip(node)
+            .and_then(|(prefix, node)| prefix.state(*node))
+    }
+
     /// Returns whether each block that the sequence needs after `tokens` tokens is held by
-    /// `table` or known.
+    /// `table` or known, and the state there as well.
     fn is_known(&self, table: &BlockTable, nodes: &[NodeId], tokens: usize) -> bool {
+        if !self.has_state(table, tokens) && self.state_at(nodes, tokens).is_none() {
+            return false;
+        }
         let known = |group: usize, index: usize| {
             let prefix = self.prefix.as_ref().zip(nodes.get(index));
             prefix.is_some_and(|(prefix, node)| prefix.block(*node, group).is_some())

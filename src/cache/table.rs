@@ -2,6 +2,7 @@
 
 use super::BlockId;
 use super::prefix::NodeId;
+use super::states::TableStates;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,6 +47,8 @@ pub struct BlockTable {
     pub(super) published: usize,
     /// The node of the last published block.
     pub(super) last: Option<NodeId>,
+    /// The states of recurrent layers.
+    pub(super) states: TableStates,
     /// Only tables with the same salt share blocks.
     pub(super) salt: Option<Arc<str>>,
 }

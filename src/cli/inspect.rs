@@ -177,7 +177,6 @@ fn groups(layout: &CacheLayout) -> Value {
         let (keeps, window) = match group.kind {
             GroupKind::Full => ("all tokens", None),
             GroupKind::Window(window) => ("window", Some(window)),
-            GroupKind::State => ("state", None),
         };
         json!({ "keeps": keeps, "window": window, "layers": group.layers })
     });

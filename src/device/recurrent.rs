@@ -20,11 +20,10 @@ pub struct BatchState {
     pub snapshot: Option<StateSnapshot>,
 }
 
-/// A state to keep that is reached within a step.
+/// A state to keep, which is copied when it is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateSnapshot {
-    /// Number of rows of the sequence in this step after which the state is kept; less than all
-    /// of them.
+    /// Number of rows of the sequence in this step after which the state is kept, from 1 on.
     pub rows: usize,
     /// Slot that gets the state.
     pub slot: u32,
@@ -137,7 +136,7 @@ pub(super) fn check_states(
             continue;
         };
         sorted.push(snapshot.slot);
-        if snapshot.rows == 0 || snapshot.rows >= rows {
+        if snapshot.rows == 0 || snapshot.rows > rows {
             let after = snapshot.rows;
             return Err(format!("a state is kept after {after} of {rows} rows"));
         }

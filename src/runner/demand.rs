@@ -2,10 +2,12 @@
 
 use super::LoadError;
 use super::limits::context_tokens;
-use super::memory::{MemoryPlan, cache_layout, cache_shape, least_cache};
+use super::memory::{MemoryPlan, cache_layout, cache_shape, least_cache, state_shape};
 use crate::cache::CacheLayout;
 use crate::config::EngineConfig;
-use crate::device::{CacheShape, Device, DeviceLimits, ExpertShape, ModelShape, StepMemory};
+use crate::device::{
+    CacheShape, Device, DeviceLimits, ExpertShape, ModelShape, StateShape, StepMemory,
+};
 use crate::model::{Decoder, ModelConfig, ModelSource, StepLimits};
 
 /// The smallest default of the number of tokens per step.
@@ -35,6 +37,12 @@ pub(super) struct Needs {
     pub(super) weights: usize,
     pub(super) activations: usize,
     pub(super) steps: StepMemory,
+}
+
+/// Dimensions of what sequences keep on the device.
+pub(super) struct Shapes {
+    pub(super) cache: CacheShape,
+    pub(super) states: StateShape,
 }
 
 impl Needs {
@@ -160,35 +168,35 @@ impl<'a> Demand<'a> {
         {
             return Err(self.too_little(device, &needs, free));
         }
-        let shape = self.shape(device, &needs, needs.total())?;
-        Ok(self.planned(device, needs, &shape))
+        let shapes = self.shapes(device, &needs, needs.total())?;
+        Ok(self.planned(device, needs, &shapes))
     }
 
-    /// Returns the plan, and the shape of the KV cache, after everything but the graphs and the
-    /// cache has been allocated.
+    /// Returns the plan, and the shapes of the KV cache and of the states, after everything but
+    /// the graphs and the cache has been allocated.
     ///
     /// # Errors
     /// Returns the same errors as [`Demand::plan`].
     pub(super) fn plan_loaded<D: Device>(
         &self,
         device: &D,
-    ) -> Result<(MemoryPlan, CacheShape), LoadError> {
+    ) -> Result<(MemoryPlan, Shapes), LoadError> {
         let needs = Needs {
             weights: device.weight_bytes(),
             ..self.needs(device, &self.limits)
         };
-        let shape = self.shape(device, &needs, needs.steps.graphs)?;
-        Ok((self.planned(device, needs, &shape), shape))
+        let shapes = self.shapes(device, &needs, needs.steps.graphs)?;
+        Ok((self.planned(device, needs, &shapes), shapes))
     }
 
-    /// Returns the shape of the KV cache. `unallocated` bytes are yet to be allocated for
-    /// anything else.
-    fn shape<D: Device>(
+    /// Returns the shapes of the KV cache and of the states. `unallocated` bytes are yet to be
+    /// allocated for anything else.
+    fn shapes<D: Device>(
         &self,
         device: &D,
         needs: &Needs,
         unallocated: usize,
-    ) -> Result<CacheShape, LoadError> {
+    ) -> Result<Shapes, LoadError> {
         let (model, config, layout) = (self.source.config(), self.config, &self.layout);
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
@@ -204,11 +212,17 @@ impl<'a> Demand<'a> {
             }
         };
         let step = self.limits.rows;
-        cache_shape(model, config, (layout, step), budget, device)
+        let states = state_shape(model, config, budget, device)?;
+        let rest = budget.saturating_sub(device.state_bytes(&states));
+        Ok(Shapes {
+            cache: cache_shape(model, config, (layout, step), rest, device)?,
+            states,
+        })
     }
 
-    fn planned<D: Device>(&self, device: &D, needs: Needs, shape: &CacheShape) -> MemoryPlan {
-        MemoryPlan::new(needs, &self.layout, &self.limits, shape, device)
+    fn planned<D: Device>(&self, device: &D, needs: Needs, shapes: &Shapes) -> MemoryPlan {
+        let (model, shapes) = (self.source.config(), (&shapes.cache, &shapes.states));
+        MemoryPlan::new(needs, &self.layout, &self.limits, model, shapes, device)
     }
 
     /// Returns the error for a device of which `usable` bytes may be used. It proposes settings

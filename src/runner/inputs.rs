@@ -1,7 +1,7 @@
 //! Turns a plan into the flat arrays that a device takes.
 
-use crate::cache::GroupBlocks;
-use crate::device::{Batch, Feedback};
+use crate::cache::{GroupBlocks, StateSlot, StepState};
+use crate::device::{Batch, BatchState, Feedback, StateSnapshot};
 use crate::sampling::{SampleRow, SamplingParams};
 use crate::schedule::{PlanItem, Report, Sequence, Sequences, StepPlan, Task, TokenInput};
 use std::ops::Range;
@@ -50,6 +50,7 @@ impl Inputs {
             };
             let first_row = batch.rows();
             add_item(item, sequence, block_tokens, batch);
+            batch.states.extend(item.state.map(batch_state));
             let row = |position: usize| first_row + position - item.start;
             match &item.report {
                 Report::Nothing => {}
@@ -102,6 +103,19 @@ fn add_item(item: &PlanItem, sequence: &Sequence, block_tokens: usize, batch: &m
         (first, blocks.map(|block| block.index() as u32))
     });
     batch.push(tokens, item.start, block_tokens, tables);
+}
+
+/// Returns the slots of an item, as a device takes them.
+fn batch_state(state: StepState) -> BatchState {
+    let index = |slot: StateSlot| slot.index() as u32;
+    BatchState {
+        before: state.before.map(index),
+        after: index(state.after),
+        snapshot: state.snapshot.map(|(rows, slot)| StateSnapshot {
+            rows,
+            slot: index(slot),
+        }),
+    }
 }
 
 /// Returns the row that samples the token after `position`. If the sampling needs the tokens

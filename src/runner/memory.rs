@@ -5,7 +5,7 @@ use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
 use crate::cache::{CacheLayout, EmptyWindow, GroupKind};
 use crate::config::EngineConfig;
-use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits};
+use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits, StateShape};
 use crate::model::ModelConfig;
 
 /// Maximum number of blocks, on the device or on the host.
@@ -43,6 +43,12 @@ pub struct MemoryPlan {
     pub block_bytes: usize,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
+    /// Number of slots for the states of recurrent layers.
+    pub state_slots: usize,
+    /// Size of a slot in bytes; 0 if no layer is recurrent.
+    pub state_bytes: usize,
+    /// Number of recurrent layers.
+    pub state_layers: usize,
     /// How the layers share blocks.
     pub(crate) layout: CacheLayout,
     /// Maximum number of tokens per sequence.
@@ -56,7 +62,8 @@ impl MemoryPlan {
         needs: Needs,
         layout: &CacheLayout,
         limits: &DeviceLimits,
-        shape: &CacheShape,
+        model: &ModelConfig,
+        (shape, states): (&CacheShape, &StateShape),
         device: &D,
     ) -> Self {
         let block_bytes = block_bytes(shape, device);
@@ -79,6 +86,9 @@ impl MemoryPlan {
             cache_blocks: shape.blocks,
             block_bytes,
             block_tokens: shape.block_tokens,
+            state_slots: states.slots,
+            state_bytes: slot_bytes(states.elements, device),
+            state_layers: model.layers.len() - model.attentions().count(),
             layout: layout.clone(),
             context_tokens: limits.sequence_tokens,
         }
@@ -89,16 +99,22 @@ impl MemoryPlan {
         self.block_bytes * self.cache_blocks
     }
 
+    /// Returns the size of all slots for states in bytes.
+    pub fn states(&self) -> usize {
+        self.state_bytes.saturating_mul(self.state_slots)
+    }
+
     /// Returns the number of blocks that a sequence of this many tokens holds while it is
     /// decoded.
     pub fn sequence_blocks(&self, tokens: usize) -> usize {
         self.layout.most_blocks_of_all(tokens, 1, self.block_tokens)
     }
 
-    /// Returns the size of [`MemoryPlan::sequence_blocks`] in bytes.
+    /// Returns the size of [`MemoryPlan::sequence_blocks`] in bytes, and of a state.
     pub fn sequence_bytes(&self, tokens: usize) -> usize {
-        self.sequence_blocks(tokens)
-            .saturating_mul(self.block_bytes)
+        let blocks = self.sequence_blocks(tokens);
+        let blocks = blocks.saturating_mul(self.block_bytes);
+        blocks.saturating_add(self.state_bytes)
     }
 
     /// Returns the size in bytes that a sequence of this many tokens would take if every layer
@@ -128,7 +144,6 @@ impl MemoryPlan {
             let tokens = match same[0].kind {
                 GroupKind::Full => "all tokens".to_owned(),
                 GroupKind::Window(window) => format!("the last {window} tokens"),
-                GroupKind::State => "one state".to_owned(),
             };
             let layers = match layers {
                 1 => "1 layer keeps".to_owned(),
@@ -139,7 +154,12 @@ impl MemoryPlan {
                 count => format!("{layers} {tokens}, in {count} groups"),
             }
         });
-        kinds.collect::<Vec<_>>().join("; ")
+        let states = match self.state_layers {
+            0 => None,
+            1 => Some("1 layer keeps a state".to_owned()),
+            layers => Some(format!("{layers} layers keep a state")),
+        };
+        kinds.chain(states).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -175,8 +195,57 @@ fn one_block(model: &ModelConfig, config: &EngineConfig, layout: &CacheLayout) -
     }
 }
 
+/// Returns the size in bytes of a slot for states of this many numbers.
+fn slot_bytes<D: Device>(elements: usize, device: &D) -> usize {
+    device.state_bytes(&StateShape { slots: 1, elements })
+}
+
+/// Smallest number of slots: a sequence that starts with a snapshot needs it until its own state is
+/// computed.
+const LEAST_SLOTS: usize = 2;
+
+/// Returns the shape of the memory for states of a model whose KV cache and states take `budget`
+/// bytes.
+///
+/// By default, states take at most half of the budget. A state is as large as the keys and values
+/// of hundreds or thousands of tokens, so more of them would leave too little room for the tokens
+/// of the running sequences; what sequences do not need serves the prefix cache. There is no use
+/// in more than a few snapshots for each sequence that may run.
+pub(super) fn state_shape<D: Device>(
+    model: &ModelConfig,
+    config: &EngineConfig,
+    budget: usize,
+    device: &D,
+) -> Result<StateShape, LoadError> {
+    let elements = model.states().elements;
+    if elements == 0 {
+        return Ok(StateShape::default());
+    }
+    let bytes = slot_bytes(elements, device).max(1);
+    let useful = config.max_sequences.saturating_mul(4);
+    let slots = match config.state_slots {
+        Some(slots) => slots,
+        None => (budget / 2 / bytes).min(useful).max(LEAST_SLOTS),
+    };
+    let refused = |name, value: usize, expected| LoadError::Config {
+        name,
+        value: value.to_string(),
+        expected,
+    };
+    if !(LEAST_SLOTS..=MAX_BLOCKS).contains(&slots) {
+        let expected = format!("from {LEAST_SLOTS} to {MAX_BLOCKS}");
+        return Err(refused("state_slots", slots, expected));
+    }
+    let taken = slots.saturating_mul(bytes);
+    if taken >= budget {
+        let expected = format!("more than {taken} (the states of {slots} sequences of this model)");
+        return Err(refused("kv_cache_bytes", budget, expected));
+    }
+    Ok(StateShape { slots, elements })
+}
+
 /// Returns the size in bytes of the smallest cache: every group needs a block for the first
-/// token.
+/// token, and a sequence needs slots for its state.
 pub(super) fn least_cache<D: Device>(
     model: &ModelConfig,
     config: &EngineConfig,
@@ -184,7 +253,10 @@ pub(super) fn least_cache<D: Device>(
     device: &D,
 ) -> usize {
     let block = block_bytes(&one_block(model, config, layout), device);
-    block.saturating_mul(layout.groups().len())
+    let slots = slot_bytes(model.states().elements, device).saturating_mul(LEAST_SLOTS);
+    block
+        .saturating_mul(layout.groups().len())
+        .saturating_add(slots)
 }
 
 /// Returns the shape of the largest useful cache that fits in `budget` bytes, for steps of up to
@@ -263,6 +335,9 @@ mod tests {
             cache_blocks: 10_000,
             block_bytes: layout.layers_per_block() * 16 * of_layer,
             block_tokens: 16,
+            state_slots: 0,
+            state_bytes: 0,
+            state_layers: 0,
             layout,
             context_tokens: 32_768,
         }

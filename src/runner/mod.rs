@@ -128,6 +128,8 @@ pub struct RunnerInfo {
     pub block_tokens: usize,
     /// How the layers share blocks and block tables.
     pub layout: CacheLayout,
+    /// Memory for the states of recurrent layers; `None` if there are no such layers.
+    pub states: Option<StateInfo>,
     /// Host memory for swapped-out blocks; `None` if the runner cannot swap.
     pub swap: Option<SwapInfo>,
     /// The loaded model; `None` for a runner without one.
@@ -142,6 +144,15 @@ impl RunnerInfo {
             ..self
         }
     }
+}
+
+/// Memory for the states of recurrent layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateInfo {
+    /// Number of slots.
+    pub slots: usize,
+    /// Snapshots are taken at multiples of this number of tokens.
+    pub interval: usize,
 }
 
 /// Host memory for swapped-out blocks, and its speed.
@@ -199,6 +210,9 @@ impl ModelInfo {
                 cache_blocks: 0,
                 block_bytes: 0,
                 block_tokens: 1,
+                state_slots: 0,
+                state_bytes: 0,
+                state_layers: 0,
                 layout: CacheLayout::single(),
                 context_tokens: 1,
             },

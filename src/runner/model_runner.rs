@@ -3,7 +3,7 @@
 use super::demand::Demand;
 use super::inputs::Inputs;
 use super::memory::swap_info;
-use super::{LoadError, ModelInfo, Runner, RunnerInfo, StepOutput};
+use super::{LoadError, ModelInfo, Runner, RunnerInfo, StateInfo, StepOutput};
 use crate::cache::{BlockId, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{CacheLayer, Device, DeviceError};
@@ -20,6 +20,11 @@ use std::time::Instant;
 #[allow(dead_code)] // the tests in `tests/cuda` use the rest
 #[path = "../../tests/common/gpu.rs"]
 mod gpu;
+
+/// At least this many tokens are between snapshots of a sequence's state. Those that are kept
+/// while tokens are generated take their place, so a smaller number costs only copies; a turn of a
+/// conversation computes at most this many tokens again.
+const STATE_INTERVAL: usize = 64;
 
 /// A decoder on a device, with its KV cache.
 pub struct ModelRunner<D: Device> {
@@ -77,8 +82,12 @@ impl<D: Device> ModelRunner<D> {
         };
         let limits = demand.step_limits();
         let mut decoder = Decoder::load(source, &mut device, limits, place, &mut loaded)?;
-        let (memory, shape) = demand.plan_loaded(&device)?;
+        let (memory, shapes) = demand.plan_loaded(&device)?;
+        let (shape, states) = (shapes.cache, shapes.states);
         let mut cache = device.allocate_cache(&shape)?;
+        if states.slots > 0 {
+            device.allocate_states(&mut cache, &states)?;
+        }
         decoder.warm_up(&mut device, &mut cache, &mut |done| {
             progress(parts + done, parts + steps);
         })?;
@@ -109,6 +118,10 @@ impl<D: Device> ModelRunner<D> {
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,
             layout,
+            states: (states.slots > 0).then(|| StateInfo {
+                slots: states.slots,
+                interval: STATE_INTERVAL.next_multiple_of(shape.block_tokens),
+            }),
             swap,
             model: Some(ModelInfo {
                 architecture: model.architecture.name(),

@@ -137,6 +137,7 @@ impl NullRunner {
             cache_blocks: self.options.cache_blocks,
             block_tokens: self.options.block_tokens,
             layout: CacheLayout::single(),
+            states: None,
             swap: None,
             model: None,
         }

@@ -1,7 +1,7 @@
 //! What one step computes.
 
 use super::SequenceKey;
-use crate::cache::Transfers;
+use crate::cache::{StepState, Transfers};
 use crate::id::StepId;
 use std::ops::Range;
 
@@ -60,6 +60,8 @@ pub struct PlanItem {
     pub end: bool,
     /// What else the rows report.
     pub report: Report,
+    /// The states that the rows read and write; `None` if no layer is recurrent.
+    pub state: Option<StepState>,
 }
 
 impl PlanItem {

@@ -162,6 +162,9 @@ pub struct Sequence {
     pub(super) followers: Vec<SequenceKey>,
     /// The sequence that computes the prompt for this one.
     pub(super) leader: Option<SequenceKey>,
+    /// Number of tokens after which a snapshot of the state would serve sequences that begin with
+    /// the same tokens, because others have begun with them before. 0 if there is no such number.
+    pub(super) branch: usize,
     /// Position in the order of arrival.
     pub(super) arrival: u64,
     /// Whether the reader is too slow, so that no rows are planned.
@@ -199,6 +202,7 @@ impl Sequence {
             swapped: None,
             followers: Vec::new(),
             leader: None,
+            branch: 0,
             arrival,
             paused: false,
             state: SequenceState::Blocked,
@@ -286,6 +290,30 @@ impl Sequence {
                 excess => count -= excess,
             }
         }
+    }
+
+    /// Returns `count`, or fewer rows if the rows end after [`Sequence::branch`], so that a step
+    /// takes one snapshot at most.
+    pub(super) fn rows_to_branch(&self, count: usize) -> usize {
+        match self.branch.checked_sub(self.launched_tokens) {
+            Some(rows) if rows > 0 => count.min(rows),
+            _ => count,
+        }
+    }
+
+    /// Returns after how many tokens a snapshot of the state should be taken if the next step
+    /// computes `count` rows, where snapshots are taken at multiples of `interval` tokens.
+    pub(super) fn snapshot_within(&self, count: usize, interval: usize) -> Option<usize> {
+        let (start, end) = (self.launched_tokens, self.launched_tokens + count);
+        // The last known token is always computed, so a snapshot after it would serve nobody who
+        // sends the same prompt.
+        let last = match start + 1 < self.tokens.len() {
+            true => self.tokens.len() - 1,
+            false => end,
+        };
+        let wanted = [self.branch, last / interval * interval];
+        let mut wanted = wanted.into_iter();
+        wanted.find(|tokens| start < *tokens && *tokens <= end)
     }
 
     /// Returns the sort key of the order in which sequences are served: priority, then arrival.

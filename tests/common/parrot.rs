@@ -60,6 +60,7 @@ fn start(template: serde_json::Value, run: usize, defaults: Option<SamplingDefau
         cache_blocks: 4096,
         block_tokens: 16,
         layout: CacheLayout::single(),
+        states: None,
         swap: None,
         model: defaults.map(ModelInfo::of_sampling),
     };

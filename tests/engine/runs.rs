@@ -51,6 +51,7 @@ impl Scripted {
             cache_blocks: 200,
             block_tokens: 4,
             layout: CacheLayout::single(),
+            states: None,
             swap: None,
             model: None,
         };

@@ -517,6 +517,7 @@ pub fn info(options: &SimOptions) -> RunnerInfo {
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,
         layout: options.layout.clone(),
+        states: None,
         swap: (options.swap_blocks > 0).then_some(SwapInfo {
             blocks: options.swap_blocks,
             seconds_per_block: 1e-9,

@@ -179,7 +179,9 @@ impl CpuDevice {
                     let kept = unsafe { states.range(at(snapshot.slot, piece), elements) };
                     kept.copy_from_slice(state);
                 }
-                compute(piece, next..rows.end, state);
+                if next < rows.end {
+                    compute(piece, next..rows.end, state);
+                }
             }
         })
     }

@@ -157,6 +157,10 @@ fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
         config.prefix_cache,
         info.layout.clone(),
     );
+    let cache = match info.states {
+        Some(states) => cache.with_states(states.slots, states.interval),
+        None => cache,
+    };
     let policy = Policy {
         max_batch_tokens: info.max_batch_tokens,
         max_sequences: config.max_sequences,

@@ -60,6 +60,12 @@ impl Scheduler {
                 sequence.written_tokens,
                 sequence.last_step,
             );
+            self.cache.publish_states(
+                &mut sequence.table,
+                sequence.written_tokens,
+                sequence.prompt_tokens,
+                sequence.last_step,
+            );
             // After publishing, so that others can still find the blocks.
             let next = sequence.written_tokens.min(sequence.tokens.len());
             self.cache
@@ -85,6 +91,7 @@ impl Scheduler {
                 .take_if(|swapped| swapped.step == plan.step);
             if let Some(swapped) = lost {
                 self.host.release(swapped.blocks);
+                self.cache.release(&mut sequence.table, sequence.last_step);
             }
         }
     }

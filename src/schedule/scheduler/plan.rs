@@ -96,7 +96,9 @@ impl Scheduler {
         budget: &mut Budget,
     ) {
         let sequence = self.sequences.get(key);
-        let count = sequence.map_or(0, |own| own.rows_within(count, budget.samples));
+        let count = sequence.map_or(0, |own| {
+            own.rows_to_branch(own.rows_within(count, budget.samples))
+        });
         if count > 0 && self.make_room(key, count, plan) {
             self.push_item(plan, key, count, budget);
         }
@@ -118,6 +120,11 @@ impl Scheduler {
         let sampled = next - usize::from(sequence.samples_last(count))..next;
         let end = sequence.ends_with_prompt() && next == sequence.length();
         let report = sequence.report(count);
+        let interval = self.cache.state_interval();
+        let wanted = interval.and_then(|interval| sequence.snapshot_within(count, interval));
+        let state = self
+            .cache
+            .plan_state(&mut sequence.table, start..next, wanted);
         let input = if start >= sequence.tokens.len() {
             TokenInput::Feedback {
                 sample: sequence.last_sample,
@@ -140,6 +147,7 @@ impl Scheduler {
             sampled,
             end,
             report,
+            state,
         };
         budget.tokens -= count;
         budget.samples -= item.sample_count();

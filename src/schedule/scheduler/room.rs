@@ -8,6 +8,16 @@ use crate::schedule::policy::PreemptionCost;
 use crate::schedule::sequence::Swapped;
 use crate::schedule::{Sequence, SequenceKey, SequenceState, StepPlan};
 
+/// Whether there is a slot for the state of a sequence that starts.
+enum SlotToStart {
+    /// There is one, or none is needed.
+    Free,
+    /// There is none before a step has completed or a sequence has ended.
+    Later,
+    /// Something was given up, so that there may be one now.
+    Retry,
+}
+
 impl Scheduler {
     /// Prepares the block table of `key` for its next `count` tokens, and evicts or preempts
     /// others if necessary. Returns whether this succeeded; if not, no block of `key` was
@@ -71,7 +81,11 @@ impl Scheduler {
             let needed = cost.missing + self.running.len() * self.cache.groups();
             let available = self.cache.available_blocks() - cost.reused_cached_blocks;
             if needed <= available {
-                return Some(cost);
+                match self.slot_to_start(key, &cost) {
+                    SlotToStart::Free => return Some(cost),
+                    SlotToStart::Later => return None,
+                    SlotToStart::Retry => continue,
+                }
             }
             if needed <= available + self.cache.deferred_blocks() {
                 return None;
@@ -85,6 +99,39 @@ impl Scheduler {
             }
             self.preempt(victim, plan);
         }
+    }
+
+    /// Looks for a slot for the state of a sequence that could start otherwise, and gives up what
+    /// others keep if there is none. Running sequences keep their slots.
+    fn slot_to_start(&mut self, key: SequenceKey, cost: &StartCost) -> SlotToStart {
+        if cost.has_state || self.cache.has_slot(cost.reused_cached_states) {
+            return SlotToStart::Free;
+        }
+        if self.cache.has_deferred_slots() {
+            return SlotToStart::Later;
+        }
+        let alone = self.running.len() == 0;
+        let given_up = self.evict_session()
+            || (alone && (self.evict_pinned_session() || self.drop_swapped(key)));
+        match given_up {
+            true => SlotToStart::Retry,
+            false => SlotToStart::Later,
+        }
+    }
+
+    /// Lets a sequence other than `key` that was swapped out be recomputed instead, because it
+    /// keeps its slot while it waits. Returns whether there was one.
+    fn drop_swapped(&mut self, key: SequenceKey) -> bool {
+        let mut others = self.sequences.iter_mut();
+        let found = others.find(|(other, sequence)| *other != key && sequence.swapped.is_some());
+        let Some((_, sequence)) = found else {
+            return false;
+        };
+        if let Some(swapped) = sequence.swapped.take() {
+            self.host.release(swapped.blocks);
+        }
+        self.cache.release(&mut sequence.table, sequence.last_step);
+        true
     }
 
     /// Returns whether `key` could start if all sessions were evicted and all sequences
@@ -212,8 +259,12 @@ impl Scheduler {
             // The copy is part of this step.
             sequence.last_step = plan.step;
             self.totals.swaps += 1;
+            // The state stays in its slot.
+            let (table, touched) = (&mut sequence.table, sequence.last_step);
+            self.cache.release_blocks_of(table, touched);
+        } else {
+            self.cache.release(&mut sequence.table, sequence.last_step);
         }
-        self.cache.release(&mut sequence.table, sequence.last_step);
         sequence.launched_tokens = 0;
         sequence.written_tokens = 0;
         sequence.state = SequenceState::Blocked;

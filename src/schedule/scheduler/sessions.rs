@@ -19,6 +19,8 @@ impl Scheduler {
         pin_until: Option<Instant>,
     ) -> usize {
         if sequence.table.is_empty() {
+            // If it was swapped out, it still has its state.
+            self.cache.release(&mut sequence.table, sequence.last_step);
             // If the sequence never started, the session still has what it retained before.
             return self.rewind_session(session, tokens);
         }

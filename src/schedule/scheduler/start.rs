@@ -30,6 +30,13 @@ pub(super) struct StartCost {
     /// Number of reused blocks that count as available now and no longer will when the sequence
     /// holds them.
     pub reused_cached_blocks: usize,
+    /// The same for snapshots of states.
+    pub reused_cached_states: usize,
+    /// Whether the sequence has a slot for its state already.
+    pub has_state: bool,
+    /// Number of tokens whose blocks are known, which is more than `computed` if there is no
+    /// snapshot of the state there.
+    matched: usize,
 }
 
 impl Scheduler {
@@ -96,6 +103,9 @@ impl Scheduler {
                 computed: swapped.tokens,
                 missing: blocks - known.blocks,
                 reused_cached_blocks: known.cached,
+                reused_cached_states: 0,
+                has_state: true,
+                matched: 0,
             });
         }
         if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
@@ -110,6 +120,9 @@ impl Scheduler {
                     step_tokens,
                 ),
                 reused_cached_blocks: 0,
+                reused_cached_states: 0,
+                has_state: false,
+                matched: 0,
             });
         }
         // A sequence that has started before may find more than the prompt in the prefix cache.
@@ -126,6 +139,9 @@ impl Scheduler {
                 // written.
                 missing: self.cache.blocks_after(computed, length, step_tokens),
                 reused_cached_blocks: 0,
+                reused_cached_states: 0,
+                has_state: false,
+                matched: 0,
             });
         }
         let known = self.cache.lookup(salt, &sequence.tokens, most);
@@ -134,6 +150,9 @@ impl Scheduler {
             computed: known.tokens,
             missing: self.cache.blocks_after(known.tokens, length, step_tokens),
             reused_cached_blocks: known.cached,
+            reused_cached_states: known.cached_states,
+            has_state: false,
+            matched: known.matched,
         })
     }
 
@@ -165,8 +184,12 @@ impl Scheduler {
         };
         sequence.started_step = plan.step;
         sequence.launched_tokens = cost.computed;
+        // Only where it is of use: others have computed these tokens, but left no snapshot.
+        let interval = self.cache.state_interval();
+        let branch = interval.map_or(0, |interval| cost.matched / interval * interval);
+        sequence.branch = if branch > cost.computed { branch } else { 0 };
         let count = sequence.pending().min(budget.tokens);
-        let count = sequence.rows_within(count, budget.samples);
+        let count = sequence.rows_to_branch(sequence.rows_within(count, budget.samples));
         // Number of tokens that the prefix cache has.
         let mut known = 0;
         if let Some(table) = shared {
