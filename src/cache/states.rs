@@ -230,6 +230,13 @@ impl BlockCache {
         self
     }
 
+    /// Returns the slots whose content was discarded since the last call. Recording starts with
+    /// the first call, which returns nothing.
+    pub fn take_freed_states(&mut self) -> Vec<StateSlot> {
+        let freed = self.states.as_mut().map(|states| states.pool.take_freed());
+        freed.into_iter().flatten().map(StateSlot::of).collect()
+    }
+
     /// Returns at multiples of how many tokens snapshots are taken; `None` if no layer is
     /// recurrent.
     pub fn state_interval(&self) -> Option<usize> {
@@ -377,6 +384,30 @@ impl BlockCache {
     pub(super) fn is_cached_state(&self, slot: StateSlot) -> bool {
         let states = self.states.as_ref();
         states.is_some_and(|states| states.pool.state(slot.block()) == BlockState::Cached)
+    }
+
+    /// Returns every published snapshot with all tokens that it is the state of.
+    #[cfg(test)]
+    pub(crate) fn known_states(&self) -> Vec<(StateSlot, Vec<u32>)> {
+        let Some(prefix) = &self.prefix else {
+            return Vec::new();
+        };
+        let states = prefix.nodes().filter_map(|node| {
+            let ancestors = std::iter::successors(Some(node), |node| prefix.parent(*node));
+            let mut nodes: Vec<_> = ancestors.collect();
+            nodes.reverse();
+            let tokens = nodes.iter().flat_map(|node| prefix.tokens_of(*node));
+            Some((prefix.state(node)?, tokens.copied().collect()))
+        });
+        states.collect()
+    }
+
+    /// Returns every snapshot that `table` holds, with the number of tokens that it is the state
+    /// of.
+    #[cfg(test)]
+    pub(crate) fn kept_states(table: &BlockTable) -> impl Iterator<Item = (StateSlot, usize)> {
+        let kept = table.states.kept.iter();
+        kept.map(|state| (state.slot, state.tokens))
     }
 
     /// Releases the live state of `table` and its snapshots of more than `tokens` tokens.

@@ -28,7 +28,7 @@ pub use model_runner::ModelRunner;
 pub use null::{NullOptions, NullRunner};
 pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
 
-use crate::cache::{BlockId, CacheLayout};
+use crate::cache::{BlockId, CacheLayout, StateSlot};
 use crate::config::EngineConfig;
 use crate::device::{DeviceError, DeviceInfo, PooledRows};
 use crate::sampling::{Samples, SamplingDefaults, Token};
@@ -56,6 +56,15 @@ pub trait Runner {
     /// Returns the error of the device.
     fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
         let _ = blocks;
+        Ok(())
+    }
+
+    /// The same for slots of states.
+    ///
+    /// # Errors
+    /// Returns the error of the device.
+    fn poison_states(&mut self, slots: &[StateSlot]) -> Result<(), DeviceError> {
+        let _ = slots;
         Ok(())
     }
 

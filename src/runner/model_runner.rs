@@ -4,7 +4,7 @@ use super::demand::Demand;
 use super::inputs::Inputs;
 use super::memory::swap_info;
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, StateInfo, StepOutput};
-use crate::cache::{BlockId, Transfers};
+use crate::cache::{BlockId, StateSlot, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{CacheLayer, Device, DeviceError};
 use crate::model::{Decoder, ModelSource};
@@ -217,6 +217,11 @@ impl<D: Device> Runner for ModelRunner<D> {
         self.in_flight.push_back(step);
         self.inputs.clear();
         Ok(())
+    }
+
+    fn poison_states(&mut self, slots: &[StateSlot]) -> Result<(), DeviceError> {
+        let slots: Vec<u32> = slots.iter().map(|slot| slot.index() as u32).collect();
+        self.device.poison_states(&mut self.cache, &slots)
     }
 
     fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {

@@ -15,7 +15,9 @@ use super::queue::{RunningQueue, WaitingQueue};
 use super::retained::RetainedSessions;
 use super::tenants::Tenants;
 use super::{Policy, SequenceKey, SequenceState, Sequences};
-use crate::cache::{AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks};
+use crate::cache::{
+    AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, StateSlot,
+};
 use crate::id::StepId;
 
 /// Number of sequences in each state, and totals of what was done for them.
@@ -113,6 +115,11 @@ impl Scheduler {
     /// with the first call, which returns nothing.
     pub fn take_freed(&mut self) -> Vec<BlockId> {
         self.cache.take_freed()
+    }
+
+    /// The same for slots of states.
+    pub fn take_freed_states(&mut self) -> Vec<StateSlot> {
+        self.cache.take_freed_states()
     }
 
     /// Forgets the tokens of all blocks that no table holds.

@@ -3,13 +3,16 @@
 //! It stores one token per slot of the KV cache and accesses the slots through the block
 //! tables, but only when a step is collected. A block that is handed out too early, or a wrong
 //! table, therefore changes the tokens that come out. If there are several groups of layers, each
-//! of them must hold the same tokens, as far as its layers attend to them.
+//! of them must hold the same tokens, as far as its layers attend to them. If there are recurrent
+//! layers, the state of a sequence is a hash of its tokens, and must be that of the cached tokens.
 
 pub mod constraint;
 
-use quell::internals::cache::{BlockId, BlockTable, CacheLayout, GroupKind, Transfers};
+use quell::internals::cache::{
+    BlockId, BlockTable, CacheLayout, GroupKind, StateSlot, StepState, Transfers,
+};
 use quell::internals::device::PooledRows;
-use quell::internals::runner::{Runner, RunnerInfo, StepOutput, SwapInfo};
+use quell::internals::runner::{Runner, RunnerInfo, StateInfo, StepOutput, SwapInfo};
 use quell::internals::schedule::{Report, SequenceKey, Sequences, StepPlan, TokenInput};
 use quell::{DeviceError, Engine, EngineConfig, LoadError, SessionId, Token, Tokenizer};
 use std::collections::VecDeque;
@@ -30,6 +33,8 @@ pub struct SimOptions {
     /// Groups of layers. The model's answers depend on the tokens that the first group attends
     /// to; [`expected`] assumes that these are all tokens.
     pub layout: CacheLayout,
+    /// Memory for states; `None` if there are no recurrent layers.
+    pub states: Option<StateInfo>,
     pub context: usize,
     /// Number of host blocks for swapped-out data. With 0, nothing can be swapped out.
     pub swap_blocks: usize,
@@ -62,6 +67,7 @@ impl Default for SimOptions {
             blocks: 256,
             block_tokens: 4,
             layout: CacheLayout::single(),
+            states: None,
             context: 512,
             swap_blocks: 0,
             run: 1,
@@ -92,6 +98,7 @@ struct Item {
     /// For each scored row, the known token that follows it.
     next: Vec<u32>,
     sampled: bool,
+    state: Option<StepState>,
     /// Bit mask of the tokens that may be chosen. Without one, all may be.
     mask: Option<Arc<[u32]>>,
 }
@@ -136,6 +143,8 @@ struct Launched {
 pub struct SimRunner {
     options: SimOptions,
     memory: Vec<u32>,
+    /// The state in each slot.
+    states: Vec<u64>,
     host: Vec<u32>,
     previous: Vec<u32>,
     in_flight: VecDeque<Launched>,
@@ -156,6 +165,7 @@ impl SimRunner {
         assert!(options.run == 1 || options.depth == 1);
         Self {
             memory: vec![u32::MAX; options.blocks * options.block_tokens],
+            states: vec![POISON; options.states.map_or(0, |states| states.slots)],
             host: vec![u32::MAX; options.swap_blocks * options.block_tokens],
             previous: Vec::new(),
             in_flight: VecDeque::new(),
@@ -166,6 +176,11 @@ impl SimRunner {
     /// The token in each slot of the cache, as of the last collected step.
     pub fn memory(&self) -> &[u32] {
         &self.memory
+    }
+
+    /// The state in each slot, as of the last collected step.
+    pub fn states(&self) -> &[u64] {
+        &self.states
     }
 
     /// Number of steps in flight.
@@ -201,6 +216,48 @@ impl SimRunner {
         }
     }
 
+    /// I4 for states: a step must not write to slots that a step in flight of another owner
+    /// accesses.
+    fn check_state_writes(&self, owner: Owner, state: &StepState) {
+        let written = [Some(state.after), state.snapshot.map(|(_, slot)| slot)];
+        for earlier in &self.in_flight {
+            for old in earlier.items.iter().filter(|old| old.owner != owner) {
+                let accessed = old.state.iter().flat_map(|state| {
+                    let snapshot = state.snapshot.map(|(_, slot)| slot);
+                    [state.before, Some(state.after), snapshot]
+                });
+                let mut accessed = accessed.flatten();
+                let shared = accessed.find(|slot| written.contains(&Some(*slot)));
+                assert!(
+                    shared.is_none(),
+                    "I4: state {shared:?} is handed out again while step {} is in flight",
+                    earlier.step
+                );
+            }
+        }
+    }
+
+    /// Advances the state of an item over its tokens. Returns the state after each of them.
+    fn advance(&mut self, item: &Item) -> Vec<u64> {
+        let Some(state) = item.state else {
+            return Vec::new();
+        };
+        let mut hash = state.before.map_or(SEED, |slot| self.states[slot.index()]);
+        let group = &item.groups[0];
+        let mut hashes = Vec::new();
+        for position in item.start..item.end {
+            hash = step(hash, self.memory[group.slot(position)]);
+            hashes.push(hash);
+            if let Some((rows, slot)) = state.snapshot
+                && rows == hashes.len()
+            {
+                self.states[slot.index()] = hash;
+            }
+        }
+        self.states[state.after.index()] = hash;
+        hashes
+    }
+
     /// Returns the slots that a step with the tokens `positions` of a sequence accesses.
     fn groups(&self, positions: Range<usize>, table: &BlockTable) -> Vec<ItemGroup> {
         let SimOptions {
@@ -228,9 +285,10 @@ impl SimRunner {
     }
 
     /// Returns the tokens that the token at `position` attends to in the first group of layers.
-    /// If another group holds other tokens at these positions, one more follows, which no
-    /// sequence has.
-    fn seen(&self, item: &Item, position: usize) -> impl Iterator<Item = u32> {
+    /// If another group holds other tokens at these positions, or if the state after the token is
+    /// not that of these tokens, one more follows, which no sequence has. `hashes` are the states
+    /// after each token of the step.
+    fn seen(&self, item: &Item, hashes: &[u64], position: usize) -> impl Iterator<Item = u32> {
         let (first, others) = item.groups.split_first().expect("there is a group");
         let token = |group: &ItemGroup, position| self.memory[group.slot(position)];
         let own = first.kind.first_position(position)..=position;
@@ -238,6 +296,9 @@ impl SimRunner {
             let from = other.kind.first_position(position).max(*own.start());
             (from..=position).any(|position| token(other, position) != token(first, position))
         });
+        let hash = hashes.get(position - item.start);
+        let tokens = own.clone().map(|position| token(first, position));
+        let differs = differs || hash.is_some_and(|hash| *hash != tokens.fold(SEED, step));
         own.map(move |position| token(first, position))
             .chain(differs.then_some(u32::MAX))
     }
@@ -313,6 +374,7 @@ impl Runner for SimRunner {
                     end,
                     groups,
                     sampled: !item.sampled.is_empty(),
+                    state: item.state,
                     mask: sequence
                         .spec
                         .constraint
@@ -324,6 +386,9 @@ impl Runner for SimRunner {
         for item in &items {
             let written: Vec<usize> = item.written().collect();
             self.check_writes(Some(item.owner), &written);
+            if let Some(state) = &item.state {
+                self.check_state_writes(item.owner, state);
+            }
         }
         let copied = plan.transfers.copies.iter().map(|(_, target)| target);
         let swapped = plan.transfers.swap_in.iter().map(|(_, target)| target);
@@ -343,6 +408,13 @@ impl Runner for SimRunner {
         let size = self.options.block_tokens;
         for block in blocks {
             self.memory[block.index() * size..][..size].fill(u32::MAX);
+        }
+        Ok(())
+    }
+
+    fn poison_states(&mut self, slots: &[StateSlot]) -> Result<(), DeviceError> {
+        for slot in slots {
+            self.states[slot.index()] = POISON;
         }
         Ok(())
     }
@@ -385,7 +457,8 @@ impl Runner for SimRunner {
         }
         let mut output = StepOutput::default();
         for item in &items {
-            let up_to = |position: usize| self.seen(item, position);
+            let hashes = self.advance(item);
+            let up_to = |position: usize| self.seen(item, &hashes, position);
             let scores = item.report.scored().zip(&item.next);
             output.samples.tokens.extend(
                 scores.map(|(row, &token)| Token::with_logprob(token, logprob(up_to(row), token))),
@@ -414,11 +487,24 @@ pub fn layout_with_window(window: usize) -> CacheLayout {
     CacheLayout::new(&[None, Some(window)], usize::MAX, 1).expect("the window is not empty")
 }
 
+/// The state of a sequence without tokens.
+const SEED: u64 = 0xcbf2_9ce4_8422_2325;
+/// What a slot holds that no one has written.
+const POISON: u64 = u64::MAX;
+
+/// Returns the state of a sequence of these tokens.
+pub fn state_of(tokens: &[u32]) -> u64 {
+    tokens.iter().copied().fold(SEED, step)
+}
+
+/// Returns the state after one more token.
+fn step(hash: u64, token: u32) -> u64 {
+    (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
+}
+
 /// The "model": returns the token that follows these tokens.
 pub fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
-    let hash = tokens.fold(0xcbf2_9ce4_8422_2325u64, |hash, token| {
-        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = tokens.fold(SEED, step);
     ((hash >> 20) % u64::from(VOCABULARY)) as u32
 }
 
@@ -517,7 +603,7 @@ pub fn info(options: &SimOptions) -> RunnerInfo {
         cache_blocks: options.blocks,
         block_tokens: options.block_tokens,
         layout: options.layout.clone(),
-        states: None,
+        states: options.states,
         swap: (options.swap_blocks > 0).then_some(SwapInfo {
             blocks: options.swap_blocks,
             seconds_per_block: 1e-9,

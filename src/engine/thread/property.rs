@@ -12,13 +12,13 @@ mod callers;
 mod sim;
 
 use super::SchedulerThread;
-use crate::cache::{BlockId, CacheLayout};
+use crate::cache::{BlockCache, BlockId, CacheLayout, StateSlot};
 use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock, RecvTimeoutError};
 use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
 use crate::id::RequestId;
-use crate::runner::{Runner, StepOutput};
+use crate::runner::{Runner, StateInfo, StepOutput};
 use crate::schedule::{Sequences, StepPlan};
 use callers::{Act, Ask, Callers, End, Wanted};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
@@ -78,6 +78,7 @@ struct Setup {
     blocks: usize,
     block_tokens: usize,
     layout: CacheLayout,
+    states: Option<StateInfo>,
     swap_blocks: usize,
     config: EngineConfig,
     finale: Finale,
@@ -118,6 +119,10 @@ impl Runner for Device {
 
     fn poison(&mut self, blocks: &[BlockId]) -> Result<(), DeviceError> {
         self.0.sim.borrow_mut().poison(blocks)
+    }
+
+    fn poison_states(&mut self, slots: &[StateSlot]) -> Result<(), DeviceError> {
+        self.0.sim.borrow_mut().poison_states(slots)
     }
 
     fn collect(&mut self) -> Result<StepOutput, DeviceError> {
@@ -180,6 +185,8 @@ struct Seen {
     cached: u64,
     deferred: u64,
     receipts: u64,
+    cached_states: u64,
+    full_states: u64,
 }
 
 impl Seen {
@@ -200,6 +207,8 @@ impl Seen {
             cached: self.cached + u64::from(stats.blocks.cached > 0),
             deferred: self.deferred + u64::from(stats.blocks.deferred > 0),
             receipts: self.receipts,
+            cached_states: self.cached_states,
+            full_states: self.full_states,
         };
     }
 
@@ -209,7 +218,7 @@ impl Seen {
         }
     }
 
-    fn all(&mut self) -> [(&'static str, &mut u64); 14] {
+    fn all(&mut self) -> [(&'static str, &mut u64); 16] {
         [
             ("preemptions", &mut self.preemptions),
             ("swaps", &mut self.swaps),
@@ -225,6 +234,8 @@ impl Seen {
             ("cached blocks", &mut self.cached),
             ("deferred blocks", &mut self.deferred),
             ("receipts", &mut self.receipts),
+            ("cached states", &mut self.cached_states),
+            ("full states", &mut self.full_states),
         ]
     }
 }
@@ -237,6 +248,7 @@ impl Machine {
             blocks: setup.blocks,
             block_tokens: setup.block_tokens,
             layout: setup.layout.clone(),
+            states: setup.states,
             swap_blocks: setup.swap_blocks,
             ..SimOptions::default()
         };
@@ -354,6 +366,9 @@ impl Machine {
         };
         let stats = thread.stats();
         self.seen.look(&stats);
+        let slots = thread.scheduler.cache().state_counts();
+        self.seen.cached_states += u64::from(slots.cached > 0);
+        self.seen.full_states += u64::from(slots.total > 0 && slots.free == 0);
         let ended = stats.outcomes;
         assert_eq!(
             ended.accepted,
@@ -385,7 +400,19 @@ impl Machine {
                 "I11: {block:?} does not hold the tokens that it is cached for"
             );
         }
+        for (slot, tokens) in thread.scheduler.cache().known_states() {
+            assert_eq!(
+                sim.states()[slot.index()],
+                sim::state_of(&tokens),
+                "I11: {slot:?} does not hold the state that it is cached for"
+            );
+        }
         for (tokens, table) in thread.scheduler.retained_contents() {
+            for (slot, kept) in BlockCache::kept_states(table) {
+                let state = sim.states()[slot.index()];
+                let expected = sim::state_of(&tokens[..kept]);
+                assert_eq!(state, expected, "I11: a session keeps a wrong state");
+            }
             for group in 0..thread.scheduler.cache().groups() {
                 let held = table.group(group);
                 let begin = held.first * size;
@@ -447,6 +474,9 @@ impl Machine {
         if let Some(thread) = &self.thread {
             let stats = thread.stats();
             assert!(stats.is_idle(), "I12: {stats:?}");
+            let slots = thread.scheduler.cache().state_counts();
+            let back = slots.free + slots.cached == slots.total;
+            assert!(back, "I12: not all states have come back: {slots:?}");
             let mut callers = self.script.callers.borrow_mut();
             callers.when_idle();
             let permits = callers.engine.as_ref().map(Engine::permits);
@@ -627,11 +657,13 @@ fn setup() -> impl Strategy<Value = Setup> {
     ];
     // Runs of several tokens need depth 1.
     let depth = prop_oneof![Just((2, 1)), (1..5usize).prop_map(|run| (1, run))];
-    let memory = (depth, 4..16usize, 1..5usize, 0..8usize, layout());
+    // A few slots, and snapshots after every block, or every second or third.
+    let states = weighted(0.5, (2..12usize, 1..4usize));
+    let memory = (depth, 4..16usize, 1..5usize, 0..8usize, layout(), states);
     let limits = (2..20usize, 1..5usize, 1..5usize, 0..3u8);
     let ways = (any::<bool>(), any::<bool>(), weighted(0.2, Just(())));
     (memory, limits, ways, finale).prop_map(|(memory, limits, ways, finale)| {
-        let ((depth, run), blocks, block_tokens, swap_blocks, layout) = memory;
+        let ((depth, run), blocks, block_tokens, swap_blocks, layout, states) = memory;
         let groups = layout.groups().len();
         let (max_batch_tokens, max_sequences, stream_buffer, pinned) = limits;
         let (prefix_cache, swap, impatient) = ways;
@@ -641,6 +673,10 @@ fn setup() -> impl Strategy<Value = Setup> {
             blocks: blocks * groups,
             block_tokens,
             layout,
+            states: states.map(|(slots, blocks)| StateInfo {
+                slots,
+                interval: blocks * block_tokens,
+            }),
             swap_blocks: swap_blocks * groups,
             config: EngineConfig {
                 max_batch_tokens: Some(max_batch_tokens),
@@ -692,6 +728,7 @@ fn small(blocks: usize, block_tokens: usize) -> Setup {
         blocks,
         block_tokens,
         layout: CacheLayout::single(),
+        states: None,
         swap_blocks: 4,
         config: EngineConfig {
             max_batch_tokens: Some(7),

@@ -97,15 +97,19 @@ impl SchedulerThread {
         }
     }
 
-    /// Overwrites freed blocks, so that a step that still reads them produces visibly wrong
+    /// Overwrites freed blocks and slots of states, so that a step that still reads them produces visibly wrong
     /// tokens.
     fn poison_freed(&mut self) -> Result<(), EngineFault> {
         let freed = self.scheduler.take_freed();
-        if freed.is_empty() {
+        let states = self.scheduler.take_freed_states();
+        if freed.is_empty() && states.is_empty() {
             return Ok(());
         }
         self.pulse.begin_call(self.scheduler.launched());
-        let poisoned = self.runner.poison(&freed);
+        let mut poisoned = self.runner.poison(&freed);
+        if poisoned.is_ok() && !states.is_empty() {
+            poisoned = self.runner.poison_states(&states);
+        }
         self.pulse.end_call()?;
         poisoned.map_err(EngineFault::Device)
     }
