@@ -18,7 +18,7 @@ impl ModelSource {
         width: usize,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         match self.stacked_experts(layer) {
-            Some(stacked) if stacked.is_transposed => {
+            Some(stacked) if stacked.are_transposed => {
                 return self.transposed_expert(layer, expert, width, stacked);
             }
             Some(stacked) => return self.stacked_expert(layer, expert, width, stacked),
@@ -104,7 +104,7 @@ impl ModelSource {
             Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
         };
         stacked.filter(|stacked| {
-            stacked.is_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
+            stacked.are_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
         })
     }
 

@@ -7,7 +7,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
 };
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
+use crate::device::{Activation, ConvSpec, DeltaHeads, HeadShape, QueryScale, RouterScore};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -51,10 +51,10 @@ pub(super) struct Hyperparameters {
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
-    /// The gated delta net of the recurrent layers.
-    pub(super) gated_delta: Option<GatedDelta>,
-    /// Layers that are recurrent: they have no attention.
-    pub(super) recurrent: HashSet<usize>,
+    /// The mixer of the recurrent layers, in architectures that have some.
+    pub(super) recurrent: Option<Mixer>,
+    /// Layers that have it instead of attention.
+    pub(super) recurrent_layers: HashSet<usize>,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -103,7 +103,10 @@ impl Hyperparameters {
     /// and keys.
     pub(super) fn layer(&self, index: usize) -> LayerSpec {
         LayerSpec {
-            mixer: Mixer::Attention(self.attention(index)),
+            mixer: match self.recurrent {
+                Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
+                _ => Mixer::Attention(self.attention(index)),
+            },
             mixer_norms: NormPlacement::Before,
             feed_forward: self.feed_forward(index),
             feed_forward_norms: NormPlacement::Before,
@@ -158,11 +161,9 @@ impl Hyperparameters {
             let found = format!("{} entries long", self.windows.len());
             return Err(self.refused(|keys| keys.layer_types, found, expected));
         }
+        self.check_recurrent()?;
         if let Some(experts) = self.experts {
             self.check_experts(experts)?;
-        }
-        if let Some(delta) = self.gated_delta {
-            self.check_delta(delta)?;
         }
         self.rope.validate(self.heads.head_dim, &self.names)?;
         self.sliding_rope.validate(self.heads.head_dim, &self.names)
@@ -235,26 +236,52 @@ impl Hyperparameters {
         positive(|keys| keys.embedding_scale, self.embedding_scale)
     }
 
-    fn check_delta(&self, GatedDelta { heads, taps }: GatedDelta) -> Result<(), ModelError> {
-        self.check_size(|keys| keys.delta_key_heads, heads.key_heads, 1 << 14)?;
-        self.check_size(|keys| keys.delta_value_heads, heads.value_heads, 1 << 14)?;
-        if !heads.value_heads.is_multiple_of(heads.key_heads) {
-            let expected = format!("a multiple of the {} key heads", heads.key_heads);
-            return Err(self.refused(|keys| keys.delta_value_heads, heads.value_heads, expected));
+    fn check_recurrent(&self) -> Result<(), ModelError> {
+        let Some(mixer) = self.recurrent else {
+            return Ok(());
+        };
+        match mixer {
+            Mixer::Attention(_) => Ok(()),
+            Mixer::ShortConv(conv) => self.check_taps(conv.taps),
+            Mixer::GatedDelta(GatedDelta { heads, taps }) => {
+                self.check_delta(heads)?;
+                self.check_taps(taps)
+            }
+        }
+    }
+
+    fn check_delta(&self, heads: DeltaHeads) -> Result<(), ModelError> {
+        let (key_heads, value_heads) = (heads.key_heads, heads.value_heads);
+        self.check_size(|keys| keys.recurrent_groups, key_heads, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_heads, value_heads, 1 << 14)?;
+        if !value_heads.is_multiple_of(key_heads) {
+            let expected = format!("a multiple of the {key_heads} key heads");
+            return Err(self.refused(|keys| keys.recurrent_heads, value_heads, expected));
         }
         let check_dim = |key, dim: usize| {
             self.check_size(key, dim, 1 << 12)?;
-            match dim.is_multiple_of(16) {
+            match dim.is_multiple_of(DeltaHeads::DIM) {
                 true => Ok(()),
-                false => Err(self.refused(key, dim, "a multiple of 16 per head")),
+                false => {
+                    let expected =
+                        format!("such that heads have a multiple of {}", DeltaHeads::DIM);
+                    Err(self.refused(key, dim, expected))
+                }
             }
         };
-        check_dim(|keys| keys.delta_key_dim, heads.key_dim)?;
-        check_dim(|keys| keys.delta_value_dim, heads.value_dim)?;
-        if !(2..=8).contains(&taps) {
-            return Err(self.refused(|keys| keys.delta_taps, taps, "from 2 to 8"));
+        check_dim(|keys| keys.state_size, heads.key_dim)?;
+        check_dim(|keys| keys.recurrent_head_dim, heads.value_dim)
+    }
+
+    fn check_taps(&self, taps: usize) -> Result<(), ModelError> {
+        match ConvSpec::TAPS.contains(&taps) {
+            true => Ok(()),
+            false => {
+                let (least, most) = (ConvSpec::TAPS.start(), ConvSpec::TAPS.end());
+                let expected = format!("from {least} to {most}");
+                Err(self.refused(|keys| keys.taps, taps, expected))
+            }
         }
-        Ok(())
     }
 
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {

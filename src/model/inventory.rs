@@ -207,9 +207,9 @@ impl Inventory<'_> {
         }
         let others = [
             Part::Convolution,
-            Part::DeltaDecay,
-            Part::DeltaBias,
-            Part::DeltaNorm,
+            Part::DecayRates,
+            Part::StepBiases,
+            Part::RecurrentNorm,
         ];
         for part in others {
             self.require(self.source.name(layer, part))?;

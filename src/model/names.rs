@@ -41,27 +41,30 @@ pub(super) enum Part {
     DeltaQkv,
     /// The gate of the outputs of a gated delta net.
     DeltaGate,
-    /// Both of these, by head of keys.
-    DeltaFused,
-    /// What the strengths of the updates come from.
+    /// What the strengths of the updates of a gated delta net come from.
     DeltaBeta,
-    /// What the decays come from.
+    /// What the decays of a gated delta net come from.
     DeltaAlpha,
-    /// Both of these, by head of keys.
+    /// Both of these, with rows that are grouped by head of keys.
     DeltaFusedBetaAlpha,
-    /// Factors of the decays.
-    DeltaDecay,
-    /// What is added to what the decays come from.
-    DeltaBias,
-    DeltaNorm,
-    DeltaOut,
+    /// The projection before a recurrence. That of a gated delta net stands for `DeltaQkv` and
+    /// `DeltaGate`, and its rows are grouped by head of keys.
+    RecurrentInput,
+    /// The logarithms of the rates at which a state decays, or in GGUF files the negated rates.
+    DecayRates,
+    /// What is added to the lengths of a recurrence's steps.
+    StepBiases,
+    /// The norm after a recurrence.
+    RecurrentNorm,
+    /// The projection after a recurrence.
+    RecurrentOutput,
 }
 
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::DeltaBias => ".bias",
-        Part::DeltaDecay => "",
+        Part::Corrections | Part::StepBiases => ".bias",
+        Part::DecayRates => "",
         _ => ".weight",
     }
 }
@@ -69,7 +72,8 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks | Part::DeltaDecay | Part::DeltaBias => "",
+        Part::Corrections | Part::Sinks => "",
+        Part::DecayRates | Part::StepBiases => "",
         _ => ".weight",
     }
 }
@@ -107,14 +111,14 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ConvOutput => "shortconv.out_proj",
         Part::DeltaQkv => "attn_qkv",
         Part::DeltaGate => "attn_gate",
-        Part::DeltaFused => "ssm_in",
         Part::DeltaBeta => "ssm_beta",
         Part::DeltaAlpha => "ssm_alpha",
         Part::DeltaFusedBetaAlpha => "ssm_ba",
-        Part::DeltaDecay => "ssm_a",
-        Part::DeltaBias => "ssm_dt",
-        Part::DeltaNorm => "ssm_norm",
-        Part::DeltaOut => "ssm_out",
+        Part::RecurrentInput => "ssm_in",
+        Part::DecayRates => "ssm_a",
+        Part::StepBiases => "ssm_dt",
+        Part::RecurrentNorm => "ssm_norm",
+        Part::RecurrentOutput => "ssm_out",
     };
     name.to_owned()
 }
@@ -164,14 +168,14 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::ConvOutput => "conv.out_proj",
         Part::DeltaQkv => "linear_attn.in_proj_qkv",
         Part::DeltaGate => "linear_attn.in_proj_z",
-        Part::DeltaFused => "linear_attn.in_proj_qkvz",
         Part::DeltaBeta => "linear_attn.in_proj_b",
         Part::DeltaAlpha => "linear_attn.in_proj_a",
         Part::DeltaFusedBetaAlpha => "linear_attn.in_proj_ba",
-        Part::DeltaDecay => "linear_attn.A_log",
-        Part::DeltaBias => "linear_attn.dt_bias",
-        Part::DeltaNorm => "linear_attn.norm",
-        Part::DeltaOut => "linear_attn.out_proj",
+        Part::RecurrentInput => "mamba.in_proj",
+        Part::DecayRates => "mamba.A_log",
+        Part::StepBiases => "mamba.dt_bias",
+        Part::RecurrentNorm => "mamba.norm",
+        Part::RecurrentOutput => "mamba.out_proj",
     };
     name.to_owned()
 }

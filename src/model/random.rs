@@ -80,7 +80,7 @@ impl List<'_> {
                 self.part(layer, Part::Router, experts.count, hidden);
                 self.bias(layer, Part::Router, experts.count, bias);
                 match config.architecture.storage.stacked_experts {
-                    Some(stacked) if stacked.is_transposed => {
+                    Some(stacked) if stacked.are_transposed => {
                         let gate_up = (stacked.gate_up, [hidden, 2 * width]);
                         self.stacked(layer, experts.count, gate_up);
                         self.stacked(layer, experts.count, (stacked.down, [width, hidden]));
@@ -138,12 +138,12 @@ impl List<'_> {
         self.part(layer, Part::DeltaGate, values, hidden);
         self.part(layer, Part::DeltaBeta, heads.value_heads, hidden);
         self.part(layer, Part::DeltaAlpha, heads.value_heads, hidden);
-        self.part(layer, Part::DeltaOut, hidden, values);
+        self.part(layer, Part::RecurrentOutput, hidden, values);
         self.convolution(layer, heads.qkv_columns(), taps);
         for (part, length, value) in [
-            (Part::DeltaDecay, heads.value_heads, 0.0),
-            (Part::DeltaBias, heads.value_heads, 0.0),
-            (Part::DeltaNorm, heads.value_dim, 1.0),
+            (Part::DecayRates, heads.value_heads, 0.0),
+            (Part::StepBiases, heads.value_heads, 0.0),
+            (Part::RecurrentNorm, heads.value_dim, 1.0),
         ] {
             self.vector(self.name(layer, part), length, value);
         }

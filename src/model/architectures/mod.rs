@@ -139,7 +139,7 @@ pub(super) struct StackedExperts {
     pub(super) down: &'static str,
     /// Whether the matrices are transposed. Where they are not, a checkpoint may also have tensors
     /// for each expert, and none of these.
-    pub(super) is_transposed: bool,
+    pub(super) are_transposed: bool,
     /// Whether gates and ups alternate. Otherwise, all gates come first.
     pub(super) alternates: bool,
 }
