@@ -102,6 +102,8 @@ pub(super) struct StateCache {
     pool: Pool,
     fence: Fence,
     releases: u64,
+    /// How many times a slot lost its last holder.
+    released: u64,
     interval: usize,
 }
 
@@ -111,6 +113,7 @@ impl StateCache {
             pool: Pool::new(slots),
             fence: Fence::default(),
             releases: 0,
+            released: 0,
             interval,
         }
     }
@@ -145,6 +148,7 @@ impl StateCache {
         if !self.pool.drop_reference(block, touched, number) {
             return false;
         }
+        self.released += 1;
         let release = Release {
             number,
             blocks: vec![block],
@@ -247,6 +251,11 @@ impl BlockCache {
     pub fn state_counts(&self) -> BlockCounts {
         let states = self.states.as_ref();
         states.map(StateCache::counts).unwrap_or_default()
+    }
+
+    /// Returns how many times since the start a slot lost its last holder.
+    pub fn released_states(&self) -> u64 {
+        self.states.as_ref().map_or(0, |states| states.released)
     }
 
     /// Returns whether there is a slot for a sequence that starts, of which `reused` snapshots

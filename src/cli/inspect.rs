@@ -96,7 +96,10 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
                 "kv_tokens": tokens,
                 "kv_bytes": plan.cache(),
                 "kv_block_bytes": plan.block_bytes,
-                "kv_groups": groups(&plan.layout),
+                "kv_groups": groups(&plan.layout, config),
+                "state_layers": plan.state_layers,
+                "state_slots": plan.state_slots,
+                "state_slot_bytes": plan.state_bytes,
                 "context_tokens": plan.context_tokens,
                 "kv_bytes_per_sequence": plan.sequence_bytes(plan.context_tokens),
                 "kv_bytes_per_sequence_without_windows":
@@ -164,21 +167,31 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             ),
         ),
     ];
+    let states = (plan.state_slots > 0).then(|| {
+        let (slots, bytes) = (plan.state_slots, mib(plan.state_bytes));
+        let text = format!("{}: {slots} slots of {bytes}", mib(plan.states()));
+        ("states", text)
+    });
     let mut out = std::io::stdout().lock();
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().chain(states) {
         writeln!(out, "{name:<13} {value}")?;
     }
     Ok(())
 }
 
 /// Returns the groups of layers that share blocks of the KV cache.
-fn groups(layout: &CacheLayout) -> Value {
+fn groups(layout: &CacheLayout, config: &ModelConfig) -> Value {
+    // The groups name layers by their place among those that have attention.
+    let layers = config.layers.iter().enumerate();
+    let layers = layers.filter(|(_, layer)| layer.attention().is_some());
+    let indices: Vec<usize> = layers.map(|(index, _)| index).collect();
     let groups = layout.groups().iter().map(|group| {
         let (keeps, window) = match group.kind {
             GroupKind::Full => ("all tokens", None),
             GroupKind::Window(window) => ("window", Some(window)),
         };
-        json!({ "keeps": keeps, "window": window, "layers": group.layers })
+        let layers: Vec<usize> = group.layers.iter().map(|layer| indices[*layer]).collect();
+        json!({ "keeps": keeps, "window": window, "layers": layers })
     });
     groups.collect()
 }

@@ -163,6 +163,9 @@ pub(crate) struct Event {
 pub struct Receipt {
     /// Blocks of the KV cache that were held and that nobody holds any more.
     pub blocks_freed: usize,
+    /// States of recurrent layers that were held and that nobody holds any more; 0 for models
+    /// without such layers.
+    pub states_freed: usize,
     /// Tokens that had been generated.
     pub tokens_generated: usize,
     /// Tokens that were computed after the end of the answer and discarded: by steps in flight,
@@ -181,6 +184,7 @@ impl Receipt {
     pub(crate) fn empty(step: StepId, at: Instant) -> Self {
         Self {
             blocks_freed: 0,
+            states_freed: 0,
             tokens_generated: 0,
             tokens_discarded: 0,
             step,

@@ -101,6 +101,10 @@ pub(crate) struct EngineMetrics {
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
+    /// Misses of the prefix cache, by reason.
+    prefix_misses: [Counter; 4],
+    /// Slots of states that are free, active, cached and deferred.
+    states: [Gauge; 4],
     prompt_tokens: Counter,
     generation_tokens: Counter,
     success: [Counter; 3],
@@ -158,6 +162,10 @@ impl EngineMetrics {
             preemptions: counter!("quell_num_preemptions_total", base.clone()),
             prefix_queries: counter!("quell_prefix_cache_queries_total", base.clone()),
             prefix_hits: counter!("quell_prefix_cache_hits_total", base.clone()),
+            prefix_misses: ["no_block", "no_snapshot", "evicted", "salt"]
+                .map(|reason| counter!("quell_prefix_cache_misses_total", with("reason", reason))),
+            states: ["free", "active", "cached", "deferred"]
+                .map(|state| gauge!("quell_state_slots", with("state", state))),
             prompt_tokens: counter!("quell_prompt_tokens_total", base.clone()),
             generation_tokens: counter!("quell_generation_tokens_total", base.clone()),
             success: ["stop", "length", "cancelled"].map(success),
@@ -191,6 +199,11 @@ impl EngineMetrics {
         self.blocks_active.set(counts.referenced as f64);
         self.blocks_cached.set(counts.cached as f64);
         self.blocks_deferred.set(counts.deferred as f64);
+        let slots = &now.states;
+        let slots = [slots.free, slots.referenced, slots.cached, slots.deferred];
+        for (gauge, count) in self.states.iter().zip(slots) {
+            gauge.set(count as f64);
+        }
         let used = counts.referenced + counts.deferred;
         self.cache_usage
             .set(used as f64 / counts.total.max(1) as f64);
@@ -212,6 +225,19 @@ impl EngineMetrics {
             before.prefix_queries,
         );
         catch_up(&self.prefix_hits, now.prefix_hits, before.prefix_hits);
+        let misses = |stats: &EngineStats| {
+            let misses = stats.prefix_misses;
+            [
+                misses.no_block,
+                misses.no_snapshot,
+                misses.evicted,
+                misses.salt,
+            ]
+        };
+        let misses = misses(now).into_iter().zip(misses(before));
+        for (counter, (now, before)) in self.prefix_misses.iter().zip(misses) {
+            catch_up(counter, now, before);
+        }
     }
 
     /// Records that a request has ended, `total` after its submission.
@@ -324,6 +350,16 @@ fn describe() {
         "quell_prefix_cache_hits_total",
         Unit::Count,
         "Prompt tokens that were found in the prefix cache or in a session"
+    );
+    describe_counter!(
+        "quell_prefix_cache_misses_total",
+        Unit::Count,
+        "Prompt tokens that were looked up and must be computed, by reason"
+    );
+    describe_gauge!(
+        "quell_state_slots",
+        Unit::Count,
+        "Number of slots for states of recurrent layers, by state"
     );
     describe_counter!(
         "quell_prompt_tokens_total",

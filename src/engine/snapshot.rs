@@ -137,6 +137,8 @@ pub struct RequestEnd {
     pub generated_tokens: usize,
     /// Blocks that became free.
     pub blocks_freed: usize,
+    /// States of recurrent layers that became free.
+    pub states_freed: usize,
     /// The step after whose completion the blocks were free.
     pub step: StepId,
     /// Time from the cancel, or from the end of a request that was not cancelled, until the

@@ -2,6 +2,7 @@
 
 use crate::cache::BlockCounts;
 use crate::id::StepId;
+use crate::schedule::PrefixMisses;
 use serde::Serialize;
 
 /// Number of requests that were accepted since the start, and how they ended.
@@ -28,6 +29,8 @@ pub struct EngineStats {
     pub blocks: BlockCounts,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
+    /// Slots for the states of recurrent layers, by state; all 0 for models without such layers.
+    pub states: BlockCounts,
     /// Requests that hold blocks and take part in steps.
     pub running: usize,
     /// Requests that wait to be started, including preempted ones.
@@ -49,6 +52,8 @@ pub struct EngineStats {
     pub prefix_queries: u64,
     /// Number of those tokens that were found.
     pub prefix_hits: u64,
+    /// Number of those tokens that were not found, by reason.
+    pub prefix_misses: PrefixMisses,
     /// Sessions that keep keys and values between their turns.
     pub retained_sessions: usize,
     /// Blocks that those sessions keep.
@@ -76,5 +81,6 @@ impl EngineStats {
             && self.running + self.waiting == 0
             && self.retained_sessions + self.swapped_blocks == 0
             && self.blocks.available() == self.blocks.total
+            && self.states.available() == self.states.total
     }
 }

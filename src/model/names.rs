@@ -1,5 +1,7 @@
 //! The names of tensors, as most architectures have them.
 
+use crate::device::Activation;
+
 /// A tensor of a layer, by its role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -26,6 +28,7 @@ pub(super) enum Part {
     Corrections,
     SharedGate,
     SharedUp,
+    FusedSharedGateUp,
     SharedDown,
     /// The projection to the gate of the dense part beside the experts.
     SharedGateOut,
@@ -54,17 +57,58 @@ pub(super) enum Part {
     DecayRates,
     /// What is added to the lengths of a recurrence's steps.
     StepBiases,
+    /// Factors on the inputs that bypass a state.
+    Skips,
     /// The norm after a recurrence.
     RecurrentNorm,
     /// The projection after a recurrence.
     RecurrentOutput,
 }
 
+/// The parts that may hold the gate and the up projection of a feed-forward part.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GateUp {
+    pub(super) gate: Part,
+    pub(super) up: Part,
+    /// Both in one tensor.
+    pub(super) fused: Part,
+}
+
+impl GateUp {
+    /// Those of a dense feed-forward part.
+    pub(super) const DENSE: Self = Self {
+        gate: Part::Gate,
+        up: Part::Up,
+        fused: Part::FusedGateUp,
+    };
+
+    /// Those of a dense part beside experts.
+    pub(super) const SHARED: Self = Self {
+        gate: Part::SharedGate,
+        up: Part::SharedUp,
+        fused: Part::FusedSharedGateUp,
+    };
+
+    /// Returns the parts that there are, with their rows, for an activation of `width` results.
+    pub(super) fn parts(
+        self,
+        activation: Activation,
+        width: usize,
+        are_fused: bool,
+    ) -> Vec<(Part, usize)> {
+        match (activation.is_gated(), are_fused) {
+            (false, _) => vec![(self.up, width)],
+            (true, true) => vec![(self.fused, 2 * width)],
+            (true, false) => vec![(self.gate, width), (self.up, width)],
+        }
+    }
+}
+
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::StepBiases => ".bias",
-        Part::DecayRates => "",
+        Part::DecayRates | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -73,7 +117,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::Sinks => "",
-        Part::DecayRates | Part::StepBiases => "",
+        Part::DecayRates | Part::StepBiases | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -102,7 +146,7 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ExpertDown(expert) => return format!("ffn_down.{expert}"),
         Part::Corrections => "exp_probs_b",
         Part::SharedGate => "ffn_gate_shexp",
-        Part::SharedUp => "ffn_up_shexp",
+        Part::SharedUp | Part::FusedSharedGateUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
         Part::SharedGateOut => "ffn_gate_inp_shexp",
         Part::Sinks => "attn_sinks",
@@ -117,6 +161,7 @@ pub(super) fn gguf(part: Part) -> String {
         Part::RecurrentInput => "ssm_in",
         Part::DecayRates => "ssm_a",
         Part::StepBiases => "ssm_dt",
+        Part::Skips => "ssm_d",
         Part::RecurrentNorm => "ssm_norm",
         Part::RecurrentOutput => "ssm_out",
     };
@@ -160,6 +205,7 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::Corrections => "mlp.gate.e_score_correction_bias",
         Part::SharedGate => "mlp.shared_experts.gate_proj",
         Part::SharedUp => "mlp.shared_experts.up_proj",
+        Part::FusedSharedGateUp => "mlp.shared_experts.gate_up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
         Part::SharedGateOut => "mlp.shared_expert_gate",
         Part::Sinks => "self_attn.sinks",
@@ -174,6 +220,7 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::RecurrentInput => "mamba.in_proj",
         Part::DecayRates => "mamba.A_log",
         Part::StepBiases => "mamba.dt_bias",
+        Part::Skips => "mamba.D",
         Part::RecurrentNorm => "mamba.norm",
         Part::RecurrentOutput => "mamba.out_proj",
     };

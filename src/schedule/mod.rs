@@ -39,7 +39,7 @@ mod tenants;
 pub use plan::{PlanItem, Report, StepPlan, TokenInput};
 pub use policy::Policy;
 pub use retained::RetainedCache;
-pub use scheduler::{BlockDisposition, Commit, Scheduler};
+pub use scheduler::{BlockDisposition, Commit, PrefixMisses, Scheduler};
 pub use sequence::{
     FinishReason, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences, Task,
 };

@@ -16,9 +16,48 @@ use super::retained::RetainedSessions;
 use super::tenants::Tenants;
 use super::{Policy, SequenceKey, SequenceState, Sequences};
 use crate::cache::{
-    AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, StateSlot,
+    AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, Miss, PrefixHit,
+    StateSlot,
 };
 use crate::id::StepId;
+use serde::Serialize;
+
+/// Number of prompt tokens that had to be computed, although they were looked up, by reason. The
+/// last token of a prompt, and those of its last, incomplete block, are always computed and do
+/// not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct PrefixMisses {
+    /// No block with these tokens, and all tokens before them, is known.
+    pub no_block: u64,
+    /// Their blocks are known, but there is no snapshot of the state of recurrent layers from
+    /// which the sequence could continue.
+    pub no_snapshot: u64,
+    /// They were known once, or there was a snapshot for them, but it was evicted.
+    pub evicted: u64,
+    /// Only a request with another salt has computed them.
+    pub salt: u64,
+}
+
+impl PrefixMisses {
+    /// Counts the misses of a prompt of which `computed` tokens need not be computed, where `whole`
+    /// of them are in complete blocks.
+    fn add(&mut self, whole: usize, computed: usize, known: &PrefixHit) {
+        let matched = known.matched.max(computed);
+        let snapshot = match known.lost_state {
+            true => &mut self.evicted,
+            false => &mut self.no_snapshot,
+        };
+        *snapshot += (matched - computed) as u64;
+        let block = match known.miss {
+            Miss::Unknown => &mut self.no_block,
+            Miss::Evicted => &mut self.evicted,
+            Miss::OtherSalt => &mut self.salt,
+        };
+        // Sessions and sequences with the same prompt have more than complete blocks.
+        *block += whole.saturating_sub(matched) as u64;
+    }
+}
 
 /// Number of sequences in each state, and totals of what was done for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,6 +77,8 @@ pub struct Counts {
     /// Prompt tokens that were reused from the prefix cache, from a session or from a sequence
     /// with the same prompt, since the start.
     pub prefix_hits: u64,
+    /// Prompt tokens that were looked up and not found, since the start.
+    pub prefix_misses: PrefixMisses,
     /// Sessions that keep keys and values between their turns.
     pub retained_sessions: usize,
     /// Blocks that these sessions keep.

@@ -14,5 +14,6 @@ mod prompt_logprobs;
 mod runs;
 mod sessions;
 mod snapshot;
+mod states;
 mod storm;
 mod watchdog;

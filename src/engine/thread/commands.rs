@@ -170,6 +170,7 @@ impl SchedulerThread {
     ) {
         let mut receipt = Receipt::empty(self.completed, posted_at);
         let mut fence = StepId::default();
+        let released = self.scheduler.cache().released_states();
         if let Some(key) = self.ledger.turn_key(session) {
             let sequence = self.scheduler.sequences().get(key);
             receipt.tokens_generated = sequence.map_or(0, Sequence::generated);
@@ -180,6 +181,8 @@ impl SchedulerThread {
         }
         let (blocks, touched) = self.scheduler.end_session(session);
         receipt.blocks_freed += blocks;
+        let states = self.scheduler.cache().released_states() - released;
+        receipt.states_freed = states as usize;
         if let Some(reply) = reply {
             self.ledger
                 .send_receipt_after(fence.max(touched), receipt, reply);

@@ -93,15 +93,18 @@ impl SchedulerThread {
     /// more. Every request ends here.
     pub(super) fn end_request(&mut self, key: SequenceKey, ending: Ending) -> usize {
         let disposition = self.decide_disposition(key, &ending);
+        let released = self.scheduler.cache().released_states();
         let Some((sequence, blocks)) = self.scheduler.close(key, disposition) else {
             return 0;
         };
+        let states = self.scheduler.cache().released_states() - released;
         let generated = sequence.generated();
         let kept = self
             .kept_tokens(key)
             .map_or(generated, |kept| kept.min(generated));
         let remains = Remains {
             blocks,
+            states: states as usize,
             tokens_generated: kept,
             tokens_discarded: generated - kept,
             fence: sequence.last_step(),

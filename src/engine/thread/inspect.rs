@@ -23,6 +23,7 @@ impl SchedulerThread {
         EngineStats {
             blocks: self.scheduler.cache().counts(),
             block_tokens: self.scheduler.cache().block_tokens(),
+            states: self.scheduler.cache().state_counts(),
             running: counts.running,
             waiting: counts.waiting,
             paused: counts.paused,
@@ -33,6 +34,7 @@ impl SchedulerThread {
             swapped_blocks: counts.swapped_blocks,
             prefix_queries: counts.prefix_queries,
             prefix_hits: counts.prefix_hits,
+            prefix_misses: counts.prefix_misses,
             retained_sessions: counts.retained_sessions,
             retained_blocks: counts.retained_blocks,
             pinned_blocks: counts.pinned_blocks,
@@ -113,6 +115,7 @@ fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
         reason: ended.end.reason(),
         generated_tokens: receipt.tokens_generated,
         blocks_freed: receipt.blocks_freed,
+        states_freed: receipt.states_freed,
         step: receipt.step,
         posted_to_freed: receipt
             .freed_at

@@ -159,6 +159,8 @@ impl Drop for PendingWakes {
 /// What an ended request leaves behind.
 pub(super) struct Remains {
     pub blocks: usize,
+    /// States of recurrent layers.
+    pub states: usize,
     pub tokens_generated: usize,
     pub tokens_discarded: usize,
     /// The last step that touches the request's blocks.
@@ -430,6 +432,7 @@ impl Ledger {
             fence: remains.fence,
             receipt: Receipt {
                 blocks_freed: remains.blocks,
+                states_freed: remains.states,
                 tokens_generated: remains.tokens_generated,
                 tokens_discarded: remains.tokens_discarded,
                 step: remains.fence,
@@ -565,6 +568,7 @@ mod tests {
     fn remains(fence: StepId) -> Remains {
         Remains {
             blocks: 3,
+            states: 1,
             tokens_generated: 1,
             tokens_discarded: 0,
             fence,

@@ -93,6 +93,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             qkv: attention,
             attention_out: attention,
             feed_forward: Some(true),
+            ..Biases::NONE
         },
         ..common
     };

@@ -2,7 +2,7 @@
 
 use super::layer_step::LayerStep;
 use super::workspace::Workspace;
-use crate::device::{ConvInput, ConvSpec, DeltaInput, Device, DeviceError};
+use crate::device::{ConvInput, ConvSpec, DeltaHeads, DeltaInput, Device, DeviceError, Precision};
 use crate::model::layer::GatedDelta;
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
@@ -24,12 +24,28 @@ pub(super) struct GatedDeltaWeights<D: Device> {
 /// Activations of a gated delta net.
 pub(super) struct GatedDeltaSpace<T> {
     /// Queries, keys and values before the convolution, and the gate of the outputs.
-    pub(super) input: T,
+    input: T,
     /// Queries, keys and values after the convolution.
-    pub(super) qkv: T,
+    qkv: T,
     /// Two columns for each head of values.
-    pub(super) gates: T,
-    pub(super) output: T,
+    gates: T,
+    output: T,
+}
+
+impl<T> GatedDeltaSpace<T> {
+    /// Makes each matrix with `make`, from its columns and its precision.
+    pub(super) fn make(
+        heads: DeltaHeads,
+        mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,
+    ) -> Result<Self, DeviceError> {
+        let (qkv, values) = (heads.qkv_columns(), heads.value_columns());
+        Ok(Self {
+            input: make(qkv + values, Precision::Activation)?,
+            qkv: make(qkv, Precision::Activation)?,
+            gates: make(2 * heads.value_heads, Precision::Full)?,
+            output: make(values, Precision::Activation)?,
+        })
+    }
 }
 
 impl<D: Device> GatedDeltaWeights<D> {

@@ -1,5 +1,7 @@
 //! Settings of `config.json`, read and refused.
 
+mod recurrent;
+
 use super::*;
 use crate::device::{DeltaHeads, DeltaOrder, RouterScore};
 use crate::model::layer::Attention;

@@ -92,7 +92,13 @@ impl Config<'_> {
         let (settings, local) = (self.settings, self.class().local_attention);
         let types = settings.optional("layer_types", "a list of layer types", Value::as_array)?;
         let Some(types) = types else { return Ok(None) };
-        let slides = types.iter().map(|kind| match kind.as_str() {
+        // Older names, which transformers replaces in all classes.
+        let current = |kind| match kind {
+            "attention" => "full_attention",
+            "mamba" => "linear_attention",
+            other => other,
+        };
+        let slides = types.iter().map(|kind| match kind.as_str().map(current) {
             Some(kind) if kind == local => Ok(true),
             Some("full_attention") => Ok(false),
             _ => {

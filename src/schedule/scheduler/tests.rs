@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 mod runs;
+mod states;
 
 /// A scheduler, and a device that completes its steps when told to.
 struct Bench {

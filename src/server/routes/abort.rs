@@ -53,6 +53,7 @@ struct AbortedRequest {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Freed {
     blocks_freed: usize,
+    states_freed: usize,
     tokens_generated: usize,
     /// Milliseconds from posting the cancel until the blocks were free.
     posted_to_freed_ms: f64,
@@ -65,6 +66,7 @@ impl From<Receipt> for Freed {
             .saturating_duration_since(receipt.posted_at);
         Self {
             blocks_freed: receipt.blocks_freed,
+            states_freed: receipt.states_freed,
             tokens_generated: receipt.tokens_generated,
             posted_to_freed_ms: took.as_secs_f64() * 1e3,
         }

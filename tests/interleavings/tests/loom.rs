@@ -13,6 +13,7 @@
 
 use loom::future::block_on;
 use loom::thread;
+use quell::internals::runner::StateInfo;
 use quell::{
     CancelReason, Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, Shutdown,
     Stop, SubmitError, TokenStream,
@@ -60,6 +61,10 @@ fn faulty_engine(depth: usize, config: EngineConfig, fault: Option<(u64, Fault)>
         blocks: 6,
         block_tokens: 2,
         layout: sim::layout_with_window(3),
+        states: Some(StateInfo {
+            slots: 4,
+            interval: 2,
+        }),
         context: 8,
         fault,
         ..SimOptions::default()

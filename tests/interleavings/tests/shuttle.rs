@@ -9,6 +9,7 @@
 //! because an execution ends only when all its threads have ended.
 
 use quell::internals::cache::CacheLayout;
+use quell::internals::runner::StateInfo;
 use quell::{
     CancelReason, Cancellation, Engine, EngineConfig, EngineFault, EngineStats, GenerateError,
     Outcome, Preemption, Request, Session, Shutdown, Stop, SubmitError, TokenStream,
@@ -61,6 +62,10 @@ fn engine(config: EngineConfig) -> Engine {
 }
 
 fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
+    let states = (choose(2) == 0).then_some(StateInfo {
+        slots: 4,
+        interval: 2,
+    });
     let (layout, groups) = match choose(2) {
         0 => (CacheLayout::single(), 1),
         _ => (sim::layout_with_window(3), 2),
@@ -71,6 +76,7 @@ fn faulty_engine(config: EngineConfig, fault: Option<(u64, Fault)>) -> Engine {
         block_tokens: 2,
         layout,
         context: 12,
+        states,
         swap_blocks: 4 * groups * choose(2),
         fault,
         ..SimOptions::default()
