@@ -113,24 +113,6 @@ impl ModelSource {
         })
     }
 
-    /// One expert of a checkpoint that stacks them.
-    fn stacked_expert(
-        &self,
-        layer: usize,
-        expert: usize,
-        width: usize,
-        stacked: StackedExperts,
-    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        let hidden = self.config().hidden;
-        let matrix = |name: &str, rows: usize, columns: usize| {
-            let name = self.layer_prefix(layer) + name;
-            let entry = self.entry(&name, expert, &[rows, columns])?;
-            Ok::<_, ModelError>(StoredLinear::new(vec![self.rows(&entry, rows, columns)?]))
-        };
-        let gate_up = matrix(stacked.gate_up, 2 * width, hidden)?;
-        Ok((gate_up, matrix(stacked.down, hidden, width)?))
-    }
-
     /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the
     /// file has it.
     fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {

@@ -337,54 +337,6 @@ impl Hyperparameters {
         positive(|keys| keys.embedding_scale, self.embedding_scale)
     }
 
-    fn check_recurrent(&self) -> Result<(), ModelError> {
-        let Some(mixer) = self.recurrent else {
-            return Ok(());
-        };
-        match mixer {
-            Mixer::Attention(_) => Ok(()),
-            Mixer::ShortConv(conv) => self.check_taps(conv.taps),
-            Mixer::GatedDelta(GatedDelta { heads, taps }) => {
-                self.check_delta(heads)?;
-                self.check_taps(taps)
-            }
-        }
-    }
-
-    fn check_delta(&self, heads: DeltaHeads) -> Result<(), ModelError> {
-        let (key_heads, value_heads) = (heads.key_heads, heads.value_heads);
-        self.check_size(|keys| keys.recurrent_groups, key_heads, 1 << 14)?;
-        self.check_size(|keys| keys.recurrent_heads, value_heads, 1 << 14)?;
-        if !value_heads.is_multiple_of(key_heads) {
-            let expected = format!("a multiple of the {key_heads} key heads");
-            return Err(self.refused(|keys| keys.recurrent_heads, value_heads, expected));
-        }
-        let check_dim = |key, dim: usize| {
-            self.check_size(key, dim, 1 << 12)?;
-            match dim.is_multiple_of(DeltaHeads::DIM) {
-                true => Ok(()),
-                false => {
-                    let expected =
-                        format!("such that heads have a multiple of {}", DeltaHeads::DIM);
-                    Err(self.refused(key, dim, expected))
-                }
-            }
-        };
-        check_dim(|keys| keys.state_size, heads.key_dim)?;
-        check_dim(|keys| keys.recurrent_head_dim, heads.value_dim)
-    }
-
-    fn check_taps(&self, taps: usize) -> Result<(), ModelError> {
-        match ConvSpec::TAPS.contains(&taps) {
-            true => Ok(()),
-            false => {
-                let (least, most) = (ConvSpec::TAPS.start(), ConvSpec::TAPS.end());
-                let expected = format!("from {least} to {most}");
-                Err(self.refused(|keys| keys.taps, taps, expected))
-            }
-        }
-    }
-
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {
         let (count, top_k) = (experts.count, experts.routing.top_k);
         self.check_size(|keys| keys.experts, count, 4096)?;
