@@ -1,5 +1,6 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod gated_delta;
 mod layer_step;
 mod mamba2;
 mod short_conv;
@@ -191,6 +192,9 @@ impl<D: Device> Decoder<D> {
                     }
                     MixerWeights::Mamba2(weights) => {
                         step.mamba2(device, workspace, weights, cache)?;
+                    }
+                    MixerWeights::GatedDelta(weights) => {
+                        step.gated_delta(device, workspace, weights, cache)?;
                     }
                     MixerWeights::None => {}
                 }

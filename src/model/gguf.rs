@@ -135,6 +135,13 @@ impl<'a> Metadata<'a> {
         self.optional(key, "true or false", Value::as_bool)
     }
 
+    /// A list of flags.
+    pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>, ModelError> {
+        self.optional(key, "a list of true and false", |value| {
+            value.as_bools().map(<[bool]>::to_vec)
+        })
+    }
+
     fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
         self.optional(key, "a string", Value::as_str)
     }
@@ -314,6 +321,7 @@ impl<'a> Metadata<'a> {
             },
             has_corrections: false,
             shared: None,
+            has_shared_gate: false,
         }))
     }
 

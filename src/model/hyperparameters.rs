@@ -3,9 +3,13 @@
 
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
-use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
+use super::layer::{
+    Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, ConvSpec, HeadShape, Mamba2Spec, QueryScale, RouterScore};
+use crate::device::{
+    Activation, ConvSpec, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RouterScore,
+};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -141,6 +145,7 @@ impl Hyperparameters {
             query_scale: self.query_scale,
             qk_norm: None,
             softcap: self.attention_softcap,
+            has_gate: false,
         }
     }
 
@@ -248,6 +253,10 @@ impl Hyperparameters {
                 self.check_recurrence(spec.recurrence)?;
                 self.check_taps(spec.taps)
             }
+            Mixer::GatedDelta(GatedDelta { heads, taps }) => {
+                self.check_delta(heads)?;
+                self.check_taps(taps)
+            }
         }
     }
 
@@ -272,6 +281,28 @@ impl Hyperparameters {
             return Err(self.refused(|keys| keys.state_size, spec.state_size, expected));
         }
         Ok(())
+    }
+
+    fn check_delta(&self, heads: DeltaHeads) -> Result<(), ModelError> {
+        let (key_heads, value_heads) = (heads.key_heads, heads.value_heads);
+        self.check_size(|keys| keys.recurrent_groups, key_heads, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_heads, value_heads, 1 << 14)?;
+        if !value_heads.is_multiple_of(key_heads) {
+            let expected = format!("a multiple of the {key_heads} key heads");
+            return Err(self.refused(|keys| keys.recurrent_heads, value_heads, expected));
+        }
+        let check_dim = |key, dim: usize| {
+            self.check_size(key, dim, 1 << 12)?;
+            match dim.is_multiple_of(DeltaHeads::DIM) {
+                true => Ok(()),
+                false => {
+                    let expected = format!("a multiple of {}", DeltaHeads::DIM);
+                    Err(self.refused(key, dim, expected))
+                }
+            }
+        };
+        check_dim(|keys| keys.state_size, heads.key_dim)?;
+        check_dim(|keys| keys.recurrent_head_dim, heads.value_dim)
     }
 
     fn check_taps(&self, taps: usize) -> Result<(), ModelError> {

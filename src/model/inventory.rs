@@ -9,8 +9,9 @@ use crate::device::Activation;
 use std::collections::HashSet;
 
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
-/// sound with their projectors, and the heads of reward models.
-const OTHER_MODELS: [&str; 15] = [
+/// sound with their projectors, layers that predict further tokens, and the heads of reward
+/// models.
+const OTHER_MODELS: [&str; 16] = [
     "audio_tower.",
     "mm_projector.",
     "model.audio_tower.",
@@ -18,6 +19,7 @@ const OTHER_MODELS: [&str; 15] = [
     "model.vision_model.",
     "model.vision_tower.",
     "model.visual.",
+    "mtp.",
     "multi_modal_projector.",
     "v_head.",
     "vision_model.",
@@ -139,6 +141,7 @@ impl Inventory<'_> {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
             Mixer::Mamba2(spec) => self.mamba2(layer, spec)?,
+            Mixer::GatedDelta(_) => self.gated_delta(layer)?,
             Mixer::None => {}
         }
         match spec.feed_forward {
@@ -152,6 +155,9 @@ impl Inventory<'_> {
                 }
                 if experts.has_corrections {
                     self.require(self.source.name(layer, Part::Corrections))?;
+                }
+                if experts.has_shared_gate {
+                    self.linear(layer, Part::SharedGateOut)?;
                 }
                 match experts.shared {
                     Some(_) => self.dense(layer, GateUp::SHARED, activation, Part::SharedDown),
@@ -221,6 +227,16 @@ impl Inventory<'_> {
             self.require(self.source.name(layer, part))?;
         }
         self.convolution(layer, spec.has_conv_bias)
+    }
+
+    fn gated_delta(&mut self, layer: usize) -> Result<(), ModelError> {
+        for part in self.source.delta_projections(layer) {
+            self.linear(layer, part)?;
+        }
+        for part in [Part::DecayRates, Part::StepBiases, Part::RecurrentNorm] {
+            self.require(self.source.name(layer, part))?;
+        }
+        self.convolution(layer, false)
     }
 
     /// A projection, with its bias if it has one.

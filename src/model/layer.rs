@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, Mamba2Spec, QueryScale, RoutingSpec};
+use crate::device::{Activation, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -29,6 +29,8 @@ pub enum Mixer {
     ShortConv(ShortConv),
     /// A Mamba-2 recurrence.
     Mamba2(Mamba2),
+    /// The gated delta rule: linear attention with a state of one matrix per head.
+    GatedDelta(GatedDelta),
     /// They do not: the layer is only a feed-forward part. Its mixer's norms are nowhere.
     None,
 }
@@ -56,6 +58,16 @@ pub struct Mamba2 {
     pub norm_epsilon: f32,
 }
 
+/// The gated delta net of a layer (Qwen 3 Next): queries, keys and values go through a convolution
+/// over the last few tokens and SiLU, and the results of each head through a gated RMSNorm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GatedDelta {
+    /// The heads.
+    pub heads: DeltaHeads,
+    /// Number of tokens that take part in a result of the convolution, its own included.
+    pub taps: usize,
+}
+
 /// The attention of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
@@ -78,6 +90,9 @@ pub struct Attention {
     pub qk_norm: Option<QkNormKind>,
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
     pub softcap: Option<f32>,
+    /// Whether the output is multiplied by the sigmoid of a gate, which is projected from the
+    /// input beside the queries.
+    pub has_gate: bool,
 }
 
 /// The feed-forward part of a layer.
@@ -111,6 +126,9 @@ pub struct Experts {
     /// Width of a dense part beside the experts, which computes every token; `None` if there is
     /// none.
     pub shared: Option<usize>,
+    /// Whether the output of the dense part is multiplied by the sigmoid of a number that is
+    /// projected from the input.
+    pub has_shared_gate: bool,
 }
 
 /// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
@@ -182,6 +200,10 @@ impl LayerSpec {
                 let convolution = recurrence.channels() * taps.saturating_sub(1);
                 [convolution, recurrence.state_elements()]
             }
+            Mixer::GatedDelta(GatedDelta { heads, taps }) => [
+                heads.qkv_columns() * taps.saturating_sub(1),
+                heads.state_elements(),
+            ],
         }
     }
 }

@@ -30,6 +30,8 @@ pub(super) enum Part {
     SharedUp,
     FusedSharedGateUp,
     SharedDown,
+    /// The projection to the gate of the dense part beside the experts.
+    SharedGateOut,
     /// The sinks of the attention's heads.
     Sinks,
     /// The projection before a convolution.
@@ -38,7 +40,18 @@ pub(super) enum Part {
     Convolution,
     /// The projection after a convolution.
     ConvOutput,
-    /// The projection before a recurrence.
+    /// Queries, keys and values of a gated delta net.
+    DeltaQkv,
+    /// The gate of the outputs of a gated delta net.
+    DeltaGate,
+    /// What the strengths of the updates of a gated delta net come from.
+    DeltaBeta,
+    /// What the decays of a gated delta net come from.
+    DeltaAlpha,
+    /// Both of these, with rows that are grouped by head of keys.
+    DeltaFusedBetaAlpha,
+    /// The projection before a recurrence. That of a gated delta net stands for `DeltaQkv` and
+    /// `DeltaGate`, and its rows are grouped by head of keys.
     RecurrentInput,
     /// The logarithms of the rates at which a state decays, or in GGUF files the negated rates.
     DecayRates,
@@ -135,10 +148,16 @@ pub(super) fn gguf(part: Part) -> String {
         Part::SharedGate => "ffn_gate_shexp",
         Part::SharedUp | Part::FusedSharedGateUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
+        Part::SharedGateOut => "ffn_gate_inp_shexp",
         Part::Sinks => "attn_sinks",
         Part::ConvInput => "shortconv.in_proj",
         Part::Convolution => "shortconv.conv",
         Part::ConvOutput => "shortconv.out_proj",
+        Part::DeltaQkv => "attn_qkv",
+        Part::DeltaGate => "attn_gate",
+        Part::DeltaBeta => "ssm_beta",
+        Part::DeltaAlpha => "ssm_alpha",
+        Part::DeltaFusedBetaAlpha => "ssm_ba",
         Part::RecurrentInput => "ssm_in",
         Part::DecayRates => "ssm_a",
         Part::StepBiases => "ssm_dt",
@@ -188,10 +207,16 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::SharedUp => "mlp.shared_experts.up_proj",
         Part::FusedSharedGateUp => "mlp.shared_experts.gate_up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
+        Part::SharedGateOut => "mlp.shared_expert_gate",
         Part::Sinks => "self_attn.sinks",
         Part::ConvInput => "conv.in_proj",
         Part::Convolution => "conv.conv",
         Part::ConvOutput => "conv.out_proj",
+        Part::DeltaQkv => "linear_attn.in_proj_qkv",
+        Part::DeltaGate => "linear_attn.in_proj_z",
+        Part::DeltaBeta => "linear_attn.in_proj_b",
+        Part::DeltaAlpha => "linear_attn.in_proj_a",
+        Part::DeltaFusedBetaAlpha => "linear_attn.in_proj_ba",
         Part::RecurrentInput => "mamba.in_proj",
         Part::DecayRates => "mamba.A_log",
         Part::StepBiases => "mamba.dt_bias",

@@ -1,7 +1,7 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::{Attention, FeedForward, Mamba2, Mixer, ShortConv};
+use super::layer::{Attention, FeedForward, GatedDelta, Mamba2, Mixer, ShortConv};
 use super::names::{self, GateUp, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
@@ -62,6 +62,7 @@ impl List<'_> {
             Mixer::Attention(attention) => self.attention(layer, &attention),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
             Mixer::Mamba2(spec) => self.mamba2(layer, spec),
+            Mixer::GatedDelta(delta) => self.gated_delta(layer, delta),
             Mixer::None => {}
         }
         for (part, is_there) in [
@@ -115,6 +116,9 @@ impl List<'_> {
                     }
                     self.part(layer, Part::SharedDown, hidden, shared);
                 }
+                if experts.has_shared_gate {
+                    self.part(layer, Part::SharedGateOut, 1, hidden);
+                }
             }
             FeedForward::None => {}
             FeedForward::Dense { width, activation } => {
@@ -152,6 +156,23 @@ impl List<'_> {
         });
     }
 
+    fn gated_delta(&mut self, layer: usize, GatedDelta { heads, taps }: GatedDelta) {
+        let (hidden, values) = (self.config.hidden, heads.value_columns());
+        self.part(layer, Part::DeltaQkv, heads.qkv_columns(), hidden);
+        self.part(layer, Part::DeltaGate, values, hidden);
+        self.part(layer, Part::DeltaBeta, heads.value_heads, hidden);
+        self.part(layer, Part::DeltaAlpha, heads.value_heads, hidden);
+        self.part(layer, Part::RecurrentOutput, hidden, values);
+        self.convolution(layer, heads.qkv_columns(), taps, false);
+        for (part, length, value) in [
+            (Part::DecayRates, heads.value_heads, 0.0),
+            (Part::StepBiases, heads.value_heads, 0.0),
+            (Part::RecurrentNorm, heads.value_dim, 1.0),
+        ] {
+            self.vector(self.name(layer, part), length, value);
+        }
+    }
+
     fn mamba2(&mut self, layer: usize, spec: Mamba2) {
         let (hidden, bias) = (self.config.hidden, self.config.biases.recurrent);
         let recurrence = spec.recurrence;
@@ -174,7 +195,8 @@ impl List<'_> {
         if config.architecture.storage.fuses_qkv {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
-            for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
+            let queries = if attention.has_gate { 2 * q } else { q };
+            for (part, rows) in [(Part::Query, queries), (Part::Key, kv), (Part::Value, kv)] {
                 self.part(layer, part, rows, hidden);
                 self.bias(layer, part, rows, config.biases.qkv);
             }

@@ -98,6 +98,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
                 },
                 has_corrections: false,
                 shared: Some(shared),
+                has_shared_gate: false,
             });
         }
     }

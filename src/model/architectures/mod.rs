@@ -30,7 +30,10 @@ mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_5;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod seed_oss;
 mod smollm3;
 #[cfg(test)]
@@ -72,6 +75,9 @@ static ALL: &[&Architecture] = &[
     &lfm2_moe::ARCHITECTURE,
     &granitemoehybrid::ARCHITECTURE,
     &nemotron_h::ARCHITECTURE,
+    &qwen3_next::ARCHITECTURE,
+    &qwen3_5::ARCHITECTURE,
+    &qwen3_5_moe::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -133,7 +139,7 @@ pub(super) struct Storage {
     /// How the rows of queries and keys are stored.
     pub(super) rope_rows: RopeRows,
     /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
-    /// each expert has its own.
+    /// each expert always has its own.
     pub(super) stacked_experts: Option<StackedExperts>,
 }
 
@@ -154,7 +160,8 @@ pub(super) struct StackedExperts {
     pub(super) gate_up: &'static str,
     /// `[experts, hidden, width]`.
     pub(super) down: &'static str,
-    /// Whether the matrix of each expert is transposed.
+    /// Whether the matrix of each expert is transposed. Where it is not, a checkpoint may have
+    /// tensors for each expert instead.
     pub(super) are_transposed: bool,
     /// Whether gates and ups alternate, which only transposed ones do. Otherwise, all gates come
     /// first.

@@ -1,6 +1,7 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::gated_delta::GatedDeltaSpace;
 use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
 use crate::device::{Device, DeviceError, Precision};
@@ -15,8 +16,12 @@ pub(super) struct Workspace<T> {
     pub(super) normed: T,
     pub(super) qkv: T,
     pub(super) attention: T,
+    /// What the gate of the attention's output comes from, if a layer has one.
+    pub(super) attention_gate: Option<T>,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
+    /// Activations of layers with a gated delta net, if there are some.
+    pub(super) gated_delta: Option<GatedDeltaSpace<T>>,
     /// Activations of Mamba-2 layers, if there are some.
     pub(super) mamba2: Option<Mamba2Space<T>>,
     /// Output of a part of a layer.
@@ -26,6 +31,8 @@ pub(super) struct Workspace<T> {
     pub(super) router: Option<T>,
     pub(super) shared_gate_up: Option<T>,
     pub(super) shared_hidden: Option<T>,
+    /// One column.
+    pub(super) shared_gate: Option<T>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
@@ -60,17 +67,23 @@ impl<T> Workspace<T> {
         let of_columns = |columns, precision| make(rows, columns, precision);
         let mamba2 = mamba2.map(|spec| Mamba2Space::make(&spec, of_columns));
         let mamba2 = mamba2.transpose()?;
+        let of_columns = |columns, precision| make(rows, columns, precision);
+        let gated_delta = config.gated_delta();
+        let gated_delta = gated_delta.map(|spec| GatedDeltaSpace::make(spec.heads, of_columns));
+        let gated_delta = gated_delta.transpose()?;
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
+        let gated = config.experts().filter(|experts| experts.has_shared_gate);
         let of_dense = config.dense_activation().zip(dense);
         let gate_up = of_dense.map(|(activation, width)| activation.gate_up_columns(width));
         let of_shared = config.experts().zip(shared);
         let shared_gate_up =
             of_shared.map(|(experts, width)| experts.routing.activation.gate_up_columns(width));
         let experts = config.experts().map(|experts| experts.count);
+        let is_gated = config.attentions().any(|attention| attention.has_gate);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
         let convolved = convolves.then_some(config.hidden);
@@ -78,6 +91,9 @@ impl<T> Workspace<T> {
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
         Ok(Self {
+            attention_gate: optional(is_gated.then(|| heads.q_columns()), activation)?,
+            shared_gate: optional(gated.map(|_| 1), full)?,
+            gated_delta,
             gate_up: optional(gate_up, activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
