@@ -41,7 +41,7 @@ mod table;
 mod transfer;
 
 pub use fence::Fence;
-pub use layout::{CacheLayout, EmptyWindow, GroupKind};
+pub use layout::{CacheLayout, CachePlace, EmptyWindow, GroupKind, LayerCache};
 pub use pool::{BlockId, BlockState, Pool};
 pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};

@@ -36,6 +36,7 @@ mod experts;
 mod linear;
 mod norm;
 mod pooling;
+mod residual;
 mod rope;
 mod sampling;
 mod step;
@@ -53,6 +54,7 @@ pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
+pub use residual::{ModelParts, ResidualOps};
 pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec, Rotary};
 pub use sampling::SamplingOps;
 pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};
@@ -96,6 +98,7 @@ pub trait Device:
     + SamplingOps
     + PoolingOps
     + CacheOps
+    + ResidualOps
     + SwapOps
 {
     /// Returns a description of this device.

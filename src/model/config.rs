@@ -1,9 +1,11 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
+use super::layer::{
+    Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement, PerLayerInputs, QkNormKind,
+};
 use super::{ModelError, RopeConfig};
-use crate::device::HeadShape;
+use crate::device::{HeadShape, ModelParts};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -59,6 +61,8 @@ pub struct ModelConfig {
     pub logit_scale: f32,
     /// Soft cap on logits.
     pub logit_softcap: Option<f32>,
+    /// The inputs of single layers, if there are such inputs.
+    pub per_layer_inputs: Option<PerLayerInputs>,
     /// Which projections have a bias.
     pub biases: Biases,
     /// Layers that files hold after these, to predict further tokens. They are not computed.
@@ -75,9 +79,36 @@ impl ModelConfig {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The attention heads, which are the same in every layer.
+    /// The attention heads of the first layer. Those of others may differ.
     pub fn heads(&self) -> HeadShape {
         self.layers[0].attention().heads
+    }
+
+    /// The heads of the layer whose keys and values take the most room.
+    pub fn cache_heads(&self) -> HeadShape {
+        let heads = self.attentions().map(|attention| attention.heads);
+        let largest = heads.max_by_key(|heads| (heads.cache_elements(), heads.q_heads));
+        largest.unwrap_or_default()
+    }
+
+    fn attentions(&self) -> impl Iterator<Item = &Attention> {
+        self.layers.iter().map(LayerSpec::attention)
+    }
+
+    /// What the model has of the parts that not every device computes.
+    pub fn parts(&self) -> ModelParts {
+        let heads = self.heads();
+        let any = |has: fn(&Attention) -> bool| self.attentions().any(has);
+        ModelParts {
+            uneven_heads: self.attentions().any(|own| own.heads != heads),
+            shared_caches: any(|own| own.shares.is_some()),
+            value_norms: any(|own| own.normalizes_values),
+            layer_scales: self.layers.iter().any(|layer| layer.has_scale),
+            per_layer_inputs: self.per_layer_inputs.is_some(),
+            expert_norms: self.experts().is_some_and(|experts| experts.has_own_norms),
+            streams: false,
+            sparse_gates: false,
+        }
     }
 
     /// The sliding window of the layers that have one.
@@ -88,6 +119,7 @@ impl ModelConfig {
     }
 
     /// The width of the dense feed-forward parts, if there are any.
+    #[cfg(any(test, feature = "cli"))]
     pub fn dense_width(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
@@ -106,19 +138,30 @@ impl ModelConfig {
     }
 
     /// The width of the dense parts beside the experts, if there are any.
+    #[cfg(test)]
     pub fn shared_width(&self) -> Option<usize> {
         self.experts()?.shared
     }
 
-    /// Checks that the layers fit the memory that they share: the cache has one shape for
-    /// all of them, and so have the intermediates of a step.
+    /// The different widths of dense parts, those beside experts included.
+    pub fn dense_widths(&self) -> Vec<usize> {
+        let mut widths = Vec::new();
+        for layer in &self.layers {
+            let width = match layer.feed_forward {
+                FeedForward::Dense { width, .. } => Some(width),
+                FeedForward::Experts(experts) => experts.shared,
+            };
+            widths.extend(width.filter(|width| !widths.contains(width)));
+        }
+        widths
+    }
+
+    /// Checks that the layers fit together: those that share a cache, and the experts, which
+    /// share the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
-        let (heads, dense, experts) = (self.heads(), self.dense_width(), self.experts());
+        let experts = self.experts();
         for (index, layer) in self.layers.iter().enumerate() {
-            let own = layer.attention().heads;
-            if own != heads {
-                return Err(uneven(index, "heads", own, heads));
-            }
+            self.check_attention(index)?;
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
             if self.norm != NormKind::Rms && has_norms_after {
@@ -131,19 +174,15 @@ impl ModelConfig {
                 ));
             }
             match layer.feed_forward {
-                FeedForward::Dense { width, .. } => {
-                    let first = dense.unwrap_or(width);
-                    if width != first {
-                        return Err(uneven(index, "feed-forward size", width, first));
-                    }
-                }
+                FeedForward::Dense { .. } => {}
                 FeedForward::Experts(own) => {
                     let first = experts.unwrap_or(own);
                     if own != first {
                         return Err(uneven(index, "experts", own, first));
                     }
                     // Both are added to the residual stream, one after the other.
-                    if own.shared.is_some() && layer.feed_forward_norms != NormPlacement::Before {
+                    let adds_both = own.shared.is_some() && !own.has_own_norms;
+                    if adds_both && layer.feed_forward_norms != NormPlacement::Before {
                         let key = format!("layer {index}'s norms beside shared experts");
                         let found = format!("{:?}", layer.feed_forward_norms);
                         return Err(ModelError::setting(key, found, "Before"));
@@ -152,6 +191,40 @@ impl ModelConfig {
             }
         }
         Ok(self)
+    }
+
+    /// Checks that a layer that shares a cache finds one, and that norms of values are beside
+    /// norms of keys.
+    fn check_attention(&self, index: usize) -> Result<(), ModelError> {
+        let own = self.layers[index].attention();
+        if own.normalizes_values && own.qk_norm != Some(QkNormKind::PerHead) {
+            let key = format!("layer {index}'s norm of queries and keys");
+            let found = format!("{:?}", own.qk_norm);
+            return Err(ModelError::setting(
+                key,
+                found,
+                "PerHead beside a norm of values",
+            ));
+        }
+        let Some(owner) = own.shares else {
+            return Ok(());
+        };
+        let other = self.layers[..index].get(owner).map(LayerSpec::attention);
+        let kv = |heads: HeadShape| (heads.kv_heads, heads.head_dim);
+        let fits = other.is_some_and(|other| {
+            let alike = kv(other.heads) == kv(own.heads) && other.window == own.window;
+            alike && other.shares.is_none() && other.is_chunked == own.is_chunked
+        });
+        if fits && own.qk_norm != Some(QkNormKind::WholeRow) {
+            return Ok(());
+        }
+        let expected = "an earlier layer with the same heads and window and a cache of its own";
+        let key = format!("layer {index}'s cache");
+        Err(ModelError::setting(
+            key,
+            format!("that of layer {owner}"),
+            expected,
+        ))
     }
 }
 
@@ -172,7 +245,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn layers_that_could_not_share_memory_are_refused_by_number() {
+    fn layers_that_do_not_fit_together_are_refused_by_number() {
         let sparse = json!({"model_type": "qwen3_moe", "decoder_sparse_step": 2});
         let model = huggingface::read(&sparse).unwrap();
         let refused = |change: fn(&mut [LayerSpec]), parts: [&str; 2]| {
@@ -186,16 +259,23 @@ mod tests {
             |layers| {
                 let Mixer::Attention(attention) = &mut layers[5].mixer;
                 attention.heads.kv_heads = 2;
+                attention.shares = Some(4);
             },
-            ["layer 5's heads", "kv_heads: 4"],
+            ["layer 5's cache is that of layer 4", "the same heads"],
         );
         refused(
             |layers| {
-                if let FeedForward::Dense { width, .. } = &mut layers[2].feed_forward {
-                    *width = 64;
-                }
+                let Mixer::Attention(attention) = &mut layers[5].mixer;
+                attention.shares = Some(5);
             },
-            ["layer 2's feed-forward size is 64", "6144"],
+            ["layer 5's cache", "an earlier layer"],
+        );
+        refused(
+            |layers| {
+                let Mixer::Attention(attention) = &mut layers[1].mixer;
+                (attention.normalizes_values, attention.qk_norm) = (true, None);
+            },
+            ["layer 1's norm of queries and keys", "PerHead"],
         );
         refused(
             |layers| {

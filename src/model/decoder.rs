@@ -1,17 +1,21 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod normed_experts;
+mod per_layer;
 mod weights;
 mod workspace;
 
-use super::layer::{LayerSpec, NormKind, QkNormKind};
+use super::layer::{Attention, LayerSpec, NormKind, QkNormKind};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
     AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Rotary,
     RotaryAttention, Staged,
 };
+use normed_experts::NormedExperts;
+use per_layer::{InputWeights, gated_input};
 use std::ops::Range;
 use weights::{FeedForwardWeights, LayerWeights};
-use workspace::Workspace;
+use workspace::{AttentionSpace, DenseSpace, Workspace, of_attention, of_dense};
 
 /// A model on a device.
 pub struct Decoder<D: Device> {
@@ -25,6 +29,8 @@ pub struct Decoder<D: Device> {
     logit_norm: Option<D::Vector>,
     /// `None` when it is the embedding.
     output: Option<D::Linear>,
+    /// The inputs of single layers.
+    inputs: Option<InputWeights<D>>,
     /// The position embeddings that layers refer to by index, and one that rotates nothing.
     ropes: Vec<D::Rope>,
     workspace: Workspace<D::Tensor>,
@@ -65,6 +71,7 @@ impl<D: Device> Decoder<D> {
             layers.push(LayerWeights::load(source, device, layer)?);
             progress(layer + 2, total);
         }
+        let inputs = InputWeights::load(source, device)?;
         let mut weight = source.final_norm()?;
         let final_norm = device.load_vector(&weight)?;
         let logit_norm = match config.logit_scale {
@@ -86,6 +93,7 @@ impl<D: Device> Decoder<D> {
             final_norm,
             logit_norm,
             output,
+            inputs,
             ropes,
             workspace,
         })
@@ -151,10 +159,13 @@ impl<D: Device> Decoder<D> {
     ) -> Result<(), DeviceError> {
         let scale = self.config.embedding_scale;
         device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
+        if let Some(inputs) = &self.inputs {
+            inputs.compute(device, rows, &mut self.workspace)?;
+        }
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
         let specs = self.config.layers.iter().zip(&self.places);
-        for ((spec, &place), layer) in specs.zip(&self.layers) {
+        for (index, ((spec, &place), layer)) in specs.zip(&self.layers).enumerate() {
             let step = LayerStep {
                 spec,
                 norm: Norm::of(&self.config),
@@ -172,6 +183,12 @@ impl<D: Device> Decoder<D> {
             step.input(device, workspace, norms.before.as_ref(), pending)?;
             step.feed_forward(device, workspace, layer)?;
             pending = step.output(device, workspace, norms.after.as_ref())?;
+            if layer.input.is_some() || layer.scale.is_some() {
+                if std::mem::take(&mut pending) {
+                    device.add(&mut workspace.residual, &workspace.delta, rows)?;
+                }
+                step.own_input(device, &self.config, index, workspace, layer)?;
+            }
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
@@ -330,41 +347,47 @@ impl LayerStep<'_> {
         let Workspace {
             residual,
             normed,
-            qkv,
-            attention,
+            attentions,
             delta,
             ..
         } = workspace;
+        let AttentionSpace { qkv, out, .. } = of_attention(attentions, spec);
         let input = match self.spec.mixer_norms.reads_residual() {
             true => &*residual,
             false => &*normed,
         };
         device.linear(input, &layer.qkv, self.rows, qkv)?;
-        let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
+        let norms = layer.qk_norm.as_ref();
+        if spec.shares.is_some() {
+            let norm = norms.map(|(q, _)| (q, self.norm.epsilon));
+            device.rope_queries(qkv, spec.heads, norm, rope)?;
+            if let Some(scale) = spec.query_scale {
+                device.scale_queries(qkv, spec.heads, scale)?;
+            }
+            let spec = attention_spec(spec);
+            device.attend(qkv, &spec, layer.sinks.as_ref(), cache, self.place, out)?;
+            return device.linear(out, &layer.attention_out, self.rows, delta);
+        }
+        let norm = norms.and_then(|(q, k)| Some((q, k.as_ref()?)));
+        let norm = norm.map(|(q, k)| QkNorm {
             q,
             k,
             epsilon: self.norm.epsilon,
             per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
+            values: spec.normalizes_values,
         });
         let rotary = Rotary {
             norm,
             rope,
             query_scale: spec.query_scale,
         };
-        let spec = AttentionSpec {
-            heads: spec.heads,
-            scale: spec.scale,
-            window: spec.window,
-            chunked: spec.is_chunked,
-            softcap: spec.softcap,
-        };
         let rotary_attention = RotaryAttention {
             rotary,
-            spec,
+            spec: attention_spec(spec),
             sinks: layer.sinks.as_ref(),
         };
-        device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
-        device.linear(attention, &layer.attention_out, self.rows, delta)
+        device.rope_attend(qkv, &rotary_attention, cache, self.place, out)?;
+        device.linear(out, &layer.attention_out, self.rows, delta)
     }
 
     fn feed_forward<D: Device>(
@@ -373,60 +396,120 @@ impl LayerStep<'_> {
         workspace: &mut Workspace<D::Tensor>,
         layer: &LayerWeights<D>,
     ) -> Result<(), DeviceError> {
+        let rows = self.rows;
         let Workspace {
             residual,
             normed,
             delta,
-            gate_up,
-            hidden,
+            dense,
             router,
-            shared_gate_up,
-            shared_hidden,
             ..
         } = workspace;
         let input = match self.spec.feed_forward_norms.reads_residual() {
             true => &*residual,
             false => &*normed,
         };
-        match (&layer.feed_forward, gate_up, hidden, router) {
+        match (&layer.feed_forward, router) {
             (
                 FeedForwardWeights::Dense {
+                    width,
                     gate_up: weight,
                     down,
                     activation,
                 },
-                Some(gate_up),
-                Some(hidden),
                 _,
             ) => {
-                device.gated_linear(input, weight, *activation, self.rows, gate_up, hidden)?;
-                device.linear(hidden, down, self.rows, delta)
+                let DenseSpace {
+                    gate_up, hidden, ..
+                } = of_dense(dense, *width);
+                device.gated_linear(input, weight, *activation, rows, gate_up, hidden)?;
+                device.linear(hidden, down, rows, delta)
             }
+            (
+                FeedForwardWeights::Experts {
+                    router,
+                    experts,
+                    routing,
+                    shared: Some(shared),
+                    norms: Some(norms),
+                },
+                Some(_),
+            ) => NormedExperts {
+                router,
+                experts,
+                routing: *routing,
+                shared,
+                norms,
+                epsilon: self.norm.epsilon,
+            }
+            .compute(device, rows, workspace),
             (
                 FeedForwardWeights::Experts {
                     router: weight,
                     experts,
                     routing,
                     shared,
+                    ..
                 },
-                _,
-                _,
                 Some(router),
             ) => {
-                device.linear(input, weight, self.rows, router)?;
-                device.experts(input, router, *routing, experts, self.rows, delta)?;
-                let shared = shared.as_ref().zip(shared_gate_up.as_mut());
-                let Some(((shared, gate_up), hidden)) = shared.zip(shared_hidden.as_mut()) else {
+                device.linear(input, weight, rows, router)?;
+                device.experts(input, router, *routing, experts, rows, delta)?;
+                let Some(shared) = shared else {
                     return Ok(());
                 };
                 // `check_layers` allows shared experts only where `input` is not the residual
                 // stream, and nothing but `delta` is pending.
-                device.add(residual, delta, self.rows)?;
-                let (rows, activation) = (self.rows, routing.activation);
-                device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
-                device.linear(hidden, &shared.down, rows, delta)
+                device.add(residual, delta, rows)?;
+                shared.compute(device, rows, routing.activation, workspace)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),
         }
+    }
+
+    /// Adds the layer's own input to the residual stream, and multiplies that by the layer's
+    /// factor.
+    fn own_input<D: Device>(
+        &self,
+        device: &mut D,
+        config: &ModelConfig,
+        index: usize,
+        workspace: &mut Workspace<D::Tensor>,
+        layer: &LayerWeights<D>,
+    ) -> Result<(), DeviceError> {
+        let (rows, epsilon) = (self.rows, self.norm.epsilon);
+        let Workspace {
+            residual,
+            delta,
+            inputs,
+            ..
+        } = workspace;
+        if let (Some(weights), Some(space)) = (&layer.input, inputs) {
+            let weights_of_layer = (index, weights);
+            gated_input(
+                device,
+                config,
+                weights_of_layer,
+                rows,
+                residual,
+                (space, delta),
+            )?;
+            device.rms_norm_add(delta, &weights.norm, epsilon, rows, residual)?;
+        }
+        match layer.scale {
+            Some(scale) => device.scale(residual, scale, rows),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The attention of a layer as devices take it.
+fn attention_spec(attention: &Attention) -> AttentionSpec {
+    AttentionSpec {
+        heads: attention.heads,
+        scale: attention.scale,
+        window: attention.window,
+        chunked: attention.is_chunked,
+        softcap: attention.softcap,
     }
 }

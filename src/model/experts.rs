@@ -17,16 +17,36 @@ impl ModelSource {
         expert: usize,
         width: usize,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        if let Some(stacked) = self.transposed_experts() {
-            return self.transposed_expert(layer, expert, width, stacked);
-        }
         let hidden = self.config().hidden;
+        match self.stacked_experts() {
+            Some(stacked) if stacked.transposed => {
+                return self.transposed_expert(layer, expert, width, stacked);
+            }
+            Some(stacked) => {
+                let prefix = self.layer_prefix(layer);
+                let (gate_up, down) = (prefix.clone() + stacked.gate_up, prefix + stacked.down);
+                let gate_up = self.entry(&gate_up, expert, &[2 * width, hidden])?;
+                let down = self.entry(&down, expert, &[hidden, width])?;
+                let gate_up = self.rows(&gate_up, 2 * width, hidden)?;
+                let down = self.rows(&down, hidden, width)?;
+                return Ok((
+                    StoredLinear::new(vec![gate_up]),
+                    StoredLinear::new(vec![down]),
+                ));
+            }
+            None => {}
+        }
+        let down = [(Part::ExpertDown(expert), hidden)];
+        if let Some(fused) = self.fused_experts(layer) {
+            let gate_up = self.entry(&fused, expert, &[2 * width, hidden])?;
+            let gate_up = StoredLinear::new(vec![self.rows(&gate_up, 2 * width, hidden)?]);
+            return Ok((gate_up, self.expert_linear(layer, expert, &down, width)?));
+        }
         let gate_up = [
             (Part::ExpertGate(expert), width),
             (Part::ExpertUp(expert), width),
         ];
         let gate_up = self.expert_linear(layer, expert, &gate_up, hidden)?;
-        let down = [(Part::ExpertDown(expert), hidden)];
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
@@ -44,6 +64,16 @@ impl ModelSource {
         Ok((gate_up, down))
     }
 
+    /// The weight of the norm on the router's input.
+    pub(super) fn router_scale(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
+        self.vector(&self.name(layer, Part::RouterScale), self.config().hidden)
+    }
+
+    /// The factors on the experts' outputs.
+    pub(super) fn expert_scales(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
+        self.vector(&self.name(layer, Part::ExpertScales), count)
+    }
+
     /// What is added to the experts' weights to choose.
     pub(super) fn corrections(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Corrections), count)
@@ -57,12 +87,16 @@ impl ModelSource {
         count: usize,
         part: fn(usize) -> Part,
     ) -> Vec<String> {
-        if let Some(stacked) = self.transposed_experts() {
+        if let Some(stacked) = self.stacked_experts() {
             let name = match part(0) {
                 Part::ExpertDown(_) => stacked.down,
                 _ => stacked.gate_up,
             };
             return vec![self.layer_prefix(layer) + name];
+        }
+        let is_down = matches!(part(0), Part::ExpertDown(_));
+        if let Some(fused) = self.fused_experts(layer).filter(|_| !is_down) {
+            return vec![fused];
         }
         match self.stacked_name(layer, part(0)) {
             Some(stacked) => vec![stacked],
@@ -74,18 +108,28 @@ impl ModelSource {
 
     /// The name of the bias that belongs to a tensor of experts.
     pub(super) fn expert_bias_name(&self, weight: &str) -> String {
-        match self.transposed_experts() {
+        match self.stacked_experts() {
             Some(_) => format!("{weight}_bias"),
             None => names::bias(weight),
         }
     }
 
     /// How the experts of a layer are stacked in Hugging Face checkpoints, if they are.
-    fn transposed_experts(&self) -> Option<StackedExperts> {
+    fn stacked_experts(&self) -> Option<StackedExperts> {
         match self.naming() {
             Naming::Gguf => None,
             Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
         }
+    }
+
+    /// The name of the tensor in which a GGUF file stacks gates and ups of all experts of a layer,
+    /// the gate of each expert first, if the file has it.
+    fn fused_experts(&self, layer: usize) -> Option<String> {
+        if self.naming() != Naming::Gguf {
+            return None;
+        }
+        let name = self.layer_prefix(layer) + "ffn_gate_up_exps.weight";
+        self.holds(&name).then_some(name)
     }
 
     /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the

@@ -13,7 +13,7 @@ pub(super) use class::{ConfigClass, RopeRules};
 pub(super) use settings::Settings;
 
 use super::architectures::Architecture;
-use super::hyperparameters::Hyperparameters;
+use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames, Keys};
 use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
@@ -91,9 +91,13 @@ impl<'a> Config<'a> {
         let (settings, class) = (self.settings, self.class());
         self.check_activation()?;
         let key = "use_bidirectional_attention";
-        if settings.flag(key)? == Some(true) {
-            let expected = "false: quell decodes causally";
-            return Err(settings.refused(key, true, expected));
+        // Only tokens of images see each other both ways with "vision".
+        let is_causal = |value: &Value| matches!(value.as_str(), Some("vision"));
+        if let Some(value) = settings.get(key).filter(|value| !is_causal(value))
+            && value.as_bool() != Some(false)
+        {
+            let expected = "false or vision: quell decodes causally";
+            return Err(settings.refused(key, value, expected));
         }
         let (layers, hidden, heads) = (self.layers()?, self.hidden()?, self.heads()?);
         let trained_context = self.trained_context()?;
@@ -128,6 +132,7 @@ impl<'a> Config<'a> {
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
+            variations: Variations::default(),
             biases: Biases::NONE,
             prediction_layers: 0,
             end_tokens: self.end_tokens()?,
@@ -168,7 +173,7 @@ impl<'a> Config<'a> {
     }
 
     /// The attention heads.
-    fn heads(&self) -> Result<HeadShape, ModelError> {
+    pub(super) fn heads(&self) -> Result<HeadShape, ModelError> {
         let (settings, class) = (self.settings, self.class());
         let q_heads = settings.size_or("num_attention_heads", class.q_heads)?;
         let split = self.hidden()?.checked_div(q_heads).unwrap_or(0);

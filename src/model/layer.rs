@@ -18,6 +18,8 @@ pub struct LayerSpec {
     pub feed_forward: FeedForward,
     /// Where the feed-forward part's norms are.
     pub feed_forward_norms: NormPlacement,
+    /// Whether the residual stream is multiplied by a stored factor after the layer.
+    pub has_scale: bool,
 }
 
 /// How the tokens of a sequence see each other in a layer.
@@ -49,6 +51,14 @@ pub struct Attention {
     pub qk_norm: Option<QkNormKind>,
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
     pub softcap: Option<f32>,
+    /// Whether values are normalised, each head on its own and without weights. There is then a
+    /// norm on queries and keys as well.
+    pub normalizes_values: bool,
+    /// Whether values are what the key projection gives, before norms and RoPE.
+    pub keys_are_values: bool,
+    /// Index of an earlier layer whose keys and values it attends to; it then has no projections
+    /// for keys and values of its own.
+    pub shares: Option<usize>,
 }
 
 /// The feed-forward part of a layer.
@@ -79,6 +89,21 @@ pub struct Experts {
     /// Width of a dense part beside the experts, which computes every token; `None` if there is
     /// none.
     pub shared: Option<usize>,
+    /// Whether the experts and the dense part beside them have norms of their own (Gemma 4): on
+    /// the inputs of the router and of the experts, which are the residual stream, and on the
+    /// outputs of the experts and of the dense part. Each expert then has a factor on its output.
+    pub has_own_norms: bool,
+}
+
+/// An input of each layer that depends on the token and on its embedding only (Gemma 3n).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PerLayerInputs {
+    /// Width of the input of one layer.
+    pub width: usize,
+    /// Tokens that have an embedding for it. Others have that of token 0.
+    pub vocabulary: usize,
+    /// The non-linearity of the gate through which it comes in.
+    pub activation: Activation,
 }
 
 /// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
@@ -144,6 +169,14 @@ impl Attention {
             QkNormKind::PerHeadUnweighted => return None,
             QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
         })
+    }
+
+    /// Columns of the result of its first projection: queries, and keys and values of its own.
+    pub fn projected_columns(&self) -> usize {
+        match self.shares {
+            Some(_) => self.heads.q_columns(),
+            None => self.heads.qkv_columns(),
+        }
     }
 }
 

@@ -29,12 +29,31 @@ pub(super) enum Part {
     SharedDown,
     /// The sinks of the attention's heads.
     Sinks,
+    /// The factor on the residual stream after a layer.
+    LayerScale,
+    /// The gate of a layer's own input.
+    PerLayerGate,
+    /// The projection of a layer's own input.
+    PerLayerProjection,
+    /// The norm of what that projection gives.
+    PerLayerNorm,
+    /// The weight of the norm on the router's input, where it has one of its own.
+    RouterScale,
+    /// The norm on the output of the dense part beside experts.
+    SharedOutputNorm,
+    /// The norm on the input of the experts, where they have one of their own.
+    ExpertInputNorm,
+    /// The norm on the output of the experts.
+    ExpertOutputNorm,
+    /// The factors on the experts' outputs.
+    ExpertScales,
 }
 
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections => ".bias",
+        Part::RouterScale | Part::ExpertScales => ".scale",
         _ => ".weight",
     }
 }
@@ -42,7 +61,8 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks => "",
+        Part::Corrections | Part::Sinks | Part::LayerScale => "",
+        Part::RouterScale | Part::ExpertScales => "",
         _ => ".weight",
     }
 }
@@ -74,6 +94,15 @@ pub(super) fn gguf(part: Part) -> String {
         Part::SharedUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
         Part::Sinks => "attn_sinks",
+        Part::LayerScale => "layer_output_scale",
+        Part::PerLayerGate => "inp_gate",
+        Part::PerLayerProjection => "proj",
+        Part::PerLayerNorm => "post_norm",
+        Part::RouterScale => "ffn_gate_inp",
+        Part::SharedOutputNorm => "post_ffw_norm_1",
+        Part::ExpertInputNorm => "pre_ffw_norm_2",
+        Part::ExpertOutputNorm => "post_ffw_norm_2",
+        Part::ExpertScales => "ffn_down_exps",
     };
     name.to_owned()
 }
@@ -117,6 +146,15 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::SharedUp => "mlp.shared_experts.up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
         Part::Sinks => "self_attn.sinks",
+        Part::LayerScale => "layer_scalar",
+        Part::PerLayerGate => "per_layer_input_gate",
+        Part::PerLayerProjection => "per_layer_projection",
+        Part::PerLayerNorm => "post_per_layer_input_norm",
+        Part::RouterScale => "router.scale",
+        Part::SharedOutputNorm => "post_feedforward_layernorm_1",
+        Part::ExpertInputNorm => "pre_feedforward_layernorm_2",
+        Part::ExpertOutputNorm => "post_feedforward_layernorm_2",
+        Part::ExpertScales => "router.per_expert_scale",
     };
     name.to_owned()
 }

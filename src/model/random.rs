@@ -3,6 +3,7 @@
 
 use super::layer::FeedForward;
 use super::names::{self, Part};
+use super::per_layer::PerLayerPart;
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -15,6 +16,7 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden);
     list.matrix(format!("{prefix}embed_tokens.weight"), vocabulary, hidden);
+    list.per_layer_inputs();
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
@@ -52,10 +54,34 @@ struct List<'a> {
 }
 
 impl List<'_> {
+    /// What per-layer inputs have that belongs to no layer.
+    fn per_layer_inputs(&mut self) {
+        let Some(inputs) = self.config.per_layer_inputs else {
+            return;
+        };
+        let all = self.config.layers.len() * inputs.width;
+        for part in PerLayerPart::ALL {
+            let name = self.prefix.to_owned() + part.huggingface();
+            match part {
+                PerLayerPart::Table => self.matrix(name, inputs.vocabulary, all),
+                PerLayerPart::Projection => self.matrix(name, all, self.config.hidden),
+                PerLayerPart::Norm => self.norm(name, inputs.width),
+            }
+        }
+    }
+
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
         self.attention(layer);
+        if spec.has_scale {
+            self.vector(self.name(layer, Part::LayerScale), 1, 1.0);
+        }
+        if let Some(inputs) = config.per_layer_inputs {
+            self.part(layer, Part::PerLayerGate, inputs.width, hidden);
+            self.part(layer, Part::PerLayerProjection, hidden, inputs.width);
+            self.part_norm(layer, Part::PerLayerNorm, hidden);
+        }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
             (Part::FeedForwardNorm, spec.feed_forward_norms.is_before()),
@@ -77,9 +103,17 @@ impl List<'_> {
                 self.bias(layer, Part::Router, experts.count, bias);
                 match config.architecture.storage.stacked_experts {
                     Some(stacked) => {
-                        let gate_up = (stacked.gate_up, [hidden, 2 * width]);
-                        self.stacked(layer, experts.count, gate_up);
-                        self.stacked(layer, experts.count, (stacked.down, [width, hidden]));
+                        let order = |[outputs, inputs]: [usize; 2]| match stacked.transposed {
+                            true => [inputs, outputs],
+                            false => [outputs, inputs],
+                        };
+                        for (name, outputs, inputs) in [
+                            (stacked.gate_up, 2 * width, hidden),
+                            (stacked.down, hidden, width),
+                        ] {
+                            let shape = order([outputs, inputs]);
+                            self.stacked(layer, experts.count, (name, shape), outputs);
+                        }
                     }
                     None => {
                         for expert in 0..experts.count {
@@ -91,6 +125,17 @@ impl List<'_> {
                 }
                 if experts.has_corrections {
                     self.vector(self.name(layer, Part::Corrections), experts.count, 0.0);
+                }
+                if experts.has_own_norms {
+                    self.vector(self.name(layer, Part::RouterScale), hidden, 1.0);
+                    self.vector(self.name(layer, Part::ExpertScales), experts.count, 1.0);
+                    for part in [
+                        Part::SharedOutputNorm,
+                        Part::ExpertInputNorm,
+                        Part::ExpertOutputNorm,
+                    ] {
+                        self.part_norm(layer, part, hidden);
+                    }
                 }
                 if let Some(shared) = experts.shared {
                     self.part(layer, Part::SharedGate, shared, hidden);
@@ -122,7 +167,17 @@ impl List<'_> {
         if config.architecture.storage.fuses_qkv {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
-            for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
+            let parts = [
+                (Part::Query, q, true),
+                (Part::Key, kv, attention.shares.is_none()),
+                (
+                    Part::Value,
+                    kv,
+                    attention.shares.is_none() && !attention.keys_are_values,
+                ),
+            ];
+            let parts = parts.into_iter().filter(|(.., is_there)| *is_there);
+            for (part, rows, _) in parts {
                 self.part(layer, part, rows, hidden);
                 self.bias(layer, part, rows, config.biases.qkv);
             }
@@ -135,7 +190,9 @@ impl List<'_> {
         }
         if let Some((q, k)) = attention.qk_norm_lengths() {
             self.part_norm(layer, Part::QueryNorm, q);
-            self.part_norm(layer, Part::KeyNorm, k);
+            if attention.shares.is_none() {
+                self.part_norm(layer, Part::KeyNorm, k);
+            }
         }
     }
 
@@ -150,9 +207,14 @@ impl List<'_> {
     }
 
     /// A tensor of all experts, with a bias of 0 if the model has one there.
-    fn stacked(&mut self, layer: usize, count: usize, (name, shape): (&str, [usize; 2])) {
+    fn stacked(
+        &mut self,
+        layer: usize,
+        count: usize,
+        (name, [rows, columns]): (&str, [usize; 2]),
+        outputs: usize,
+    ) {
         let name = format!("{}layers.{layer}.{name}", self.prefix);
-        let [inputs, outputs] = shape;
         if self.config.biases.feed_forward == Some(true) {
             self.tensors.push(RandomTensor {
                 name: format!("{name}_bias"),
@@ -162,7 +224,7 @@ impl List<'_> {
         }
         self.tensors.push(RandomTensor {
             name,
-            shape: vec![count, inputs, outputs],
+            shape: vec![count, rows, columns],
             content: RandomContent::Weights,
         });
     }

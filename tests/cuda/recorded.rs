@@ -66,7 +66,11 @@ fn batch(sequences: &[(usize, usize)]) -> Batch {
 }
 
 /// Place of the only layer in the cache.
-const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
+const LAYER: CacheLayer = CacheLayer {
+    group: 0,
+    index: 0,
+    part: 0,
+};
 
 /// A device and the outputs of its operations.
 struct Run {

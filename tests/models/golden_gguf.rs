@@ -281,6 +281,8 @@ macro_rules! converted {
 converted! {
     glm4_moe_as_converted_by_llama_cpp_agrees_with_transformers: "glm4-moe",
     gpt_oss_as_converted_by_llama_cpp_agrees_with_transformers: "gpt-oss",
+    gemma4_as_converted_by_llama_cpp_agrees_with_transformers: "gemma4",
+    gemma4_with_experts_as_converted_by_llama_cpp_agrees_with_transformers: "gemma4-moe",
     cohere2_as_converted_by_llama_cpp_agrees_with_transformers: "cohere2",
     ernie4_5_as_converted_by_llama_cpp_agrees_with_transformers: "ernie4.5",
     glm4_as_converted_by_llama_cpp_agrees_with_transformers: "glm4",

@@ -29,6 +29,7 @@ mod packed;
 mod pooling;
 mod product;
 mod quantise;
+mod residual;
 mod rope;
 mod rowwise;
 mod sampler;

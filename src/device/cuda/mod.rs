@@ -35,6 +35,7 @@ mod overlap;
 mod pack;
 mod pooling;
 mod probe;
+mod residual;
 mod rope;
 mod sampling;
 mod scratch;

@@ -41,6 +41,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
             gate_up: "mlp.experts.gate_up_proj",
             down: "mlp.experts.down_proj",
             alternates: true,
+            transposed: true,
         }),
         ..Storage::COMMON
     },
@@ -66,6 +67,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: None,
+        has_own_norms: false,
     };
     let rope = match config.rope_parameters() {
         Some(_) => common.rope.clone(),

@@ -38,6 +38,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
             gate_up: "feed_forward.experts.gate_up_proj",
             down: "feed_forward.experts.down_proj",
             alternates: false,
+            transposed: true,
         }),
         ..Storage::COMMON
     },
@@ -69,6 +70,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: Some(common.intermediate),
+        has_own_norms: false,
     };
     let sparse = sparse_layers(config, common.layers)?;
     let mut numbers = Hyperparameters {

@@ -11,6 +11,7 @@ mod ernie4_5;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gemma4;
 mod glm4;
 mod glm4_moe;
 mod gpt_oss;
@@ -49,6 +50,7 @@ static ALL: &[&Architecture] = &[
     &qwen3_moe::ARCHITECTURE,
     &gemma2::ARCHITECTURE,
     &gemma3::ARCHITECTURE,
+    &gemma4::ARCHITECTURE,
     &phi3::ARCHITECTURE,
     &olmo2::ARCHITECTURE,
     &olmo3::ARCHITECTURE,
@@ -123,16 +125,19 @@ pub(super) struct Storage {
     pub(super) stacked_experts: Option<StackedExperts>,
 }
 
-/// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
-/// in tensors of these names with `_bias` behind them.
+/// Tensors of all experts of a layer. Biases, if there are some, are in tensors of these names with
+/// `_bias` behind them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StackedExperts {
-    /// Gates and ups, `[experts, hidden, 2 · width]`.
+    /// Gates and ups, `[experts, 2 · width, hidden]`.
     pub(super) gate_up: &'static str,
-    /// `[experts, width, hidden]`.
+    /// `[experts, hidden, width]`.
     pub(super) down: &'static str,
     /// Whether gates and ups alternate. Otherwise, all gates come first.
     pub(super) alternates: bool,
+    /// Whether the matrix of each expert is stored transposed. Only then may gates and ups
+    /// alternate.
+    pub(super) transposed: bool,
 }
 
 /// Where the two halves that RoPE rotates are stored interleaved within each head. Their rows

@@ -1,6 +1,7 @@
 //! A layer's weights on a device.
 
-use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
+use super::workspace::{DenseSpace, Workspace, of_dense};
+use crate::device::{Activation, Device, DeviceError, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, NormPlacement, QkNormKind};
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
@@ -16,10 +17,23 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) attention_out: D::Linear,
     pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
+    /// How the layer's own input comes in, if it has one.
+    pub(super) input: Option<LayerInputWeights<D>>,
+    /// The factor on the residual stream after the layer.
+    pub(super) scale: Option<f32>,
 }
 
-/// The weights of the norms of queries and of keys, if there are such norms.
-type QkNormWeights<D> = Option<(<D as DeviceTypes>::Vector, <D as DeviceTypes>::Vector)>;
+/// The weights of a layer's own input.
+pub(super) struct LayerInputWeights<D: Device> {
+    pub(super) gate: D::Linear,
+    pub(super) projection: D::Linear,
+    pub(super) norm: D::Vector,
+}
+
+/// The weights of the norms of queries and of keys, if there are such norms. There is none of keys
+/// if the layer has no keys of its own.
+type QkNormWeights<D> = Option<(Vector<D>, Option<Vector<D>>)>;
+type Vector<D> = <D as DeviceTypes>::Vector;
 
 /// The norms of a part of a layer, where there are some.
 pub(super) struct Norms<D: Device> {
@@ -30,6 +44,7 @@ pub(super) struct Norms<D: Device> {
 /// The weights of a layer's feed-forward part.
 pub(super) enum FeedForwardWeights<D: Device> {
     Dense {
+        width: usize,
         gate_up: D::Linear,
         down: D::Linear,
         activation: Activation,
@@ -40,13 +55,47 @@ pub(super) enum FeedForwardWeights<D: Device> {
         routing: RoutingSpec,
         /// The dense part beside the experts.
         shared: Option<Shared<D>>,
+        /// The norms that the experts and that part have of their own.
+        norms: Option<ExpertNorms<D>>,
     },
+}
+
+/// The norms of experts and of the dense part beside them.
+pub(super) struct ExpertNorms<D: Device> {
+    pub(super) router: D::Vector,
+    pub(super) shared_output: D::Vector,
+    pub(super) expert_input: D::Vector,
+    pub(super) expert_output: D::Vector,
 }
 
 /// The weights of a dense part beside experts.
 pub(super) struct Shared<D: Device> {
-    pub(super) gate_up: D::Linear,
-    pub(super) down: D::Linear,
+    width: usize,
+    gate_up: D::Linear,
+    down: D::Linear,
+}
+
+impl<D: Device> Shared<D> {
+    /// Computes the part in `delta`, from `normed`.
+    pub(super) fn compute(
+        &self,
+        device: &mut D,
+        rows: usize,
+        activation: Activation,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            normed,
+            dense,
+            delta,
+            ..
+        } = workspace;
+        let DenseSpace {
+            gate_up, hidden, ..
+        } = of_dense(dense, self.width);
+        device.gated_linear(normed, &self.gate_up, activation, rows, gate_up, hidden)?;
+        device.linear(hidden, &self.down, rows, delta)
+    }
 }
 
 /// Loads the parts of one layer.
@@ -94,6 +143,11 @@ impl<D: Device> LayerWeights<D> {
             attention_out,
             feed_forward_norms,
             feed_forward: loader.feed_forward(&spec.feed_forward)?,
+            input: loader.input()?,
+            scale: match spec.has_scale {
+                true => Some(source.layer_scale(layer)?),
+                false => None,
+            },
         })
     }
 }
@@ -122,13 +176,31 @@ impl<D: Device> Loader<'_, D> {
         if attention.qk_norm == Some(QkNormKind::PerHeadUnweighted) {
             let ones = vec![1.0; attention.heads.head_dim];
             let mut load = || self.device.load_vector(&ones);
-            return Ok(Some((load()?, load()?)));
+            return Ok(Some((load()?, Some(load()?))));
         }
         let Some((q, k)) = attention.qk_norm_lengths() else {
             return Ok(None);
         };
         let q = self.norm(Part::QueryNorm, q)?;
-        Ok(Some((q, self.norm(Part::KeyNorm, k)?)))
+        let k = match attention.shares {
+            Some(_) => None,
+            None => Some(self.norm(Part::KeyNorm, k)?),
+        };
+        Ok(Some((q, k)))
+    }
+
+    /// How the layer's own input comes in, if the model has such inputs.
+    fn input(&mut self) -> Result<Option<LayerInputWeights<D>>, ModelError> {
+        let config = self.source.config();
+        let Some(inputs) = config.per_layer_inputs else {
+            return Ok(None);
+        };
+        let (gate, projection) = self.source.per_layer_input(self.layer, inputs)?;
+        Ok(Some(LayerInputWeights {
+            gate: self.device.load_linear(&gate.spec())?,
+            projection: self.device.load_linear(&projection.spec())?,
+            norm: self.norm(Part::PerLayerNorm, config.hidden)?,
+        }))
     }
 
     fn norm(&mut self, part: Part, length: usize) -> Result<D::Vector, ModelError> {
@@ -143,6 +215,7 @@ impl<D: Device> Loader<'_, D> {
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
                 Ok(FeedForwardWeights::Dense {
+                    width,
                     gate_up,
                     down: self.device.load_linear(&down.spec())?,
                     activation,
@@ -167,7 +240,14 @@ impl<D: Device> Loader<'_, D> {
             false => None,
         };
         let corrections = corrections.as_deref();
-        let loaded = self.device.load_experts(&gate_up, &down, corrections)?;
+        let scales = match spec.has_own_norms {
+            true => Some(self.source.expert_scales(self.layer, spec.count)?),
+            false => None,
+        };
+        let scales = scales.as_deref();
+        let loaded = self
+            .device
+            .load_experts(&gate_up, &down, corrections, scales)?;
         Ok(FeedForwardWeights::Experts {
             router,
             experts: loaded,
@@ -176,12 +256,31 @@ impl<D: Device> Loader<'_, D> {
                 Some(width) => Some(self.shared(width)?),
                 None => None,
             },
+            norms: match spec.has_own_norms {
+                true => Some(self.expert_norms()?),
+                false => None,
+            },
+        })
+    }
+
+    fn expert_norms(&mut self) -> Result<ExpertNorms<D>, ModelError> {
+        let hidden = self.source.config().hidden;
+        // The router's input is divided by the root of the hidden size.
+        let scale = 1.0 / (hidden as f32).sqrt();
+        let mut router = self.source.router_scale(self.layer)?;
+        router.iter_mut().for_each(|weight| *weight *= scale);
+        Ok(ExpertNorms {
+            router: self.device.load_vector(&router)?,
+            shared_output: self.norm(Part::SharedOutputNorm, hidden)?,
+            expert_input: self.norm(Part::ExpertInputNorm, hidden)?,
+            expert_output: self.norm(Part::ExpertOutputNorm, hidden)?,
         })
     }
 
     fn shared(&mut self, width: usize) -> Result<Shared<D>, ModelError> {
         let (gate_up, down) = self.source.shared_expert(self.layer, width)?;
         Ok(Shared {
+            width,
             gate_up: self.device.load_linear(&gate_up.spec())?,
             down: self.device.load_linear(&down.spec())?,
         })

@@ -3,6 +3,7 @@
 use super::StepLimits;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
+use crate::model::layer::{Attention, PerLayerInputs};
 
 /// Activations of a step, allocated once and shared by all layers. `T` is the device's tensor.
 pub(super) struct Workspace<T> {
@@ -10,18 +11,64 @@ pub(super) struct Workspace<T> {
     pub(super) residual: T,
     /// Input of a part of a layer.
     pub(super) normed: T,
-    pub(super) qkv: T,
-    pub(super) attention: T,
+    /// For each shape of attention.
+    pub(super) attentions: Vec<AttentionSpace<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
-    pub(super) gate_up: Option<T>,
-    pub(super) hidden: Option<T>,
+    /// For each width of dense parts.
+    pub(super) dense: Vec<DenseSpace<T>>,
     pub(super) router: Option<T>,
-    pub(super) shared_gate_up: Option<T>,
-    pub(super) shared_hidden: Option<T>,
+    /// Output of a dense part beside experts that have norms of their own.
+    pub(super) beside: Option<T>,
+    pub(super) inputs: Option<InputSpace<T>>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
+}
+
+/// The intermediates of attention with these columns.
+pub(super) struct AttentionSpace<T> {
+    columns: [usize; 2],
+    /// The queries, and keys and values if the layer has some of its own.
+    pub(super) qkv: T,
+    pub(super) out: T,
+}
+
+/// The intermediates of a dense part of this width.
+pub(super) struct DenseSpace<T> {
+    width: usize,
+    pub(super) gate_up: T,
+    pub(super) hidden: T,
+}
+
+/// The inputs of single layers.
+pub(super) struct InputSpace<T> {
+    /// Those of all layers.
+    pub(super) inputs: T,
+    /// What the usual embeddings give for them.
+    pub(super) projected: T,
+    /// The gate of one layer.
+    pub(super) gate: T,
+}
+
+/// Returns the intermediates of this attention.
+pub(super) fn of_attention<'a, T>(
+    spaces: &'a mut [AttentionSpace<T>],
+    attention: &Attention,
+) -> &'a mut AttentionSpace<T> {
+    let columns = columns(attention);
+    let found = spaces.iter_mut().find(|space| space.columns == columns);
+    found.unwrap_or_else(|| unreachable!("there is a workspace for each attention"))
+}
+
+/// Returns the intermediates of a dense part of this width.
+pub(super) fn of_dense<T>(spaces: &mut [DenseSpace<T>], width: usize) -> &mut DenseSpace<T> {
+    let found = spaces.iter_mut().find(|space| space.width == width);
+    found.unwrap_or_else(|| unreachable!("there is a workspace for each width"))
+}
+
+fn columns(attention: &Attention) -> [usize; 2] {
+    [attention.projected_columns(), attention.heads.q_columns()]
 }
 
 impl<T> Workspace<T> {
@@ -43,24 +90,48 @@ impl<T> Workspace<T> {
     ) -> Result<Self, DeviceError> {
         let StepLimits { rows, samples, .. } = limits;
         let (activation, full) = (Precision::Activation, Precision::Full);
-        let (heads, dense) = (config.heads(), config.dense_width());
-        let shared = config.shared_width();
+        let mut attentions: Vec<AttentionSpace<T>> = Vec::new();
+        for layer in &config.layers {
+            let columns = columns(layer.attention());
+            if attentions.iter().all(|space| space.columns != columns) {
+                attentions.push(AttentionSpace {
+                    columns,
+                    qkv: make(rows, columns[0], activation)?,
+                    out: make(rows, columns[1], activation)?,
+                });
+            }
+        }
+        let mut dense = Vec::new();
+        for width in config.dense_widths() {
+            dense.push(DenseSpace {
+                width,
+                gate_up: make(rows, 2 * width, activation)?,
+                hidden: make(rows, width, activation)?,
+            });
+        }
+        let inputs = match config.per_layer_inputs {
+            Some(PerLayerInputs { width, .. }) => Some(InputSpace {
+                inputs: make(rows, config.layers.len() * width, full)?,
+                projected: make(rows, config.layers.len() * width, activation)?,
+                gate: make(rows, width, activation)?,
+            }),
+            None => None,
+        };
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
-        let experts = config.experts().map(|experts| experts.count);
+        let experts = config.experts();
+        let normed = experts.filter(|experts| experts.has_own_norms);
         Ok(Self {
-            gate_up: optional(dense.map(|width| 2 * width), activation)?,
-            hidden: optional(dense, activation)?,
-            router: optional(experts, full)?,
-            shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
-            shared_hidden: optional(shared, activation)?,
+            router: optional(experts.map(|experts| experts.count), full)?,
+            beside: optional(normed.map(|_| config.hidden), activation)?,
+            attentions,
+            dense,
+            inputs,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
-            qkv: make(rows, heads.qkv_columns(), activation)?,
-            attention: make(rows, heads.q_columns(), activation)?,
             delta: make(rows, config.hidden, activation)?,
             gathered: make(samples, config.hidden, full)?,
             logits: make(samples, config.vocabulary, full)?,

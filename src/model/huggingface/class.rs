@@ -56,6 +56,8 @@ pub(in crate::model) struct RopeRules {
     /// `original_max_position_embeddings`, which then counts beside the RoPE parameters
     /// only. `None`: it may be in them, and is `max_position_embeddings` otherwise.
     pub(in crate::model) original_context: Option<usize>,
+    /// Whether there is the RoPE type `proportional`.
+    pub(in crate::model) is_proportional: bool,
 }
 
 impl RopeRules {
@@ -65,5 +67,6 @@ impl RopeRules {
         dimension_key: None,
         longrope_aliases: &[],
         original_context: None,
+        is_proportional: false,
     };
 }
