@@ -67,6 +67,14 @@ pub trait ResidualOps: DeviceTypes {
     /// all of these parts.
     fn check_parts(&self, parts: &ModelParts) -> Result<(), DeviceError>;
 
+    /// Copies the leading rows of `x`.
+    fn copy(
+        &mut self,
+        x: &Self::Tensor,
+        rows: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
     /// Multiplies all elements by `factor`, in place.
     fn scale(&mut self, x: &mut Self::Tensor, factor: f32, rows: usize) -> Result<(), DeviceError>;
 

@@ -2,7 +2,8 @@
 
 use super::architectures::Architecture;
 use super::layer::{
-    Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement, PerLayerInputs, QkNormKind,
+    Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement, PerLayerInputs,
+    QkNormKind, Streams,
 };
 use super::{ModelError, RopeConfig};
 use crate::device::{HeadShape, ModelParts};
@@ -63,6 +64,8 @@ pub struct ModelConfig {
     pub logit_softcap: Option<f32>,
     /// The inputs of single layers, if there are such inputs.
     pub per_layer_inputs: Option<PerLayerInputs>,
+    /// The residual streams, if there are several.
+    pub streams: Option<Streams>,
     /// Which projections have a bias.
     pub biases: Biases,
     /// Layers that files hold after these, to predict further tokens. They are not computed.
@@ -106,8 +109,8 @@ impl ModelConfig {
             layer_scales: self.layers.iter().any(|layer| layer.has_scale),
             per_layer_inputs: self.per_layer_inputs.is_some(),
             expert_norms: self.experts().is_some_and(|experts| experts.has_own_norms),
-            streams: false,
-            sparse_gates: false,
+            streams: self.streams.is_some() || self.side_rank().is_some(),
+            sparse_gates: self.layers.iter().any(has_cut),
         }
     }
 
@@ -143,6 +146,11 @@ impl ModelConfig {
         self.experts()?.shared
     }
 
+    /// The rank of the paths beside mixers, if there are any.
+    pub fn side_rank(&self) -> Option<usize> {
+        self.layers.iter().find_map(|layer| layer.side_rank)
+    }
+
     /// The different widths of dense parts, those beside experts included.
     pub fn dense_widths(&self) -> Vec<usize> {
         let mut widths = Vec::new();
@@ -162,6 +170,7 @@ impl ModelConfig {
         let experts = self.experts();
         for (index, layer) in self.layers.iter().enumerate() {
             self.check_attention(index)?;
+            self.check_side_path(index)?;
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
             if self.norm != NormKind::Rms && has_norms_after {
@@ -191,6 +200,29 @@ impl ModelConfig {
             }
         }
         Ok(self)
+    }
+
+    /// Checks that a path beside a mixer finds the mixer's input, and has the rank of the others,
+    /// and that no single stream would have to be multiplied out of several.
+    fn check_side_path(&self, index: usize) -> Result<(), ModelError> {
+        let layer = &self.layers[index];
+        if layer.has_scale && self.streams.is_some() {
+            let key = format!("layer {index}'s factor beside several streams");
+            return Err(ModelError::setting(key, "there", "none"));
+        }
+        if layer.side_rank.is_none() {
+            return Ok(());
+        }
+        let (own, first) = (layer.side_rank, self.side_rank());
+        if own != first {
+            return Err(uneven(index, "rank of the path beside", own, first));
+        }
+        if layer.mixer_norms != NormPlacement::BeforeAndAfter {
+            let key = format!("layer {index}'s norms beside a path");
+            let found = format!("{:?}", layer.mixer_norms);
+            return Err(ModelError::setting(key, found, "BeforeAndAfter"));
+        }
+        Ok(())
     }
 
     /// Checks that a layer that shares a cache finds one, and that norms of values are beside
@@ -226,6 +258,11 @@ impl ModelConfig {
             expected,
         ))
     }
+}
+
+/// Whether the gates of a layer's dense part are cut.
+fn has_cut(layer: &LayerSpec) -> bool {
+    matches!(layer.feed_forward, FeedForward::Dense { cut: Some(_), .. })
 }
 
 /// The error for a layer whose sizes are not those of the first layer of its kind.

@@ -2,6 +2,7 @@
 
 mod normed_experts;
 mod per_layer;
+mod streams;
 mod weights;
 mod workspace;
 
@@ -14,6 +15,7 @@ use crate::device::{
 use normed_experts::NormedExperts;
 use per_layer::{InputWeights, gated_input};
 use std::ops::Range;
+use streams::StreamWeights;
 use weights::{FeedForwardWeights, LayerWeights};
 use workspace::{AttentionSpace, DenseSpace, Workspace, of_attention, of_dense};
 
@@ -31,6 +33,8 @@ pub struct Decoder<D: Device> {
     output: Option<D::Linear>,
     /// The inputs of single layers.
     inputs: Option<InputWeights<D>>,
+    /// The residual streams, if there are several.
+    streams: Option<StreamWeights<D>>,
     /// The position embeddings that layers refer to by index, and one that rotates nothing.
     ropes: Vec<D::Rope>,
     workspace: Workspace<D::Tensor>,
@@ -72,6 +76,7 @@ impl<D: Device> Decoder<D> {
             progress(layer + 2, total);
         }
         let inputs = InputWeights::load(source, device)?;
+        let streams = StreamWeights::load(source, device)?;
         let mut weight = source.final_norm()?;
         let final_norm = device.load_vector(&weight)?;
         let logit_norm = match config.logit_scale {
@@ -94,6 +99,7 @@ impl<D: Device> Decoder<D> {
             logit_norm,
             output,
             inputs,
+            streams,
             ropes,
             workspace,
         })
@@ -162,6 +168,9 @@ impl<D: Device> Decoder<D> {
         if let Some(inputs) = &self.inputs {
             inputs.compute(device, rows, &mut self.workspace)?;
         }
+        if let Some(streams) = &self.streams {
+            streams.begin(device, rows, &mut self.workspace)?;
+        }
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
         let specs = self.config.layers.iter().zip(&self.places);
@@ -173,22 +182,38 @@ impl<D: Device> Decoder<D> {
                 rows,
             };
             let workspace = &mut self.workspace;
+            if let Some(streams) = &layer.streams {
+                streams.predict(device, rows, workspace)?;
+            }
             let norms = &layer.mixer_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
             let nothing = self.config.ropes.len();
             let rope = &self.ropes[spec.attention().rope.unwrap_or(nothing)];
             step.attention(device, workspace, layer, rope, cache)?;
             pending = step.output(device, workspace, norms.after.as_ref())?;
+            if let Some(side) = &layer.side {
+                // `check_layers` allows it only where the output is added by its norm.
+                side.add(device, step.norm.epsilon, rows, workspace)?;
+            }
             let norms = &layer.feed_forward_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
             step.feed_forward(device, workspace, layer)?;
             pending = step.output(device, workspace, norms.after.as_ref())?;
-            if layer.input.is_some() || layer.scale.is_some() {
-                if std::mem::take(&mut pending) {
-                    device.add(&mut workspace.residual, &workspace.delta, rows)?;
-                }
-                step.own_input(device, &self.config, index, workspace, layer)?;
+            let ends = layer.input.is_some() || layer.scale.is_some() || layer.streams.is_some();
+            if ends && std::mem::take(&mut pending) {
+                device.add(&mut workspace.residual, &workspace.delta, rows)?;
             }
+            match &layer.streams {
+                Some(streams) => {
+                    let input = (index, layer.input.as_ref());
+                    streams.correct(device, &self.config, input, rows, workspace)?;
+                }
+                None if ends => step.own_input(device, &self.config, index, workspace, layer)?,
+                None => {}
+            }
+        }
+        if let Some(streams) = &self.streams {
+            streams.end(device, rows, &mut self.workspace)?;
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;
@@ -416,13 +441,23 @@ impl LayerStep<'_> {
                     gate_up: weight,
                     down,
                     activation,
+                    cut,
                 },
                 _,
             ) => {
                 let DenseSpace {
                     gate_up, hidden, ..
                 } = of_dense(dense, *width);
-                device.gated_linear(input, weight, *activation, rows, gate_up, hidden)?;
+                match cut {
+                    None => {
+                        device.gated_linear(input, weight, *activation, rows, gate_up, hidden)?;
+                    }
+                    Some(deviations) => {
+                        device.linear(input, weight, rows, gate_up)?;
+                        device.cut_gate(gate_up, *deviations, rows)?;
+                        device.gated_activation(gate_up, *activation, rows, hidden)?;
+                    }
+                }
                 device.linear(hidden, down, rows, delta)
             }
             (

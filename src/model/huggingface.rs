@@ -109,7 +109,7 @@ impl<'a> Config<'a> {
         Ok(Hyperparameters {
             layers,
             hidden,
-            intermediate: settings.size_or("intermediate_size", class.intermediate)?,
+            intermediate: self.intermediate()?,
             activation: class.activation,
             heads,
             vocabulary: settings.size_or("vocab_size", class.vocabulary)?,
@@ -160,6 +160,18 @@ impl<'a> Config<'a> {
     pub(super) fn layers(&self) -> Result<usize, ModelError> {
         let default = self.class().layers;
         self.settings.size_or("num_hidden_layers", default)
+    }
+
+    /// The width of the dense parts, or the first one if the class lists one for each layer.
+    fn intermediate(&self) -> Result<usize, ModelError> {
+        let (settings, key) = (self.settings, "intermediate_size");
+        let first = match settings.get(key) {
+            Some(Value::Array(all)) if self.class().lists_widths => all.first(),
+            _ => return settings.size_or(key, self.class().intermediate),
+        };
+        let first = first.and_then(Value::as_u64);
+        let first = first.and_then(|first| usize::try_from(first).ok());
+        first.ok_or_else(|| settings.refused(key, "a list", "a list of whole numbers"))
     }
 
     fn hidden(&self) -> Result<usize, ModelError> {

@@ -5,6 +5,7 @@ use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{
     Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement, PerLayerInputs,
+    Streams,
 };
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
 use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
@@ -78,6 +79,12 @@ pub(super) struct Variations {
     pub(super) scaled: HashSet<usize>,
     /// The inputs of single layers.
     pub(super) inputs: Option<PerLayerInputs>,
+    /// The residual streams, if there are several.
+    pub(super) streams: Option<Streams>,
+    /// The rank of the paths beside mixers.
+    pub(super) side_rank: Option<usize>,
+    /// By how many deviations above their mean gates are cut, in layers where they are.
+    pub(super) cuts: HashMap<usize, f32>,
 }
 
 impl Hyperparameters {
@@ -109,6 +116,7 @@ impl Hyperparameters {
             norm_epsilon: self.norm_epsilon,
             logit_softcap: self.logit_softcap,
             per_layer_inputs: self.variations.inputs,
+            streams: self.variations.streams,
             biases: self.biases,
             prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
@@ -125,6 +133,7 @@ impl Hyperparameters {
             feed_forward: self.feed_forward(index),
             feed_forward_norms: NormPlacement::Before,
             has_scale: self.variations.scaled.contains(&index),
+            side_rank: self.variations.side_rank,
         }
     }
 
@@ -177,6 +186,7 @@ impl Hyperparameters {
             _ => FeedForward::Dense {
                 width: self.width_of(index),
                 activation: self.activation,
+                cut: self.variations.cuts.get(&index).copied(),
             },
         }
     }

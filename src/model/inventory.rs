@@ -140,6 +140,12 @@ impl Inventory<'_> {
                 self.require(self.source.per_layer_name(part))?;
             }
         }
+        let streams = self.source.config().streams;
+        for stream in 1..streams.map_or(0, |streams| streams.count) {
+            for is_begin in [true, false] {
+                self.require(self.source.stream_projection_name(stream, is_begin))?;
+            }
+        }
         if self.source.naming() == Naming::Gguf {
             for name in ["rope_freqs", "rope_factors_short", "rope_factors_long"] {
                 self.used.insert(format!("{name}.weight"));
@@ -177,6 +183,23 @@ impl Inventory<'_> {
                 self.linear(layer, part)?;
             }
             self.require(self.source.name(layer, Part::PerLayerNorm))?;
+        }
+        if spec.side_rank.is_some() {
+            self.linear(layer, Part::SideLeft)?;
+            self.linear(layer, Part::SideRight)?;
+            self.require(self.source.name(layer, Part::SideNorm))?;
+        }
+        if self.source.config().streams.is_some() {
+            for part in [
+                Part::StreamRouter,
+                Part::StreamPrediction,
+                Part::StreamCorrection,
+            ] {
+                self.linear(layer, part)?;
+            }
+            self.require(self.source.name(layer, Part::StreamRouterNorm))?;
+            // It is stored even if it is not used.
+            self.require(self.source.name(layer, Part::StreamScale))?;
         }
         if attention.has_sinks {
             self.require(self.source.name(layer, Part::Sinks))?;

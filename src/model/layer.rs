@@ -20,6 +20,10 @@ pub struct LayerSpec {
     pub feed_forward_norms: NormPlacement,
     /// Whether the residual stream is multiplied by a stored factor after the layer.
     pub has_scale: bool,
+    /// Rank of a learned path beside the mixer (LAuReL, Gemma 3n): a product of two matrices with
+    /// the mixer's input, which is normalised and added, as is the input, to the residual stream
+    /// after the mixer. The sum is divided by the root of 2.
+    pub side_rank: Option<usize>,
 }
 
 /// How the tokens of a sequence see each other in a layer.
@@ -70,6 +74,9 @@ pub enum FeedForward {
         width: usize,
         /// The non-linearity.
         activation: Activation,
+        /// Gates less than this many deviations above their mean become 0, and the others are
+        /// what they exceed it by; `None` if gates are left as they are.
+        cut: Option<f32>,
     },
     /// A mixture of such parts, of which a router chooses some for each token.
     Experts(Experts),
@@ -93,6 +100,17 @@ pub struct Experts {
     /// the inputs of the router and of the experts, which are the residual stream, and on the
     /// outputs of the experts and of the dense part. Each expert then has a factor on its output.
     pub has_own_norms: bool,
+}
+
+/// Several residual streams, of which the layers compute one (AltUp, Gemma 3n).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streams {
+    /// Number of streams.
+    pub count: usize,
+    /// Index of the stream that the layers compute.
+    pub active: usize,
+    /// Whether stored factors multiply that stream where it gates a layer's own input.
+    pub scales_output: bool,
 }
 
 /// An input of each layer that depends on the token and on its embedding only (Gemma 3n).

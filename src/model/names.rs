@@ -47,6 +47,18 @@ pub(super) enum Part {
     ExpertOutputNorm,
     /// The factors on the experts' outputs.
     ExpertScales,
+    /// The two matrices of the path beside a mixer, and the norm of its output.
+    SideLeft,
+    SideRight,
+    SideNorm,
+    /// The router of residual streams, and the norm of its input.
+    StreamRouter,
+    StreamRouterNorm,
+    /// What the router's outputs predict and correct streams with.
+    StreamPrediction,
+    StreamCorrection,
+    /// The factors on the active stream where it gates a layer's own input.
+    StreamScale,
 }
 
 /// What follows the name of a part in a GGUF file.
@@ -61,7 +73,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks | Part::LayerScale => "",
+        Part::Corrections | Part::Sinks | Part::LayerScale | Part::StreamScale => "",
         Part::RouterScale | Part::ExpertScales => "",
         _ => ".weight",
     }
@@ -103,6 +115,14 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ExpertInputNorm => "pre_ffw_norm_2",
         Part::ExpertOutputNorm => "post_ffw_norm_2",
         Part::ExpertScales => "ffn_down_exps",
+        Part::SideLeft => "laurel_l",
+        Part::SideRight => "laurel_r",
+        Part::SideNorm => "laurel_post_norm",
+        Part::StreamRouter => "altup_router",
+        Part::StreamRouterNorm => "altup_router_norm",
+        Part::StreamPrediction => "altup_predict_coef",
+        Part::StreamCorrection => "altup_correct_coef",
+        Part::StreamScale => "altup_correct_scale",
     };
     name.to_owned()
 }
@@ -155,6 +175,14 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::ExpertInputNorm => "pre_feedforward_layernorm_2",
         Part::ExpertOutputNorm => "post_feedforward_layernorm_2",
         Part::ExpertScales => "router.per_expert_scale",
+        Part::SideLeft => "laurel.linear_left",
+        Part::SideRight => "laurel.linear_right",
+        Part::SideNorm => "laurel.post_laurel_norm",
+        Part::StreamRouter => "altup.modality_router",
+        Part::StreamRouterNorm => "altup.router_norm",
+        Part::StreamPrediction => "altup.prediction_coefs",
+        Part::StreamCorrection => "altup.correction_coefs",
+        Part::StreamScale => "altup.correct_output_scale",
     };
     name.to_owned()
 }

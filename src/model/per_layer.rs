@@ -72,6 +72,31 @@ impl ModelSource {
         self.norm_weight(&self.per_layer_name(PerLayerPart::Norm), inputs.width)
     }
 
+    /// The name of the projection of the embeddings to a residual stream or, at the end, of a
+    /// stream to the output. There is none for the first stream. No GGUF file has them.
+    pub(super) fn stream_projection_name(&self, stream: usize, is_begin: bool) -> String {
+        let prefix = match self.naming() {
+            Naming::HuggingFace { prefix } => prefix,
+            Naming::Gguf => "",
+        };
+        let name = match is_begin {
+            true => "altup_projections",
+            false => "altup_unembed_projections",
+        };
+        format!("{prefix}{name}.{}.weight", stream - 1)
+    }
+
+    /// That projection.
+    pub(super) fn stream_projection(
+        &self,
+        stream: usize,
+        is_begin: bool,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let hidden = self.config().hidden;
+        let name = self.stream_projection_name(stream, is_begin);
+        Ok(StoredLinear::new(vec![self.matrix(&name, hidden, hidden)?]))
+    }
+
     /// The factor on the residual stream after a layer.
     pub(super) fn layer_scale(&self, layer: usize) -> Result<f32, ModelError> {
         Ok(self.vector(&self.name(layer, Part::LayerScale), 1)?[0])

@@ -17,6 +17,7 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     let (vocabulary, hidden) = (config.vocabulary, config.hidden);
     list.matrix(format!("{prefix}embed_tokens.weight"), vocabulary, hidden);
     list.per_layer_inputs();
+    list.streams();
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
@@ -70,10 +71,36 @@ impl List<'_> {
         }
     }
 
+    /// The projections to residual streams and from them.
+    fn streams(&mut self) {
+        let (count, hidden) = (
+            self.config.streams.map_or(0, |own| own.count),
+            self.config.hidden,
+        );
+        for name in ["altup_projections", "altup_unembed_projections"] {
+            for stream in 1..count {
+                let name = format!("{}{name}.{}.weight", self.prefix, stream - 1);
+                self.matrix(name, hidden, hidden);
+            }
+        }
+    }
+
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
         self.attention(layer);
+        if let Some(rank) = spec.side_rank {
+            self.part(layer, Part::SideLeft, rank, hidden);
+            self.part(layer, Part::SideRight, hidden, rank);
+            self.part_norm(layer, Part::SideNorm, hidden);
+        }
+        if let Some(count) = config.streams.map(|streams| streams.count) {
+            self.part(layer, Part::StreamRouter, count, hidden);
+            self.part(layer, Part::StreamPrediction, count * count, count);
+            self.part(layer, Part::StreamCorrection, count, count);
+            self.part_norm(layer, Part::StreamRouterNorm, hidden);
+            self.vector(self.name(layer, Part::StreamScale), hidden, 1.0);
+        }
         if spec.has_scale {
             self.vector(self.name(layer, Part::LayerScale), 1, 1.0);
         }

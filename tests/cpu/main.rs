@@ -5,3 +5,4 @@ mod groups;
 mod linear;
 mod operations;
 mod quant_reference;
+mod residual;

@@ -46,6 +46,7 @@ fn try_load(path: &Path, activations: CudaActivations) -> Result<Engine, LoadErr
 fn a_model_with_parts_that_are_not_computed_is_refused_by_the_part() {
     let _gpu = gpu::lock();
     for (name, part) in [
+        ("gemma3n", "several residual streams"),
         ("gemma4", "inputs of single layers"),
         ("gemma4-moe", "attention heads that differ between layers"),
     ] {

@@ -247,7 +247,10 @@ impl Run {
         let down = weights(HIDDEN, width, DType::BF16);
         let gate_ups = vec![spec(&gate_up, None); count];
         let downs = vec![spec(&down, None); count];
-        let experts = self.device.load_experts(&gate_ups, &downs, None).unwrap();
+        let experts = self
+            .device
+            .load_experts(&gate_ups, &downs, None, None)
+            .unwrap();
         let routing = RoutingSpec {
             top_k: 2,
             score: RouterScore::Softmax,

@@ -18,6 +18,13 @@ impl ResidualOps for CpuDevice {
         Ok(())
     }
 
+    fn copy(&mut self, x: &CpuTensor, rows: usize, out: &mut CpuTensor) -> Result<(), DeviceError> {
+        require_shape("copy", "x", x, (rows, x.columns()))?;
+        require_shape("copy", "the result", out, (rows, x.columns()))?;
+        out.leading_mut(rows).copy_from_slice(x.leading(rows));
+        Ok(())
+    }
+
     fn scale(&mut self, x: &mut CpuTensor, factor: f32, rows: usize) -> Result<(), DeviceError> {
         let columns = x.columns();
         require_shape("scale", "x", x, (rows, columns))?;

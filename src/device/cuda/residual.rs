@@ -20,6 +20,10 @@ impl ResidualOps for CudaDevice {
         }
     }
 
+    fn copy(&mut self, _: &CudaTensor, _: usize, _: &mut CudaTensor) -> Result<(), DeviceError> {
+        Err(refused("several residual streams"))
+    }
+
     fn scale(&mut self, _: &mut CudaTensor, _: f32, _: usize) -> Result<(), DeviceError> {
         Err(refused("factors of layers"))
     }

@@ -151,6 +151,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             },
             scaled: (0..windows.len()).collect(),
             inputs,
+            ..Variations::default()
         },
         windows,
         ..common
@@ -295,6 +296,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
                 vocabulary: vocabulary.unwrap_or(common.vocabulary),
                 activation: common.activation,
             }),
+            ..Variations::default()
         },
         windows,
         ..common

@@ -11,6 +11,7 @@ mod ernie4_5;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gemma3n;
 mod gemma4;
 mod glm4;
 mod glm4_moe;
@@ -50,6 +51,7 @@ static ALL: &[&Architecture] = &[
     &qwen3_moe::ARCHITECTURE,
     &gemma2::ARCHITECTURE,
     &gemma3::ARCHITECTURE,
+    &gemma3n::ARCHITECTURE,
     &gemma4::ARCHITECTURE,
     &phi3::ARCHITECTURE,
     &olmo2::ARCHITECTURE,

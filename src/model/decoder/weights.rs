@@ -1,5 +1,6 @@
 //! A layer's weights on a device.
 
+use super::streams::{LayerStreams, SidePath};
 use super::workspace::{DenseSpace, Workspace, of_dense};
 use crate::device::{Activation, Device, DeviceError, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, NormPlacement, QkNormKind};
@@ -21,6 +22,10 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) input: Option<LayerInputWeights<D>>,
     /// The factor on the residual stream after the layer.
     pub(super) scale: Option<f32>,
+    /// A path beside the mixer.
+    pub(super) side: Option<SidePath<D>>,
+    /// What residual streams are predicted and corrected with, if there are several.
+    pub(super) streams: Option<LayerStreams<D>>,
 }
 
 /// The weights of a layer's own input.
@@ -48,6 +53,8 @@ pub(super) enum FeedForwardWeights<D: Device> {
         gate_up: D::Linear,
         down: D::Linear,
         activation: Activation,
+        /// By how many deviations above their mean gates are cut.
+        cut: Option<f32>,
     },
     Experts {
         router: D::Linear,
@@ -148,6 +155,8 @@ impl<D: Device> LayerWeights<D> {
                 true => Some(source.layer_scale(layer)?),
                 false => None,
             },
+            side: SidePath::load(source, device, layer)?,
+            streams: LayerStreams::load(source, device, layer)?,
         })
     }
 }
@@ -210,7 +219,11 @@ impl<D: Device> Loader<'_, D> {
 
     fn feed_forward(&mut self, spec: &FeedForward) -> Result<FeedForwardWeights<D>, ModelError> {
         match *spec {
-            FeedForward::Dense { width, activation } => {
+            FeedForward::Dense {
+                width,
+                activation,
+                cut,
+            } => {
                 let gate_up = self.source.gate_up(self.layer, width)?;
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
@@ -219,6 +232,7 @@ impl<D: Device> Loader<'_, D> {
                     gate_up,
                     down: self.device.load_linear(&down.spec())?,
                     activation,
+                    cut,
                 })
             }
             FeedForward::Experts(experts) => self.experts(experts),

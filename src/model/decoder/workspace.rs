@@ -3,7 +3,7 @@
 use super::StepLimits;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
-use crate::model::layer::{Attention, PerLayerInputs};
+use crate::model::layer::{Attention, PerLayerInputs, Streams};
 
 /// Activations of a step, allocated once and shared by all layers. `T` is the device's tensor.
 pub(super) struct Workspace<T> {
@@ -21,6 +21,9 @@ pub(super) struct Workspace<T> {
     /// Output of a dense part beside experts that have norms of their own.
     pub(super) beside: Option<T>,
     pub(super) inputs: Option<InputSpace<T>>,
+    /// Between the matrices of a path beside a mixer.
+    pub(super) side: Option<T>,
+    pub(super) streams: Option<StreamSpace<T>>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
@@ -49,6 +52,18 @@ pub(super) struct InputSpace<T> {
     pub(super) projected: T,
     /// The gate of one layer.
     pub(super) gate: T,
+}
+
+/// The residual streams, if there are several.
+pub(super) struct StreamSpace<T> {
+    pub(super) current: Vec<T>,
+    /// What a layer predicts of them.
+    pub(super) predicted: Vec<T>,
+    /// Outputs of a layer's router.
+    pub(super) routed: T,
+    /// What they give for the prediction, and for the correction.
+    pub(super) prediction: T,
+    pub(super) correction: T,
 }
 
 /// Returns the intermediates of this attention.
@@ -117,6 +132,23 @@ impl<T> Workspace<T> {
             }),
             None => None,
         };
+        let streams = match config.streams {
+            Some(Streams { count, .. }) => {
+                let mut streams = || {
+                    let all = (0..count).map(|_| make(rows, config.hidden, full));
+                    all.collect::<Result<Vec<_>, _>>()
+                };
+                let (current, predicted) = (streams()?, streams()?);
+                Some(StreamSpace {
+                    current,
+                    predicted,
+                    routed: make(rows, count, full)?,
+                    prediction: make(rows, count * count, full)?,
+                    correction: make(rows, count, full)?,
+                })
+            }
+            None => None,
+        };
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
@@ -127,9 +159,11 @@ impl<T> Workspace<T> {
         Ok(Self {
             router: optional(experts.map(|experts| experts.count), full)?,
             beside: optional(normed.map(|_| config.hidden), activation)?,
+            side: optional(config.side_rank(), activation)?,
             attentions,
             dense,
             inputs,
+            streams,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             delta: make(rows, config.hidden, activation)?,

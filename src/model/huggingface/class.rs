@@ -16,6 +16,8 @@ pub(in crate::model) struct ConfigClass {
     pub(in crate::model) intermediate: usize,
     /// `hidden_act`. Another one is refused.
     pub(in crate::model) activation: Activation,
+    /// Whether `intermediate_size` may be a list with an entry for each layer.
+    pub(in crate::model) lists_widths: bool,
     /// `num_hidden_layers`.
     pub(in crate::model) layers: usize,
     /// `num_attention_heads`.
