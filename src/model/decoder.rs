@@ -1,5 +1,6 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod norm;
 mod normed_experts;
 mod per_layer;
 mod streams;
@@ -12,8 +13,9 @@ use crate::device::{
     AttentionSpec, Batch, CacheLayer, Device, DeviceError, Finished, QkNorm, RopeSpec, Rotary,
     RotaryAttention, Staged,
 };
+use norm::Norm;
 use normed_experts::NormedExperts;
-use per_layer::{InputWeights, gated_input};
+use per_layer::{InputWeights, own_input};
 use std::ops::Range;
 use streams::StreamWeights;
 use weights::{FeedForwardWeights, LayerWeights};
@@ -208,7 +210,7 @@ impl<D: Device> Decoder<D> {
                     let input = (index, layer.input.as_ref());
                     streams.correct(device, &self.config, input, rows, workspace)?;
                 }
-                None if ends => step.own_input(device, &self.config, index, workspace, layer)?,
+                None if ends => own_input(device, &self.config, (index, layer), rows, workspace)?,
                 None => {}
             }
         }
@@ -267,39 +269,6 @@ fn rope_specs(config: &ModelConfig, limits: StepLimits) -> Vec<RopeSpec> {
     let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
     let nothing = RopeSpec::nothing(limits.positions);
     specs.chain([nothing]).collect()
-}
-
-/// What the norms of the residual stream compute.
-#[derive(Clone, Copy)]
-struct Norm {
-    kind: NormKind,
-    /// Added to the mean square, or the variance.
-    epsilon: f32,
-}
-
-impl Norm {
-    fn of(config: &ModelConfig) -> Self {
-        Self {
-            kind: config.norm,
-            epsilon: config.norm_epsilon,
-        }
-    }
-
-    /// Normalises `x`. A layer norm also subtracts the mean of each row of `x` itself: nothing
-    /// that reads `x` later depends on it.
-    fn compute<D: Device>(
-        self,
-        device: &mut D,
-        x: &mut D::Tensor,
-        weight: &D::Vector,
-        rows: usize,
-        out: &mut D::Tensor,
-    ) -> Result<(), DeviceError> {
-        if self.kind == NormKind::Layer {
-            device.centre(x, rows)?;
-        }
-        device.rms_norm(x, weight, self.epsilon, rows, out)
-    }
 }
 
 /// One layer of one step.
@@ -499,41 +468,6 @@ impl LayerStep<'_> {
                 shared.compute(device, rows, routing.activation, workspace)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),
-        }
-    }
-
-    /// Adds the layer's own input to the residual stream, and multiplies that by the layer's
-    /// factor.
-    fn own_input<D: Device>(
-        &self,
-        device: &mut D,
-        config: &ModelConfig,
-        index: usize,
-        workspace: &mut Workspace<D::Tensor>,
-        layer: &LayerWeights<D>,
-    ) -> Result<(), DeviceError> {
-        let (rows, epsilon) = (self.rows, self.norm.epsilon);
-        let Workspace {
-            residual,
-            delta,
-            inputs,
-            ..
-        } = workspace;
-        if let (Some(weights), Some(space)) = (&layer.input, inputs) {
-            let weights_of_layer = (index, weights);
-            gated_input(
-                device,
-                config,
-                weights_of_layer,
-                rows,
-                residual,
-                (space, delta),
-            )?;
-            device.rms_norm_add(delta, &weights.norm, epsilon, rows, residual)?;
-        }
-        match layer.scale {
-            Some(scale) => device.scale(residual, scale, rows),
-            None => Ok(()),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Inputs of single layers: embeddings of the tokens for each layer, and projections of their
 //! usual embeddings, which come into the residual stream through a gate after the layer.
 
-use super::weights::LayerInputWeights;
+use super::weights::{LayerInputWeights, LayerWeights};
 use super::workspace::{InputSpace, Workspace};
 use crate::device::{Device, DeviceError};
 use crate::model::layer::PerLayerInputs;
@@ -81,4 +81,30 @@ pub(super) fn gated_input<D: Device>(
     device.linear(from, &weights.gate, rows, gate)?;
     device.gate_columns(gate, spec.activation, inputs, index * spec.width, rows)?;
     device.linear(gate, &weights.projection, rows, delta)
+}
+
+/// Adds a layer's own input to the residual stream, and multiplies that by the layer's factor.
+pub(super) fn own_input<D: Device>(
+    device: &mut D,
+    config: &ModelConfig,
+    (index, layer): (usize, &LayerWeights<D>),
+    rows: usize,
+    workspace: &mut Workspace<D::Tensor>,
+) -> Result<(), DeviceError> {
+    let Workspace {
+        residual,
+        delta,
+        inputs,
+        ..
+    } = workspace;
+    if let (Some(weights), Some(space)) = (&layer.input, inputs) {
+        let to = (space, &mut *delta);
+        gated_input(device, config, (index, weights), rows, residual, to)?;
+        let epsilon = config.norm_epsilon;
+        device.rms_norm_add(delta, &weights.norm, epsilon, rows, residual)?;
+    }
+    match layer.scale {
+        Some(scale) => device.scale(residual, scale, rows),
+        None => Ok(()),
+    }
 }
