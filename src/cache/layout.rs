@@ -401,7 +401,7 @@ mod tests {
     /// have a window and are of size `windowed`. The last `shared` ones attend to the cache of the
     /// last layer of their kind before them.
     fn uneven(count: usize, period: usize, sizes: [usize; 2], shared: usize) -> CacheLayout {
-        let is_full = |layer: usize| (layer + 1) % period == 0;
+        let is_full = |layer: usize| (layer + 1).is_multiple_of(period);
         let first = count - shared;
         let layers = (0..count).map(|layer| LayerCache {
             window: (!is_full(layer)).then_some(512),

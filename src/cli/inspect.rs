@@ -97,6 +97,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
                 "kv_bytes": plan.cache(),
                 "kv_block_bytes": plan.block_bytes,
                 "kv_groups": groups(&plan.layout),
+                "kv_sharing_layers": plan.layout.sharing_layers(),
                 "context_tokens": plan.context_tokens,
                 "kv_bytes_per_sequence": plan.sequence_bytes(plan.context_tokens),
                 "kv_bytes_per_sequence_without_windows":
@@ -257,6 +258,14 @@ fn shape(config: &ModelConfig) -> String {
         heads.head_dim,
         config.vocabulary
     );
+    let mut others = config.layers.iter().map(|layer| layer.attention().heads);
+    if let Some(other) = others.find(|other| *other != heads) {
+        let (kv, dim) = (other.kv_heads, other.head_dim);
+        shape += &format!(
+            ", {} heads ({kv} KV) of {dim} in other layers",
+            other.q_heads
+        );
+    }
     if let Some(experts) = experts {
         let top_k = experts.routing.top_k;
         shape += &format!(", {} experts, {top_k} per token", experts.count);

@@ -166,11 +166,10 @@ impl ResidualOps for CpuDevice {
         for stream in streams.iter().chain(&*out) {
             require_shape(NAME, "a stream", stream, (rows, columns))?;
         }
-        let out: Vec<_> = out.iter_mut().map(|out| out.leading_mut(rows)).collect();
-        let out: Vec<_> = out.into_iter().map(Disjoint::new).collect();
-        self.workers.run(NAME, rows, 4, |range| {
-            for row in range {
-                for (i, out) in out.iter().enumerate() {
+        for (i, out) in out.iter_mut().enumerate() {
+            let out = Disjoint::new(out.leading_mut(rows));
+            self.workers.run(NAME, rows, 4, |range| {
+                for row in range {
                     // SAFETY: each row belongs to one item.
                     let out = unsafe { out.range(row * columns, columns) };
                     out.copy_from_slice(streams[i].row(row));
@@ -182,8 +181,9 @@ impl ResidualOps for CpuDevice {
                             .for_each(|(a, x)| *a += factor * x);
                     }
                 }
-            }
-        })
+            })?;
+        }
+        Ok(())
     }
 
     fn correct_streams(
@@ -204,24 +204,40 @@ impl ResidualOps for CpuDevice {
         for stream in &*streams {
             require_shape(NAME, "a stream", stream, (rows, columns))?;
         }
-        let streams: Vec<_> = streams
-            .iter_mut()
-            .map(|own| own.leading_mut(rows))
-            .collect();
-        let streams: Vec<_> = streams.into_iter().map(Disjoint::new).collect();
+        let (before, rest) = streams.split_at_mut(active);
+        let Some((active_stream, after)) = rest.split_first_mut() else {
+            return Ok(());
+        };
+        let others = before.iter_mut().enumerate();
+        let others = others.chain(
+            after
+                .iter_mut()
+                .enumerate()
+                .map(|(at, own)| (active + 1 + at, own)),
+        );
+        for (stream, own) in others {
+            let own = Disjoint::new(own.leading_mut(rows));
+            self.workers.run(NAME, rows, 4, |range| {
+                for row in range {
+                    // SAFETY: each row belongs to one item.
+                    let own = unsafe { own.range(row * columns, columns) };
+                    let factor = 1.0 + factors.row(row)[stream];
+                    let pairs = updated.row(row).iter().zip(active_stream.row(row));
+                    for (own, (updated, before)) in own.iter_mut().zip(pairs) {
+                        *own += factor * (updated - before);
+                    }
+                }
+            })?;
+        }
+        // It is changed last, because the others need what it was.
+        let own = Disjoint::new(active_stream.leading_mut(rows));
         self.workers.run(NAME, rows, 4, |range| {
             for row in range {
-                let (updated, factors) = (updated.row(row), factors.row(row));
-                for column in 0..columns {
-                    let at = row * columns + column;
-                    // SAFETY: each row belongs to one item.
-                    let before = unsafe { streams[active].range(at, 1) }[0];
-                    let change = updated[column] - before;
-                    for (stream, factor) in streams.iter().zip(factors) {
-                        // SAFETY: as above, and no other reference to the element is alive.
-                        let own = unsafe { stream.range(at, 1) };
-                        own[0] += (1.0 + factor) * change;
-                    }
+                // SAFETY: each row belongs to one item.
+                let own = unsafe { own.range(row * columns, columns) };
+                let factor = 1.0 + factors.row(row)[active];
+                for (own, updated) in own.iter_mut().zip(updated.row(row)) {
+                    *own += factor * (updated - *own);
                 }
             }
         })
