@@ -139,7 +139,7 @@ pub use sampling::{
     Constraint, ConstraintError, ParamError, SamplingDefaults, SamplingParams, Token, TokenLimits,
     TokenRun,
 };
-pub use schedule::RetainedCache;
+pub use schedule::{PrefixMisses, RetainedCache};
 pub use text::reasoning::{ReasoningFormat, ReasoningSplit, ReasoningSplitter};
 pub use text::tools::{ToolEvent, ToolFormat, ToolParser, UnknownToolFormat};
 pub use text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};

@@ -157,7 +157,7 @@ pub fn experts(bench: &mut Bench, shape: &ExpertShape, rows: &[usize]) -> Result
     let down = weights(hidden, width, DType::BF16)?;
     let gate_ups = vec![spec(&gate_up, 2 * width, hidden); count];
     let downs = vec![spec(&down, hidden, width); count];
-    let layer = bench.device.load_experts(&gate_ups, &downs, None)?;
+    let layer = bench.device.load_experts(&gate_ups, &downs, None, None)?;
     let routing = RoutingSpec {
         top_k,
         score: RouterScore::Softmax,

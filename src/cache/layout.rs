@@ -7,7 +7,10 @@
 //! All groups take their blocks from one pool, so every block must have the same size. A block
 //! therefore holds the keys and values of a fixed number of layers, and a kind of layer that
 //! there is more of is split into several groups. If the numbers do not divide, some places in
-//! the blocks stay empty.
+//! the blocks stay empty. Layers may differ in the size of their keys and values. A place has room
+//! for the largest, and as many smaller ones of a kind share a place as fit in it.
+//!
+//! A layer that attends to the keys and values of another layer takes no room at all.
 
 use thiserror::Error;
 
@@ -30,14 +33,37 @@ impl GroupKind {
     }
 }
 
+/// What a layer needs of the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerCache {
+    /// Its attention window; `None` if it attends to all tokens.
+    pub window: Option<usize>,
+    /// Size of the keys and values of a token, in any unit that is the same for all layers. A
+    /// layer with a size of 0 has no place in the cache.
+    pub size: usize,
+    /// Index of an earlier layer whose keys and values it attends to, instead of its own.
+    pub shares: Option<usize>,
+}
+
+impl LayerCache {
+    /// The needs of a layer without attention.
+    pub const NOTHING: Self = Self {
+        window: None,
+        size: 0,
+        shares: None,
+    };
+}
+
 /// Layers that share a block table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheGroup {
     /// The tokens that the layers need.
     pub kind: GroupKind,
-    /// Indices of the layers in the model. There are at most
-    /// [`CacheLayout::layers_per_block`].
+    /// Indices of the layers in the model that own keys and values here. They fill at most
+    /// [`CacheLayout::layers_per_block`] places.
     pub layers: Vec<usize>,
+    /// Number of layers that share a place: more than one if they are smaller than others.
+    pub layers_per_place: usize,
 }
 
 /// The error of [`CacheLayout::new`] if a layer's window is empty.
@@ -52,74 +78,137 @@ pub struct EmptyWindow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheLayout {
     groups: Vec<CacheGroup>,
-    /// Group and index within the group's blocks, by layer.
-    places: Vec<(usize, usize)>,
+    /// Where the keys and values of each layer are.
+    places: Vec<CachePlace>,
     layers_per_block: usize,
+    sharing: usize,
     span: usize,
+}
+
+/// Where the keys and values of a layer are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CachePlace {
+    /// Index of the group.
+    pub group: usize,
+    /// Index of the place in the group's blocks.
+    pub index: usize,
+    /// Number of layers before it in the same place.
+    pub part: usize,
 }
 
 impl CacheLayout {
     /// Maximum number of groups. Each group costs some work per sequence and step.
     pub const MOST_GROUPS: usize = 16;
 
-    /// Creates the layout for layers with these windows, where `None` means that the layer
-    /// attends to all tokens. A window that covers `context_tokens` tokens, the longest that a
-    /// sequence can get, is no restriction. Devices read keys in spans of `span` positions, so
-    /// the span in which a window begins is kept as a whole.
+    /// Creates the layout for layers of the same size with these windows, where `None` means that
+    /// the layer attends to all tokens. See [`CacheLayout::of_layers`].
     ///
     /// # Errors
     /// Returns [`EmptyWindow`] if a window is 0.
+    #[cfg(any(test, feature = "internals"))]
     pub fn new(
         windows: &[Option<usize>],
         context_tokens: usize,
         span: usize,
     ) -> Result<Self, EmptyWindow> {
-        if let Some(layer) = windows.iter().position(|window| *window == Some(0)) {
+        let layers = windows.iter().map(|&window| LayerCache {
+            window,
+            size: 1,
+            shares: None,
+        });
+        Self::of_layers(&layers.collect::<Vec<_>>(), context_tokens, span)
+    }
+
+    /// Creates the layout for these layers. A window that covers `context_tokens` tokens, the
+    /// longest that a sequence can get, is no restriction. Devices read keys in spans of `span`
+    /// positions, so the span in which a window begins is kept as a whole. A layer that shares the
+    /// cache of another one must have the same window.
+    ///
+    /// # Errors
+    /// Returns [`EmptyWindow`] if a window is 0.
+    pub fn of_layers(
+        layers: &[LayerCache],
+        context_tokens: usize,
+        span: usize,
+    ) -> Result<Self, EmptyWindow> {
+        if let Some(layer) = layers.iter().position(|layer| layer.window == Some(0)) {
             return Err(EmptyWindow { layer });
         }
-        let kind = |window: &Option<usize>| match *window {
+        let kind = |layer: &LayerCache| match layer.window {
             Some(window) if window < context_tokens => GroupKind::Window(window),
             _ => GroupKind::Full,
         };
-        let kinds: Vec<GroupKind> = windows.iter().map(kind).collect();
-        Ok(Self::of_kinds(&kinds, span.max(1)))
+        let owners: Vec<Owner> = (0..layers.len())
+            .filter(|&layer| layers[layer].shares.is_none() && layers[layer].size > 0)
+            .map(|layer| Owner {
+                kind: kind(&layers[layer]),
+                size: layers[layer].size,
+                layer,
+            })
+            .collect();
+        let mut layout = Self::of_owners(owners, layers.len(), span.max(1));
+        for (layer, shares) in layers.iter().map(|layer| layer.shares).enumerate() {
+            if let Some(owner) = shares {
+                layout.places[layer] = layout.places[owner];
+            }
+        }
+        layout.sharing = layers.iter().filter(|layer| layer.shares.is_some()).count();
+        Ok(layout)
     }
 
     /// Creates the layout with one group, whose one layer needs all tokens.
     #[cfg(any(test, feature = "internals"))]
     pub fn single() -> Self {
-        Self::of_kinds(&[GroupKind::Full], 1)
+        Self::of_owners(vec![Owner::ONLY], 1, 1)
     }
 
-    fn of_kinds(kinds: &[GroupKind], span: usize) -> Self {
-        let mut sorted = kinds.to_vec();
-        sorted.sort_unstable();
-        let classes: Vec<(GroupKind, usize)> = sorted
-            .chunk_by(|a, b| a == b)
-            .map(|class| (class[0], class.len()))
+    /// Creates the layout for the layers that own keys and values, out of `count` layers.
+    fn of_owners(mut owners: Vec<Owner>, count: usize, span: usize) -> Self {
+        if owners.is_empty() {
+            owners.push(Owner::ONLY);
+        }
+        owners.sort_unstable();
+        let most = owners.iter().map(|owner| owner.size).max().unwrap_or(1);
+        let same = |a: &Owner, b: &Owner| (a.kind, a.size) == (b.kind, b.size);
+        let per_place = |class: &[Owner]| most / class[0].size;
+        let classes = owners.chunk_by(same);
+        let counts: Vec<usize> = classes
+            .map(|class| class.len().div_ceil(per_place(class)))
             .collect();
-        let counts: Vec<usize> = classes.iter().map(|(_, count)| *count).collect();
         let Some(layers_per_block) = layers_per_block(&counts, Self::MOST_GROUPS) else {
             // Too many kinds to be worth their tables.
-            return Self::of_kinds(&vec![GroupKind::Full; kinds.len().max(1)], span);
+            let alike = |owner: &Owner| Owner {
+                kind: GroupKind::Full,
+                size: most,
+                layer: owner.layer,
+            };
+            return Self::of_owners(owners.iter().map(alike).collect(), count, span);
         };
         let mut groups: Vec<CacheGroup> = Vec::new();
-        let mut places = vec![(0, 0); kinds.len()];
-        for (kind, _) in classes {
-            let layers = (0..kinds.len()).filter(|layer| kinds[*layer] == kind);
-            let layers: Vec<usize> = layers.collect();
-            for layers in layers.chunks(layers_per_block) {
-                for (index, layer) in layers.iter().enumerate() {
-                    places[*layer] = (groups.len(), index);
+        let mut places = vec![CachePlace::default(); count.max(1)];
+        for class in owners.chunk_by(same) {
+            let layers_per_place = per_place(class);
+            for owners in class.chunks(layers_per_block * layers_per_place) {
+                let layers: Vec<usize> = owners.iter().map(|owner| owner.layer).collect();
+                for (at, layer) in layers.iter().enumerate() {
+                    places[*layer] = CachePlace {
+                        group: groups.len(),
+                        index: at / layers_per_place,
+                        part: at % layers_per_place,
+                    };
                 }
-                let layers = layers.to_vec();
-                groups.push(CacheGroup { kind, layers });
+                groups.push(CacheGroup {
+                    kind: class[0].kind,
+                    layers,
+                    layers_per_place,
+                });
             }
         }
         Self {
             groups,
             places,
             layers_per_block,
+            sharing: 0,
             span,
         }
     }
@@ -129,14 +218,20 @@ impl CacheLayout {
         &self.groups
     }
 
-    /// Returns how many layers a block has room for.
+    /// Returns how many layers of the largest size a block has room for.
     pub fn layers_per_block(&self) -> usize {
         self.layers_per_block
     }
 
-    /// Returns the group of a layer, and the layer's index in the blocks of that group.
-    pub fn place(&self, layer: usize) -> (usize, usize) {
+    /// Returns where the keys and values are that a layer attends to. Without meaning for a layer
+    /// without attention.
+    pub fn place(&self, layer: usize) -> CachePlace {
         self.places[layer]
+    }
+
+    /// Returns how many layers have no keys and values of their own.
+    pub fn sharing_layers(&self) -> usize {
+        self.sharing
     }
 
     /// Returns the index of the first block of `group` that a step needs whose first token for
@@ -214,6 +309,23 @@ impl CacheLayout {
     }
 }
 
+/// A layer that owns keys and values. The order is that of the groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Owner {
+    kind: GroupKind,
+    size: usize,
+    layer: usize,
+}
+
+impl Owner {
+    /// The first layer, which needs all tokens.
+    const ONLY: Self = Self {
+        kind: GroupKind::Full,
+        size: 1,
+        layer: 0,
+    };
+}
+
 /// Chooses how many layers a block holds, for kinds of layers that occur `counts` times: the
 /// largest number that leaves at most an eighth of the places empty, because fewer groups mean
 /// less work per step. Returns `None` if there would be more than `most_groups`.
@@ -261,13 +373,10 @@ mod tests {
             let layout = layout(full, windowed);
             let mut seen = std::collections::HashSet::new();
             for layer in 0..full + windowed {
-                let (group, index) = layout.place(layer);
-                assert_eq!(layout.groups()[group].layers[index], layer);
-                assert!(index < layout.layers_per_block());
-                assert!(
-                    seen.insert((group, index)),
-                    "layer {layer} shares its place"
-                );
+                let place = layout.place(layer);
+                assert_eq!(layout.groups()[place.group].layers[place.index], layer);
+                assert!(place.index < layout.layers_per_block() && place.part == 0);
+                assert!(seen.insert(place), "layer {layer} shares its place");
             }
             let places = layout.groups().len() * layout.layers_per_block();
             let empty = places - (full + windowed);
@@ -294,6 +403,62 @@ mod tests {
             assert_eq!(layout.groups().len(), 1);
             assert_eq!(layout.layers_per_block(), layout.groups()[0].layers.len());
         }
+    }
+
+    /// Layers of which each `period`th needs all tokens and is of size `full`, and the others
+    /// have a window and are of size `windowed`. The last `shared` ones attend to the cache of the
+    /// last layer of their kind before them.
+    fn uneven(count: usize, period: usize, sizes: [usize; 2], shared: usize) -> CacheLayout {
+        let is_full = |layer: usize| (layer + 1).is_multiple_of(period);
+        let first = count - shared;
+        let layers = (0..count).map(|layer| LayerCache {
+            window: (!is_full(layer)).then_some(512),
+            size: sizes[usize::from(!is_full(layer))],
+            shares: (layer >= first).then(|| {
+                let mut own = (0..first).rev();
+                own.find(|&own| is_full(own) == is_full(layer)).unwrap()
+            }),
+        });
+        CacheLayout::of_layers(&layers.collect::<Vec<_>>(), 32_768, 128).unwrap()
+    }
+
+    #[test]
+    fn smaller_layers_share_a_place_and_no_two_the_same_part_of_it() {
+        // The sizes of Gemma 4 E2B, E4B, 31B and 26B-A4B.
+        for (count, period, sizes, shared) in [
+            (35, 5, [512, 256], 20),
+            (42, 6, [1024, 512], 18),
+            (60, 6, [2048, 4096], 0),
+            (30, 6, [1024, 2048], 0),
+        ] {
+            let layout = uneven(count, period, sizes, shared);
+            let most = sizes[0].max(sizes[1]);
+            let mut seen = std::collections::HashSet::new();
+            for layer in 0..count - shared {
+                let place = layout.place(layer);
+                let size = sizes[usize::from((layer + 1) % period != 0)];
+                assert!(place.index < layout.layers_per_block());
+                assert!((place.part + 1) * size <= most, "{place:?}");
+                assert!(seen.insert(place), "{place:?}");
+            }
+            assert_eq!(layout.sharing_layers(), shared);
+            // What is used of the room of all groups' blocks.
+            let room = layout.groups().len() * layout.layers_per_block() * most;
+            let used: usize = (0..count - shared)
+                .map(|layer| sizes[usize::from((layer + 1) % period != 0)])
+                .sum();
+            assert!(used * 4 >= room * 3, "{used} of {room}: {layout:?}");
+        }
+    }
+
+    #[test]
+    fn a_layer_without_a_cache_of_its_own_is_where_the_other_layer_is() {
+        let layout = uneven(35, 5, [512, 256], 20);
+        for layer in 15..35 {
+            let owner = if (layer + 1) % 5 == 0 { 14 } else { 13 };
+            assert_eq!(layout.place(layer), layout.place(owner), "layer {layer}");
+        }
+        assert_eq!(uneven(10, 5, [1, 1], 0).sharing_layers(), 0);
     }
 
     #[test]

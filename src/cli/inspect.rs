@@ -82,29 +82,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             "default_context": config.native_context(),
             "device": device.name,
             "device_details": details(&device),
-            "memory": {
-                "weights_bytes": plan.weights,
-                "activation_bytes": plan.activations,
-                "scratch_bytes": plan.scratch,
-                "graphs": plan.graphs,
-                "graph_bytes": plan.graph_bytes,
-                "pinned_bytes": plan.pinned,
-                "batch_tokens": plan.batch_tokens,
-                "kv_bytes_per_token": plan.cache_per_token,
-                "kv_blocks": plan.cache_blocks,
-                "kv_block_tokens": plan.block_tokens,
-                "kv_tokens": tokens,
-                "kv_bytes": plan.cache(),
-                "kv_block_bytes": plan.block_bytes,
-                "kv_groups": groups(&plan.layout, config),
-                "state_layers": plan.state_layers,
-                "state_slots": plan.state_slots,
-                "state_slot_bytes": plan.state_bytes,
-                "context_tokens": plan.context_tokens,
-                "kv_bytes_per_sequence": plan.sequence_bytes(plan.context_tokens),
-                "kv_bytes_per_sequence_without_windows":
-                    plan.sequence_bytes_without_windows(plan.context_tokens),
-            },
+            "memory": memory(&plan),
         }));
     }
     let text = match tokenizer {
@@ -179,19 +157,42 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     Ok(())
 }
 
+/// Returns the memory plan.
+fn memory(plan: &MemoryPlan) -> Value {
+    json!({
+        "weights_bytes": plan.weights,
+        "activation_bytes": plan.activations,
+        "scratch_bytes": plan.scratch,
+        "graphs": plan.graphs,
+        "graph_bytes": plan.graph_bytes,
+        "pinned_bytes": plan.pinned,
+        "batch_tokens": plan.batch_tokens,
+        "kv_bytes_per_token": plan.cache_per_token,
+        "kv_blocks": plan.cache_blocks,
+        "kv_block_tokens": plan.block_tokens,
+        "kv_tokens": plan.tokens(),
+        "kv_bytes": plan.cache(),
+        "kv_block_bytes": plan.block_bytes,
+        "kv_groups": groups(&plan.layout),
+        "kv_sharing_layers": plan.layout.sharing_layers(),
+        "state_layers": plan.state_layers,
+        "state_slots": plan.state_slots,
+        "state_slot_bytes": plan.state_bytes,
+        "context_tokens": plan.context_tokens,
+        "kv_bytes_per_sequence": plan.sequence_bytes(plan.context_tokens),
+        "kv_bytes_per_sequence_without_windows":
+            plan.sequence_bytes_without_windows(plan.context_tokens),
+    })
+}
+
 /// Returns the groups of layers that share blocks of the KV cache.
-fn groups(layout: &CacheLayout, config: &ModelConfig) -> Value {
-    // The groups name layers by their place among those that have attention.
-    let layers = config.layers.iter().enumerate();
-    let layers = layers.filter(|(_, layer)| layer.attention().is_some());
-    let indices: Vec<usize> = layers.map(|(index, _)| index).collect();
+fn groups(layout: &CacheLayout) -> Value {
     let groups = layout.groups().iter().map(|group| {
         let (keeps, window) = match group.kind {
             GroupKind::Full => ("all tokens", None),
             GroupKind::Window(window) => ("window", Some(window)),
         };
-        let layers: Vec<usize> = group.layers.iter().map(|layer| indices[*layer]).collect();
-        json!({ "keeps": keeps, "window": window, "layers": layers })
+        json!({ "keeps": keeps, "window": window, "layers": group.layers })
     });
     groups.collect()
 }
@@ -269,6 +270,14 @@ fn shape(config: &ModelConfig) -> String {
         heads.head_dim,
         config.vocabulary
     );
+    let mut others = config.attentions().map(|attention| attention.heads);
+    if let Some(other) = others.find(|other| *other != heads) {
+        let (kv, dim) = (other.kv_heads, other.head_dim);
+        shape += &format!(
+            ", {} heads ({kv} KV) of {dim} in other layers",
+            other.q_heads
+        );
+    }
     if let Some(experts) = experts {
         let top_k = experts.routing.top_k;
         shape += &format!(", {} experts, {top_k} per token", experts.count);

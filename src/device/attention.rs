@@ -32,6 +32,12 @@ impl HeadShape {
     pub fn q_columns(&self) -> usize {
         self.q_heads * self.head_dim
     }
+
+    /// Returns the number of elements that a token's keys and values take in the KV cache, where
+    /// each value is padded to whole vectors.
+    pub fn cache_elements(&self) -> usize {
+        self.kv_heads * (self.head_dim + self.head_dim.next_multiple_of(16))
+    }
 }
 
 /// Parameters of an attention operation.
@@ -54,7 +60,9 @@ pub struct AttentionSpec {
 /// The part of a [`Device`](super::Device) that computes attention.
 pub trait AttentionOps: RopeOps {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
-    /// its own. `out` has `heads.q_columns()` columns.
+    /// its own. `out` has `heads.q_columns()` columns. `qkv` may also hold queries only, if the
+    /// device computes layers that share a cache
+    /// ([`ModelParts::shared_caches`](super::ModelParts::shared_caches)).
     ///
     /// A sink is a score, one per query head: if there are sinks, the softmax is computed as if
     /// there were one more key with that score, whose value is zero. Xiao et al., *Efficient

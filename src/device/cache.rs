@@ -4,32 +4,40 @@ use super::{DeviceError, DeviceTypes};
 
 /// Place of a layer in the KV cache.
 ///
-/// A block holds the keys and values of a fixed number of layers, [`CacheShape::layers`]. The
-/// layers that share blocks, and with them the block tables, are a group.
+/// A block has places for the keys and values of a fixed number of layers,
+/// [`CacheShape::layers`]. The layers that share blocks, and with them the block tables, are a
+/// group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheLayer {
     /// Index of the group in [`Batch::groups`](super::Batch::groups).
     pub group: usize,
-    /// Index of the layer in the blocks of its group.
+    /// Index of its place in the blocks of its group.
     pub index: usize,
+    /// Number of layers of the same heads before it in the same place. Layers that are smaller
+    /// than the place share it.
+    pub part: usize,
 }
 
 impl CacheLayer {
     /// Returns the place of layer `index` if all layers are in one group.
     #[cfg(any(test, feature = "internals"))]
     pub fn single_group(index: usize) -> Self {
-        Self { group: 0, index }
+        Self {
+            group: 0,
+            index,
+            part: 0,
+        }
     }
 }
 
 /// Dimensions of the paged KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
-    /// Number of attention layers per block.
+    /// Number of places for attention layers per block.
     pub layers: usize,
-    /// Number of key-value heads per layer.
+    /// Number of key-value heads of the largest layer, for which a place has room.
     pub kv_heads: usize,
-    /// Number of elements per head.
+    /// Number of elements per head of the largest layer.
     pub head_dim: usize,
     /// Total number of blocks.
     pub blocks: usize,

@@ -87,13 +87,15 @@ pub trait ExpertOps: DeviceTypes {
     type Experts;
 
     /// Loads the experts of one layer. Entry `e` of both lists is expert `e`. In `gate_up`, the
-    /// rows of the gate come first, if there are some. If there are corrections, one per expert, they are added to
-    /// the weights to choose experts, see [`SigmoidRouting`].
+    /// rows of the gate come first, if there are some. If there are corrections, one per expert,
+    /// they are added to the weights to choose experts, see [`SigmoidRouting`]. If there are
+    /// scales, one per expert, they multiply the experts' outputs.
     fn load_experts(
         &mut self,
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
         corrections: Option<&[f32]>,
+        scales: Option<&[f32]>,
     ) -> Result<Self::Experts, DeviceError>;
 
     /// Computes a mixture-of-experts feed-forward layer. `router` has one logit per expert. The

@@ -39,6 +39,7 @@ mod mamba2;
 mod norm;
 mod pooling;
 mod recurrent;
+mod residual;
 mod rope;
 mod sampling;
 mod step;
@@ -61,6 +62,7 @@ pub use pooling::{PooledRows, PoolingOps};
 pub use recurrent::{
     BatchState, ConvInput, ConvSpec, RecurrentOps, StatePart, StateShape, StateSnapshot,
 };
+pub use residual::{ModelParts, ResidualOps};
 pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec, Rotary};
 pub use sampling::SamplingOps;
 pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};
@@ -107,6 +109,7 @@ pub trait Device:
     + RecurrentOps
     + DeltaOps
     + Mamba2Ops
+    + ResidualOps
     + SwapOps
 {
     /// Returns a description of this device.

@@ -63,6 +63,9 @@ pub struct QkNorm<'a, D: DeviceTypes> {
     /// Whether each head is normalised separately (Qwen 3, Gemma 3) or all heads of a row
     /// together (OLMo 2).
     pub per_head: bool,
+    /// Whether values are normalised as well, each head separately and without a weight, if the
+    /// device computes that ([`ModelParts::value_norms`](super::ModelParts::value_norms)).
+    pub values: bool,
 }
 
 /// How queries and keys are normalised and rotated, and queries scaled.
@@ -101,6 +104,17 @@ pub trait RopeOps: DeviceTypes {
         rope: &Self::Rope,
         cache: &mut Self::Cache,
         layer: CacheLayer,
+    ) -> Result<(), DeviceError>;
+
+    /// Normalises and rotates queries as [`RopeOps::rope_store`] does, where a row of `q` holds
+    /// nothing else. For layers that attend to the cache of another layer. `norm` is a weight of
+    /// `head_dim` values and what is added to the mean square.
+    fn rope_queries(
+        &mut self,
+        q: &mut Self::Tensor,
+        heads: HeadShape,
+        norm: Option<(&Self::Vector, f32)>,
+        rope: &Self::Rope,
     ) -> Result<(), DeviceError>;
 
     /// Multiplies the queries of every row of the batch by the factor of their position. Comes

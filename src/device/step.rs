@@ -1,6 +1,6 @@
 //! Steps: how large they get, what memory they need, and when their operations are enqueued.
 
-use super::{Batch, DeviceError, DeviceTypes, HeadShape};
+use super::{Batch, DeviceError, DeviceTypes, HeadShape, ModelParts};
 
 /// What the caller must do next after staging a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +49,15 @@ pub struct DeviceLimits {
 pub struct ModelShape {
     /// Number of layers.
     pub layers: usize,
-    /// Heads of every attention layer.
+    /// Heads of every attention layer, or of the largest if they differ.
     pub heads: HeadShape,
     /// Largest number of columns of a float32 matrix that is multiplied by weights; 0 if there
     /// is none.
     pub full_columns: usize,
     /// The mixture-of-experts layers, if there are any.
     pub experts: Option<ExpertShape>,
+    /// What the model has of the parts that not every device computes.
+    pub parts: ModelParts,
 }
 
 /// Sizes of a mixture-of-experts layer.

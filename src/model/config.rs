@@ -3,9 +3,10 @@
 use super::architectures::Architecture;
 use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+    PerLayerInputs, QkNormKind, Streams,
 };
 use super::{ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape, StatePart};
+use crate::device::{HeadShape, ModelParts, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -65,6 +66,10 @@ pub struct ModelConfig {
     pub logit_scale: f32,
     /// Soft cap on logits.
     pub logit_softcap: Option<f32>,
+    /// The inputs of single layers, if there are such inputs.
+    pub per_layer_inputs: Option<PerLayerInputs>,
+    /// The residual streams, if there are several.
+    pub streams: Option<Streams>,
     /// Which projections have a bias.
     pub biases: Biases,
     /// Layers that files hold after these, to predict further tokens. They are not computed.
@@ -92,7 +97,7 @@ impl ModelConfig {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The attention heads, which are the same in every layer that has attention.
+    /// The attention heads of the first layer that has attention. Those of others may differ.
     pub fn heads(&self) -> HeadShape {
         let first = self.attentions().next();
         first.map(|attention| attention.heads).unwrap_or_default()
@@ -129,6 +134,29 @@ impl ModelConfig {
         states.filter(|parts| *parts != [0, 0]).count()
     }
 
+    /// The heads of the layer whose keys and values take the most room.
+    pub fn cache_heads(&self) -> HeadShape {
+        let heads = self.attentions().map(|attention| attention.heads);
+        let largest = heads.max_by_key(|heads| (heads.cache_elements(), heads.q_heads));
+        largest.unwrap_or_default()
+    }
+
+    /// What the model has of the parts that not every device computes.
+    pub fn parts(&self) -> ModelParts {
+        let heads = self.heads();
+        let any = |has: fn(&Attention) -> bool| self.attentions().any(has);
+        ModelParts {
+            uneven_heads: self.attentions().any(|own| own.heads != heads),
+            shared_caches: any(|own| own.shares.is_some()),
+            value_norms: any(|own| own.normalizes_values),
+            layer_scales: self.layers.iter().any(|layer| layer.has_scale),
+            per_layer_inputs: self.per_layer_inputs.is_some(),
+            expert_norms: self.experts().is_some_and(|experts| experts.has_own_norms),
+            streams: self.streams.is_some() || self.side_rank().is_some(),
+            sparse_gates: self.layers.iter().any(has_cut),
+        }
+    }
+
     /// The sliding window of the layers that have one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
@@ -137,19 +165,11 @@ impl ModelConfig {
     }
 
     /// The width of the dense feed-forward parts, if there are any.
+    #[cfg(any(test, feature = "cli"))]
     pub fn dense_width(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
             FeedForward::Dense { width, .. } => Some(width),
-            FeedForward::Experts(_) | FeedForward::None => None,
-        })
-    }
-
-    /// The activation of the dense feed-forward parts, if there are any.
-    pub(super) fn dense_activation(&self) -> Option<Activation> {
-        let mut layers = self.layers.iter();
-        layers.find_map(|layer| match layer.feed_forward {
-            FeedForward::Dense { activation, .. } => Some(activation),
             FeedForward::Experts(_) | FeedForward::None => None,
         })
     }
@@ -164,6 +184,7 @@ impl ModelConfig {
     }
 
     /// The width of the dense parts beside the experts, if there are any.
+    #[cfg(test)]
     pub fn shared_width(&self) -> Option<usize> {
         self.experts()?.shared
     }
@@ -176,8 +197,33 @@ impl ModelConfig {
         })
     }
 
-    /// Checks that the layers fit the memory that they share: the cache has one shape for
-    /// all of them, and so have the intermediates of a step.
+    /// The rank of the paths beside mixers, if there are any.
+    pub fn side_rank(&self) -> Option<usize> {
+        self.layers.iter().find_map(|layer| layer.side_rank)
+    }
+
+    /// The different widths of dense parts, those beside experts included, each with the number of
+    /// columns before its activation.
+    pub fn dense_widths(&self) -> Vec<[usize; 2]> {
+        let mut widths = Vec::new();
+        for layer in &self.layers {
+            let dense = match layer.feed_forward {
+                FeedForward::Dense {
+                    width, activation, ..
+                } => Some((width, activation)),
+                FeedForward::Experts(experts) => experts
+                    .shared
+                    .map(|width| (width, experts.routing.activation)),
+                FeedForward::None => None,
+            };
+            let columns = dense.map(|(width, own)| [width, own.gate_up_columns(width)]);
+            widths.extend(columns.filter(|columns| !widths.contains(columns)));
+        }
+        widths
+    }
+
+    /// Checks that the layers fit together: those that share a cache, and the experts, which
+    /// share the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
         if self.attentions().next().is_none() {
             let expected = "at least one layer with attention";
@@ -187,14 +233,10 @@ impl ModelConfig {
                 expected,
             ));
         }
-        let (heads, dense, experts) = (self.heads(), self.dense_width(), self.experts());
-        let delta = self.gated_delta();
+        let (experts, delta) = (self.experts(), self.gated_delta());
         for (index, layer) in self.layers.iter().enumerate() {
-            if let Some(attention) = layer.attention()
-                && attention.heads != heads
-            {
-                return Err(uneven(index, "heads", attention.heads, heads));
-            }
+            self.check_attention(index)?;
+            self.check_side_path(index)?;
             if let Mixer::GatedDelta(own) = layer.mixer
                 && Some(own) != delta
             {
@@ -212,24 +254,15 @@ impl ModelConfig {
                 ));
             }
             match layer.feed_forward {
-                FeedForward::None => {}
-                FeedForward::Dense { width, activation } => {
-                    let first = dense.unwrap_or(width);
-                    if width != first {
-                        return Err(uneven(index, "feed-forward size", width, first));
-                    }
-                    let first = self.dense_activation().unwrap_or(activation);
-                    if activation.is_gated() != first.is_gated() {
-                        return Err(uneven(index, "activation", activation, first));
-                    }
-                }
+                FeedForward::None | FeedForward::Dense { .. } => {}
                 FeedForward::Experts(own) => {
                     let first = experts.unwrap_or(own);
                     if own != first {
                         return Err(uneven(index, "experts", own, first));
                     }
                     // Both are added to the residual stream, one after the other.
-                    if own.shared.is_some() && layer.feed_forward_norms != NormPlacement::Before {
+                    let adds_both = own.shared.is_some() && !own.has_own_norms;
+                    if adds_both && layer.feed_forward_norms != NormPlacement::Before {
                         let key = format!("layer {index}'s norms beside shared experts");
                         let found = format!("{:?}", layer.feed_forward_norms);
                         return Err(ModelError::setting(key, found, "Before"));
@@ -239,6 +272,71 @@ impl ModelConfig {
         }
         Ok(self)
     }
+
+    /// Checks that a path beside a mixer finds the mixer's input, and has the rank of the others,
+    /// and that no single stream would have to be multiplied out of several.
+    fn check_side_path(&self, index: usize) -> Result<(), ModelError> {
+        let layer = &self.layers[index];
+        if layer.has_scale && self.streams.is_some() {
+            let key = format!("layer {index}'s factor beside several streams");
+            return Err(ModelError::setting(key, "there", "none"));
+        }
+        if layer.side_rank.is_none() {
+            return Ok(());
+        }
+        let (own, first) = (layer.side_rank, self.side_rank());
+        if own != first {
+            return Err(uneven(index, "rank of the path beside", own, first));
+        }
+        if layer.mixer_norms != NormPlacement::BeforeAndAfter {
+            let key = format!("layer {index}'s norms beside a path");
+            let found = format!("{:?}", layer.mixer_norms);
+            return Err(ModelError::setting(key, found, "BeforeAndAfter"));
+        }
+        Ok(())
+    }
+
+    /// Checks that a layer that shares a cache finds one, and that norms of values are beside
+    /// norms of keys.
+    fn check_attention(&self, index: usize) -> Result<(), ModelError> {
+        let Some(own) = self.layers[index].attention() else {
+            return Ok(());
+        };
+        if own.normalizes_values && own.qk_norm != Some(QkNormKind::PerHead) {
+            let key = format!("layer {index}'s norm of queries and keys");
+            let found = format!("{:?}", own.qk_norm);
+            return Err(ModelError::setting(
+                key,
+                found,
+                "PerHead beside a norm of values",
+            ));
+        }
+        let Some(owner) = own.shares else {
+            return Ok(());
+        };
+        let earlier = &self.layers[..index];
+        let other = earlier.get(owner).and_then(LayerSpec::attention);
+        let kv = |heads: HeadShape| (heads.kv_heads, heads.head_dim);
+        let fits = other.is_some_and(|other| {
+            let alike = kv(other.heads) == kv(own.heads) && other.window == own.window;
+            alike && other.shares.is_none() && other.is_chunked == own.is_chunked
+        });
+        if fits && own.qk_norm != Some(QkNormKind::WholeRow) {
+            return Ok(());
+        }
+        let expected = "an earlier layer with the same heads and window and a cache of its own";
+        let key = format!("layer {index}'s cache");
+        Err(ModelError::setting(
+            key,
+            format!("that of layer {owner}"),
+            expected,
+        ))
+    }
+}
+
+/// Whether the gates of a layer's dense part are cut.
+fn has_cut(layer: &LayerSpec) -> bool {
+    matches!(layer.feed_forward, FeedForward::Dense { cut: Some(_), .. })
 }
 
 /// The error for a layer whose sizes are not those of the first layer of its kind.
@@ -257,7 +355,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn layers_that_could_not_share_memory_are_refused_by_number() {
+    fn layers_that_do_not_fit_together_are_refused_by_number() {
         let sparse = json!({"model_type": "qwen3_moe", "decoder_sparse_step": 2});
         let model = huggingface::read(&sparse).unwrap();
         let refused = |change: fn(&mut [LayerSpec]), parts: [&str; 2]| {
@@ -271,17 +369,26 @@ mod tests {
             |layers| {
                 if let Mixer::Attention(attention) = &mut layers[5].mixer {
                     attention.heads.kv_heads = 2;
+                    attention.shares = Some(4);
                 }
             },
-            ["layer 5's heads", "kv_heads: 4"],
+            ["layer 5's cache is that of layer 4", "the same heads"],
         );
         refused(
             |layers| {
-                if let FeedForward::Dense { width, .. } = &mut layers[2].feed_forward {
-                    *width = 64;
+                if let Mixer::Attention(attention) = &mut layers[5].mixer {
+                    attention.shares = Some(5);
                 }
             },
-            ["layer 2's feed-forward size is 64", "6144"],
+            ["layer 5's cache", "an earlier layer"],
+        );
+        refused(
+            |layers| {
+                if let Mixer::Attention(attention) = &mut layers[1].mixer {
+                    (attention.normalizes_values, attention.qk_norm) = (true, None);
+                }
+            },
+            ["layer 1's norm of queries and keys", "PerHead"],
         );
         refused(
             |layers| {

@@ -3,7 +3,11 @@
 mod gated_delta;
 mod layer_step;
 mod mamba2;
+mod norm;
+mod normed_experts;
+mod per_layer;
 mod short_conv;
+mod streams;
 mod weights;
 mod workspace;
 
@@ -12,8 +16,11 @@ use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
     Batch, CacheLayer, Device, DeviceError, Finished, RopeSpec, Staged, StatePart,
 };
-use layer_step::{LayerStep, Norm};
+use layer_step::LayerStep;
+use norm::Norm;
+use per_layer::{InputWeights, own_input};
 use std::ops::Range;
+use streams::StreamWeights;
 use weights::{LayerWeights, MixerWeights};
 use workspace::Workspace;
 
@@ -32,6 +39,10 @@ pub struct Decoder<D: Device> {
     logit_norm: Option<D::Vector>,
     /// `None` when it is the embedding.
     output: Option<D::Linear>,
+    /// The inputs of single layers.
+    inputs: Option<InputWeights<D>>,
+    /// The residual streams, if there are several.
+    streams: Option<StreamWeights<D>>,
     /// The position embeddings that layers refer to by index, and one that rotates nothing.
     ropes: Vec<D::Rope>,
     workspace: Workspace<D::Tensor>,
@@ -49,8 +60,8 @@ pub struct StepLimits {
 }
 
 impl<D: Device> Decoder<D> {
-    /// Loads a model. `place` returns where the keys and values of a layer are in the KV cache,
-    /// given its index among the layers that have attention. `progress` is told after each layer how many of how many are done.
+    /// Loads a model. `place` returns where a layer's keys and values are in the KV cache.
+    /// `progress` is told after each layer how many of how many are done.
     pub fn load(
         source: &ModelSource,
         device: &mut D,
@@ -72,6 +83,8 @@ impl<D: Device> Decoder<D> {
             layers.push(LayerWeights::load(source, device, layer)?);
             progress(layer + 2, total);
         }
+        let inputs = InputWeights::load(source, device)?;
+        let streams = StreamWeights::load(source, device)?;
         let mut weight = source.final_norm()?;
         let final_norm = device.load_vector(&weight)?;
         let logit_norm = match config.logit_scale {
@@ -85,14 +98,8 @@ impl<D: Device> Decoder<D> {
         let ropes = ropes.map(|spec| device.load_rope(&spec));
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;
         let workspace = Workspace::allocate(&config, device, limits)?;
-        let mut attentions = 0;
-        let places = config.layers.iter().map(|layer| {
-            let own = layer.attention().map(|_| place(attentions));
-            attentions += usize::from(own.is_some());
-            own.unwrap_or_default()
-        });
         Ok(Self {
-            places: places.collect(),
+            places: (0..config.layers.len()).map(place).collect(),
             states: config.states().layers,
             config,
             embedding,
@@ -100,6 +107,8 @@ impl<D: Device> Decoder<D> {
             final_norm,
             logit_norm,
             output,
+            inputs,
+            streams,
             ropes,
             workspace,
         })
@@ -165,11 +174,17 @@ impl<D: Device> Decoder<D> {
     ) -> Result<(), DeviceError> {
         let scale = self.config.embedding_scale;
         device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
+        if let Some(inputs) = &self.inputs {
+            inputs.compute(device, rows, &mut self.workspace)?;
+        }
+        if let Some(streams) = &self.streams {
+            streams.begin(device, rows, &mut self.workspace)?;
+        }
         // Whether `delta` is still to be added to the residual stream.
         let mut pending = false;
         let places = self.places.iter().zip(&self.states);
         let specs = self.config.layers.iter().zip(places);
-        for ((spec, (&place, &state)), layer) in specs.zip(&self.layers) {
+        for (index, ((spec, (&place, &state)), layer)) in specs.zip(&self.layers).enumerate() {
             let step = LayerStep {
                 spec,
                 norm: Norm::of(&self.config),
@@ -178,6 +193,9 @@ impl<D: Device> Decoder<D> {
                 rows,
             };
             let workspace = &mut self.workspace;
+            if let Some(streams) = &layer.streams {
+                streams.predict(device, rows, workspace)?;
+            }
             if spec.mixer != Mixer::None {
                 let norms = &layer.mixer_norms;
                 step.input(device, workspace, norms.before.as_ref(), pending)?;
@@ -200,12 +218,31 @@ impl<D: Device> Decoder<D> {
                 }
                 pending = step.output(device, workspace, norms.after.as_ref())?;
             }
+            if let Some(side) = &layer.side {
+                // `check_layers` allows it only where the output is added by its norm.
+                side.add(device, step.norm.epsilon, rows, workspace)?;
+            }
             if spec.feed_forward != FeedForward::None {
                 let norms = &layer.feed_forward_norms;
                 step.input(device, workspace, norms.before.as_ref(), pending)?;
                 step.feed_forward(device, workspace, layer)?;
                 pending = step.output(device, workspace, norms.after.as_ref())?;
             }
+            let ends = layer.input.is_some() || layer.scale.is_some() || layer.streams.is_some();
+            if ends && std::mem::take(&mut pending) {
+                device.add(&mut workspace.residual, &workspace.delta, rows)?;
+            }
+            match &layer.streams {
+                Some(streams) => {
+                    let input = (index, layer.input.as_ref());
+                    streams.correct(device, &self.config, input, rows, workspace)?;
+                }
+                None if ends => own_input(device, &self.config, (index, layer), rows, workspace)?,
+                None => {}
+            }
+        }
+        if let Some(streams) = &self.streams {
+            streams.end(device, rows, &mut self.workspace)?;
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;

@@ -28,13 +28,18 @@ impl ModelSource {
             let gate_up = entry(stacked.gate_up, 2 * width, hidden)?;
             return Ok((gate_up, entry(stacked.down, hidden, width)?));
         }
+        let down = [(Part::ExpertDown(expert), hidden)];
+        if let Some(fused) = self.fused_experts(layer) {
+            let gate_up = self.entry(&fused, expert, &[2 * width, hidden])?;
+            let gate_up = StoredLinear::new(vec![self.rows(&gate_up, 2 * width, hidden)?]);
+            return Ok((gate_up, self.expert_linear(layer, expert, &down, width)?));
+        }
         let gate_up = [
             (Part::ExpertGate(expert), width),
             (Part::ExpertUp(expert), width),
         ];
         let first = usize::from(!spec.routing.activation.is_gated());
         let gate_up = self.expert_linear(layer, expert, &gate_up[first..], hidden)?;
-        let down = [(Part::ExpertDown(expert), hidden)];
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
@@ -66,6 +71,16 @@ impl ModelSource {
         Ok(StoredLinear::new(vec![rows]))
     }
 
+    /// The weight of the norm on the router's input.
+    pub(super) fn router_scale(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
+        self.vector(&self.name(layer, Part::RouterScale), self.config().hidden)
+    }
+
+    /// The factors on the experts' outputs.
+    pub(super) fn expert_scales(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
+        self.vector(&self.name(layer, Part::ExpertScales), count)
+    }
+
     /// What is added to the experts' weights to choose.
     pub(super) fn corrections(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Corrections), count)
@@ -85,6 +100,10 @@ impl ModelSource {
                 _ => stacked.gate_up,
             };
             return vec![self.layer_prefix(layer) + name];
+        }
+        let is_down = matches!(part(0), Part::ExpertDown(_));
+        if let Some(fused) = self.fused_experts(layer).filter(|_| !is_down) {
+            return vec![fused];
         }
         match self.stacked_name(layer, part(0)) {
             Some(stacked) => vec![stacked],
@@ -111,6 +130,16 @@ impl ModelSource {
         stacked.filter(|stacked| {
             stacked.are_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
         })
+    }
+
+    /// The name of the tensor in which a GGUF file stacks gates and ups of all experts of a layer,
+    /// the gate of each expert first, if the file has it.
+    fn fused_experts(&self, layer: usize) -> Option<String> {
+        if self.naming() != Naming::Gguf {
+            return None;
+        }
+        let name = self.layer_prefix(layer) + "ffn_gate_up_exps.weight";
+        self.holds(&name).then_some(name)
     }
 
     /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the

@@ -3,7 +3,7 @@
 mod rope;
 
 use super::architectures::Architecture;
-use super::hyperparameters::Hyperparameters;
+use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
@@ -18,6 +18,8 @@ pub(super) struct Metadata<'a> {
     file: &'a Gguf,
     name: &'a str,
     architecture: &'static Architecture,
+    /// Keys that the architecture reads itself.
+    own: &'static [&'static str],
 }
 
 /// The model that a GGUF file describes.
@@ -32,6 +34,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
         file,
         name,
         architecture,
+        own: format.settings,
     };
     metadata.refuse_unknown(format.settings)?;
     let numbers = (format.read)(&metadata)?;
@@ -87,7 +90,7 @@ impl<'a> Metadata<'a> {
     }
 
     /// A number that some files give once and some for each layer; quell needs it
-    /// to be the same for all.
+    /// to be the same for all, unless the architecture reads those of all layers itself.
     fn uniform_size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         match self.sizes(key)? {
             Some(all) => self.uniform(key, &all),
@@ -95,23 +98,45 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A number that some files give once and some for each layer.
-    fn sizes(&self, key: &str) -> Result<Option<Vec<u64>>, ModelError> {
-        self.optional(key, "a whole number", |value| match value {
-            Value::Array(_) => value.as_u64s(),
-            single => Some(vec![single.as_u64()?]),
-        })
-    }
-
     /// The number that all of these are.
-    fn uniform(&self, key: &str, all: &[u64]) -> Result<Option<usize>, ModelError> {
+    fn uniform(&self, key: &str, all: &[usize]) -> Result<Option<usize>, ModelError> {
         match all.first() {
-            Some(&first) if all.iter().all(|&value| value == first) => {
-                Ok(usize::try_from(first).ok())
+            Some(&first) if self.own.contains(&key) || all.iter().all(|&value| value == first) => {
+                Ok(Some(first))
             }
             _ => {
                 let expected = "the same number for every layer";
                 Err(self.refused(key, format!("{all:?}"), expected))
+            }
+        }
+    }
+
+    /// A number that some files give once and some for each layer.
+    fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
+        self.optional(key, "a whole number", |value| {
+            let all = match value {
+                Value::Array(_) => value.as_u64s()?,
+                single => vec![single.as_u64()?],
+            };
+            let all = all.into_iter().map(|value| usize::try_from(value).ok());
+            all.collect::<Option<Vec<_>>>()
+        })
+    }
+
+    /// A number that some files give once for all layers and some for each of `layers`.
+    pub(super) fn size_of_each(
+        &self,
+        key: &str,
+        layers: usize,
+    ) -> Result<Option<Vec<usize>>, ModelError> {
+        match self.sizes(key)? {
+            None => Ok(None),
+            Some(all) if all.len() == layers => Ok(Some(all)),
+            Some(all) if all.len() == 1 => Ok(Some(vec![all[0]; layers])),
+            Some(all) => {
+                let found = format!("a list of {} numbers", all.len());
+                let expected = format!("one number, or one for each of the {layers} layers");
+                Err(self.refused(key, found, expected))
             }
         }
     }
@@ -196,6 +221,7 @@ impl<'a> Metadata<'a> {
             recurrent_layers: self.layers_without_heads()?,
             without_mixer: HashSet::new(),
             without_feed_forward: HashSet::new(),
+            variations: Variations::default(),
             biases: Biases::AS_STORED,
             prediction_layers: 0,
             end_tokens: Vec::new(),
@@ -322,6 +348,7 @@ impl<'a> Metadata<'a> {
             has_corrections: false,
             shared: None,
             has_shared_gate: false,
+            has_own_norms: false,
         }))
     }
 
@@ -351,6 +378,14 @@ impl<'a> Metadata<'a> {
             shared: (shared > 0).then_some(experts.width.saturating_mul(shared)),
             ..experts
         }))
+    }
+
+    /// The rows of a matrix, if the file has it.
+    pub(super) fn rows(&self, name: &str) -> Option<usize> {
+        match *self.file.tensor(name)?.shape {
+            [rows, _] => Some(rows),
+            _ => None,
+        }
     }
 
     /// Whether the file has a tensor of this name.

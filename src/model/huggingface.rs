@@ -13,7 +13,7 @@ pub(super) use class::{ConfigClass, RopeRules};
 pub(super) use settings::Settings;
 
 use super::architectures::Architecture;
-use super::hyperparameters::Hyperparameters;
+use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames, Keys};
 use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
@@ -91,9 +91,13 @@ impl<'a> Config<'a> {
         let (settings, class) = (self.settings, self.class());
         self.check_activation()?;
         let key = "use_bidirectional_attention";
-        if settings.flag(key)? == Some(true) {
-            let expected = "false: quell decodes causally";
-            return Err(settings.refused(key, true, expected));
+        // Only tokens of images see each other both ways with "vision".
+        let is_causal = |value: &Value| matches!(value.as_str(), Some("vision"));
+        if let Some(value) = settings.get(key).filter(|value| !is_causal(value))
+            && value.as_bool() != Some(false)
+        {
+            let expected = "false or vision: quell decodes causally";
+            return Err(settings.refused(key, value, expected));
         }
         let (layers, hidden, heads) = (self.layers()?, self.hidden()?, self.heads()?);
         let trained_context = self.trained_context()?;
@@ -105,7 +109,7 @@ impl<'a> Config<'a> {
         Ok(Hyperparameters {
             layers,
             hidden,
-            intermediate: settings.size_or("intermediate_size", class.intermediate)?,
+            intermediate: self.intermediate()?,
             activation: class.activation,
             heads,
             vocabulary: settings.size_or("vocab_size", class.vocabulary)?,
@@ -132,6 +136,7 @@ impl<'a> Config<'a> {
             recurrent_layers: HashSet::new(),
             without_mixer: HashSet::new(),
             without_feed_forward: HashSet::new(),
+            variations: Variations::default(),
             biases: Biases::NONE,
             prediction_layers: 0,
             end_tokens: self.end_tokens()?,
@@ -161,6 +166,18 @@ impl<'a> Config<'a> {
         self.settings.size_or("num_hidden_layers", default)
     }
 
+    /// The width of the dense parts, or the first one if the class lists one for each layer.
+    fn intermediate(&self) -> Result<usize, ModelError> {
+        let (settings, key) = (self.settings, "intermediate_size");
+        let first = match settings.get(key) {
+            Some(Value::Array(all)) if self.class().lists_widths => all.first(),
+            _ => return settings.size_or(key, self.class().intermediate),
+        };
+        let first = first.and_then(Value::as_u64);
+        let first = first.and_then(|first| usize::try_from(first).ok());
+        first.ok_or_else(|| settings.refused(key, "a list", "a list of whole numbers"))
+    }
+
     fn hidden(&self) -> Result<usize, ModelError> {
         self.settings.size_or("hidden_size", self.class().hidden)
     }
@@ -172,7 +189,7 @@ impl<'a> Config<'a> {
     }
 
     /// The attention heads.
-    fn heads(&self) -> Result<HeadShape, ModelError> {
+    pub(super) fn heads(&self) -> Result<HeadShape, ModelError> {
         let (settings, class) = (self.settings, self.class());
         let q_heads = settings.size_or("num_attention_heads", class.q_heads)?;
         let split = self.hidden()?.checked_div(q_heads).unwrap_or(0);

@@ -5,12 +5,13 @@ use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+    PerLayerInputs, Streams,
 };
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
 use crate::device::{
     Activation, ConvSpec, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RouterScore,
 };
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
 #[derive(Clone, Debug)]
@@ -61,6 +62,8 @@ pub(super) struct Hyperparameters {
     pub(super) without_mixer: HashSet<usize>,
     /// Layers that are only a mixer.
     pub(super) without_feed_forward: HashSet<usize>,
+    /// What only some layers have, or have otherwise.
+    pub(super) variations: Variations,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -68,6 +71,30 @@ pub(super) struct Hyperparameters {
     pub(super) end_tokens: Vec<u32>,
     /// What the file calls the numbers.
     pub(super) names: KeyNames,
+}
+
+/// What only some layers of a model have, or have otherwise than the others.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Variations {
+    /// The heads of layers where they are not [`Hyperparameters::heads`].
+    pub(super) heads: HashMap<usize, HeadShape>,
+    /// The widths of dense parts where they are not [`Hyperparameters::intermediate`].
+    pub(super) widths: HashMap<usize, usize>,
+    /// Number of layers, the last ones, that share the cache of the last layer before them with
+    /// the same window.
+    pub(super) shared_caches: usize,
+    /// Layers whose values are what the key projection gives.
+    pub(super) keys_as_values: HashSet<usize>,
+    /// Layers with a factor on the residual stream.
+    pub(super) scaled: HashSet<usize>,
+    /// The inputs of single layers.
+    pub(super) inputs: Option<PerLayerInputs>,
+    /// The residual streams, if there are several.
+    pub(super) streams: Option<Streams>,
+    /// The rank of the paths beside mixers.
+    pub(super) side_rank: Option<usize>,
+    /// By how many deviations above their mean gates are cut, in layers where they are.
+    pub(super) cuts: HashMap<usize, f32>,
 }
 
 impl Hyperparameters {
@@ -98,6 +125,8 @@ impl Hyperparameters {
             logit_scale: self.logit_scale,
             norm_epsilon: self.norm_epsilon,
             logit_softcap: self.logit_softcap,
+            per_layer_inputs: self.variations.inputs,
+            streams: self.variations.streams,
             biases: self.biases,
             prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
@@ -119,6 +148,8 @@ impl Hyperparameters {
             mixer_norms: norms_before(mixer != Mixer::None),
             feed_forward,
             feed_forward_norms: norms_before(feed_forward != FeedForward::None),
+            has_scale: self.variations.scaled.contains(&index),
+            side_rank: self.variations.side_rank,
         }
     }
 
@@ -136,7 +167,7 @@ impl Hyperparameters {
         let slides = window.is_some() && self.sliding_rope != self.rope;
         let is_rotated = !self.unrotated.contains(&index);
         Attention {
-            heads: self.heads,
+            heads: self.heads_of(index),
             scale: self.attention_scale,
             window,
             is_chunked: self.is_chunked && window.is_some(),
@@ -146,7 +177,25 @@ impl Hyperparameters {
             qk_norm: None,
             softcap: self.attention_softcap,
             has_gate: false,
+            normalizes_values: false,
+            keys_are_values: self.variations.keys_as_values.contains(&index),
+            shares: self.owner(index),
         }
+    }
+
+    /// The heads of a layer.
+    fn heads_of(&self, index: usize) -> HeadShape {
+        let own = self.variations.heads.get(&index);
+        own.copied().unwrap_or(self.heads)
+    }
+
+    /// The layer whose cache a layer shares, if it does.
+    fn owner(&self, index: usize) -> Option<usize> {
+        let first = self.layers.checked_sub(self.variations.shared_caches)?;
+        if index < first {
+            return None;
+        }
+        (0..first).rfind(|&owner| self.windows[owner] == self.windows[index])
     }
 
     /// The layers with full attention.
@@ -161,10 +210,46 @@ impl Hyperparameters {
             _ if self.without_feed_forward.contains(&index) => FeedForward::None,
             Some(experts) if !self.dense_layers.contains(&index) => FeedForward::Experts(experts),
             _ => FeedForward::Dense {
-                width: self.intermediate,
+                width: self.width_of(index),
                 activation: self.activation,
+                cut: self.variations.cuts.get(&index).copied(),
             },
         }
+    }
+
+    /// The width of a layer's dense part.
+    fn width_of(&self, index: usize) -> usize {
+        let own = self.variations.widths.get(&index);
+        own.copied().unwrap_or(self.intermediate)
+    }
+
+    /// Checks what only some layers have.
+    fn check_variations(&self) -> Result<(), ModelError> {
+        let Variations {
+            heads,
+            widths,
+            shared_caches,
+            inputs,
+            ..
+        } = &self.variations;
+        for heads in heads.values() {
+            self.check_heads(*heads)?;
+        }
+        for &width in widths.values() {
+            self.check_size(|keys| keys.intermediate, width, 1 << 22)?;
+        }
+        if let Some(inputs) = inputs {
+            self.check_size(|keys| keys.input_width, inputs.width, 1 << 16)?;
+            self.check_size(|keys| keys.input_vocabulary, inputs.vocabulary, 1 << 26)?;
+        }
+        let first = self.layers.saturating_sub(*shared_caches);
+        let mut sharing = first..self.layers;
+        if let Some(layer) = sharing.find(|&layer| self.owner(layer).is_none()) {
+            let expected =
+                format!("a layer like layer {layer} before the layers that share caches");
+            return Err(self.refused(|keys| keys.shared_caches, shared_caches, expected));
+        }
+        Ok(())
     }
 
     /// Checks that the numbers are consistent and of a size that can be meant.
@@ -183,8 +268,24 @@ impl Hyperparameters {
         if let Some(experts) = self.experts {
             self.check_experts(experts)?;
         }
-        self.rope.validate(self.heads.head_dim, &self.names)?;
-        self.sliding_rope.validate(self.heads.head_dim, &self.names)
+        self.check_variations()?;
+        // Layers of one kind have one rotary embedding.
+        let of_kind = |slides: bool| {
+            let mut layers =
+                (0..self.layers).filter(move |&at| self.windows[at].is_some() == slides);
+            let first = layers
+                .next()
+                .map_or(self.heads, |layer| self.heads_of(layer));
+            let alike = layers.all(|layer| self.heads_of(layer).head_dim == first.head_dim);
+            (first.head_dim, alike)
+        };
+        let (full, sliding) = (of_kind(false), of_kind(true));
+        if !(full.1 && sliding.1) {
+            let expected = "the same in all layers of one kind";
+            return Err(self.refused(|keys| keys.head_dim, "different", expected));
+        }
+        self.rope.validate(full.0, &self.names)?;
+        self.sliding_rope.validate(sliding.0, &self.names)
     }
 
     /// The error for a number with this value.
@@ -210,19 +311,23 @@ impl Hyperparameters {
     }
 
     fn check_sizes(&self) -> Result<(), ModelError> {
+        self.check_size(|keys| keys.layers, self.layers, 4096)?;
+        self.check_size(|keys| keys.hidden, self.hidden, 1 << 20)?;
+        self.check_size(|keys| keys.intermediate, self.intermediate, 1 << 22)?;
+        self.check_size(|keys| keys.vocabulary, self.vocabulary, 1 << 26)?;
+        self.check_size(|keys| keys.context, self.context, 1 << 30)?;
+        self.check_heads(self.heads)
+    }
+
+    fn check_heads(&self, heads: HeadShape) -> Result<(), ModelError> {
         let HeadShape {
             q_heads,
             kv_heads,
             head_dim,
-        } = self.heads;
-        self.check_size(|keys| keys.layers, self.layers, 4096)?;
-        self.check_size(|keys| keys.hidden, self.hidden, 1 << 20)?;
-        self.check_size(|keys| keys.intermediate, self.intermediate, 1 << 22)?;
+        } = heads;
         self.check_size(|keys| keys.q_heads, q_heads, 1 << 14)?;
         self.check_size(|keys| keys.kv_heads, kv_heads, 1 << 14)?;
         self.check_size(|keys| keys.head_dim, head_dim, 1 << 14)?;
-        self.check_size(|keys| keys.vocabulary, self.vocabulary, 1 << 26)?;
-        self.check_size(|keys| keys.context, self.context, 1 << 30)?;
         if !q_heads.is_multiple_of(kv_heads) {
             let expected = format!("a multiple of the {kv_heads} key-value heads");
             return Err(self.refused(|keys| keys.q_heads, q_heads, expected));

@@ -3,6 +3,7 @@
 
 use super::layer::{Attention, FeedForward, LayerSpec, Mamba2, Mixer, ShortConv};
 use super::names::{self, GateUp, Part};
+use super::per_layer::PerLayerPart;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::device::Activation;
@@ -11,10 +12,12 @@ use std::collections::HashSet;
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
 /// sound with their projectors, layers that predict further tokens, and the heads of reward
 /// models.
-const OTHER_MODELS: [&str; 16] = [
+const OTHER_MODELS: [&str; 18] = [
     "audio_tower.",
     "mm_projector.",
     "model.audio_tower.",
+    "model.embed_audio.",
+    "model.embed_vision.",
     "model.multi_modal_projector.",
     "model.vision_model.",
     "model.vision_tower.",
@@ -79,7 +82,14 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
     let skipped = source.prediction_layers();
     let is_skipped = |name: &str| skipped.iter().any(|layer| name.starts_with(layer));
     match names.find(|name| !used.contains(*name) && !is_harmless(name) && !is_skipped(name)) {
-        None => Ok(()),
+        None => {
+            let others = source.names().into_iter();
+            let tensors = others.filter(|name| is_of_another_model(name)).count();
+            if tensors > 0 {
+                tracing::info!(tensors, "skipped tensors that the text model does not have");
+            }
+            Ok(())
+        }
         Some(name) => Err(ModelError::UnusedTensor {
             name: name.to_owned(),
             architecture: source.config().architecture.name(),
@@ -88,9 +98,12 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
     }
 }
 
-fn is_harmless(name: &str) -> bool {
+fn is_of_another_model(name: &str) -> bool {
     OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix))
-        || COMPUTED.iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn is_harmless(name: &str) -> bool {
+    is_of_another_model(name) || COMPUTED.iter().any(|suffix| name.ends_with(suffix))
 }
 
 fn hint(name: &str) -> &'static str {
@@ -125,6 +138,17 @@ impl Inventory<'_> {
         if let Some(name) = self.source.output_name()? {
             self.used.insert(name.to_owned());
         }
+        if self.source.config().per_layer_inputs.is_some() {
+            for part in PerLayerPart::ALL {
+                self.require(self.source.per_layer_name(part))?;
+            }
+        }
+        let streams = self.source.config().streams;
+        for stream in 1..streams.map_or(0, |streams| streams.count) {
+            for is_begin in [true, false] {
+                self.require(self.source.stream_projection_name(stream, is_begin))?;
+            }
+        }
         if self.source.naming() == Naming::Gguf {
             for name in ["rope_freqs", "rope_factors_short", "rope_factors_long"] {
                 self.used.insert(format!("{name}.weight"));
@@ -137,6 +161,7 @@ impl Inventory<'_> {
         for part in norms(spec) {
             self.require(self.source.name(layer, part))?;
         }
+        self.beside(layer, spec)?;
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
@@ -156,6 +181,12 @@ impl Inventory<'_> {
                 if experts.has_corrections {
                     self.require(self.source.name(layer, Part::Corrections))?;
                 }
+                if experts.has_own_norms {
+                    for part in EXPERT_NORMS {
+                        self.require(self.source.name(layer, part))?;
+                    }
+                    self.require(self.source.name(layer, Part::ExpertScales))?;
+                }
                 if experts.has_shared_gate {
                     self.linear(layer, Part::SharedGateOut)?;
                 }
@@ -169,6 +200,37 @@ impl Inventory<'_> {
             }
             FeedForward::None => Ok(()),
         }
+    }
+
+    /// What a layer has besides its mixer and its feed-forward part.
+    fn beside(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ModelError> {
+        if spec.has_scale {
+            self.require(self.source.name(layer, Part::LayerScale))?;
+        }
+        if self.source.config().per_layer_inputs.is_some() {
+            for part in [Part::PerLayerGate, Part::PerLayerProjection] {
+                self.linear(layer, part)?;
+            }
+            self.require(self.source.name(layer, Part::PerLayerNorm))?;
+        }
+        if spec.side_rank.is_some() {
+            self.linear(layer, Part::SideLeft)?;
+            self.linear(layer, Part::SideRight)?;
+            self.require(self.source.name(layer, Part::SideNorm))?;
+        }
+        if self.source.config().streams.is_some() {
+            for part in [
+                Part::StreamRouter,
+                Part::StreamPrediction,
+                Part::StreamCorrection,
+            ] {
+                self.linear(layer, part)?;
+            }
+            self.require(self.source.name(layer, Part::StreamRouterNorm))?;
+            // It is stored even if it is not used.
+            self.require(self.source.name(layer, Part::StreamScale))?;
+        }
+        Ok(())
     }
 
     fn dense(
@@ -185,11 +247,19 @@ impl Inventory<'_> {
     }
 
     fn attention(&mut self, layer: usize, attention: &Attention) -> Result<(), ModelError> {
-        if self.source.fuses_qkv(layer) {
+        if attention.shares.is_some() {
+            self.linear(layer, Part::Query)?;
+            // Published checkpoints have these although the model was trained without.
+            for part in [Part::Key, Part::Value, Part::KeyNorm] {
+                self.used.insert(self.source.name(layer, part));
+            }
+        } else if self.source.fuses_qkv(layer) {
             self.linear(layer, Part::FusedQkv)?;
         } else {
-            for part in [Part::Query, Part::Key, Part::Value] {
-                self.linear(layer, part)?;
+            self.linear(layer, Part::Query)?;
+            self.linear(layer, Part::Key)?;
+            if !attention.keys_are_values {
+                self.linear(layer, Part::Value)?;
             }
         }
         self.linear(layer, Part::AttentionOut)?;
@@ -268,18 +338,27 @@ impl Inventory<'_> {
     }
 }
 
+/// The norms of experts, and of the dense part beside them, that have some of their own.
+const EXPERT_NORMS: [Part; 4] = [
+    Part::RouterScale,
+    Part::SharedOutputNorm,
+    Part::ExpertInputNorm,
+    Part::ExpertOutputNorm,
+];
+
 /// The norms of a layer.
 fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {
     let (mixer, feed_forward) = (spec.mixer_norms, spec.feed_forward_norms);
-    let qk_norm = spec.attention().and_then(Attention::qk_norm_lengths);
-    let has_qk_norm = qk_norm.is_some();
+    let attention = spec.attention();
+    let has_qk_norm = attention.is_some_and(|own| own.qk_norm_lengths().is_some());
+    let has_keys = attention.is_none_or(|own| own.shares.is_none());
     let norms = [
         (Part::AttentionNorm, mixer.is_before()),
         (Part::PostAttentionNorm, mixer.is_after()),
         (Part::FeedForwardNorm, feed_forward.is_before()),
         (Part::PostFeedForwardNorm, feed_forward.is_after()),
         (Part::QueryNorm, has_qk_norm),
-        (Part::KeyNorm, has_qk_norm),
+        (Part::KeyNorm, has_qk_norm && has_keys),
     ];
     let norms = norms.into_iter().filter(|(_, is_there)| *is_there);
     norms.map(|(part, _)| part)

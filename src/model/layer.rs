@@ -18,6 +18,12 @@ pub struct LayerSpec {
     pub feed_forward: FeedForward,
     /// Where the feed-forward part's norms are.
     pub feed_forward_norms: NormPlacement,
+    /// Whether the residual stream is multiplied by a stored factor after the layer.
+    pub has_scale: bool,
+    /// Rank of a learned path beside the mixer (LAuReL, Gemma 3n): a product of two matrices with
+    /// the mixer's input, which is normalised and added, as is the input, to the residual stream
+    /// after the mixer. The sum is divided by the root of 2.
+    pub side_rank: Option<usize>,
 }
 
 /// How the tokens of a sequence see each other in a layer.
@@ -93,6 +99,14 @@ pub struct Attention {
     /// Whether the output is multiplied by the sigmoid of a gate, which is projected from the
     /// input beside the queries.
     pub has_gate: bool,
+    /// Whether values are normalised, each head on its own and without weights. There is then a
+    /// norm on queries and keys as well.
+    pub normalizes_values: bool,
+    /// Whether values are what the key projection gives, before norms and RoPE.
+    pub keys_are_values: bool,
+    /// Index of an earlier layer whose keys and values it attends to; it then has no projections
+    /// for keys and values of its own.
+    pub shares: Option<usize>,
 }
 
 /// The feed-forward part of a layer.
@@ -105,6 +119,9 @@ pub enum FeedForward {
         width: usize,
         /// The non-linearity.
         activation: Activation,
+        /// Gates less than this many deviations above their mean become 0, and the others are
+        /// what they exceed it by; `None` if gates are left as they are.
+        cut: Option<f32>,
     },
     /// A mixture of such parts, of which a router chooses some for each token.
     Experts(Experts),
@@ -129,6 +146,32 @@ pub struct Experts {
     /// Whether the output of the dense part is multiplied by the sigmoid of a number that is
     /// projected from the input.
     pub has_shared_gate: bool,
+    /// Whether the experts and the dense part beside them have norms of their own (Gemma 4): on
+    /// the inputs of the router and of the experts, which are the residual stream, and on the
+    /// outputs of the experts and of the dense part. Each expert then has a factor on its output.
+    pub has_own_norms: bool,
+}
+
+/// Several residual streams, of which the layers compute one (AltUp, Gemma 3n).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streams {
+    /// Number of streams.
+    pub count: usize,
+    /// Index of the stream that the layers compute.
+    pub active: usize,
+    /// Whether stored factors multiply that stream where it gates a layer's own input.
+    pub scales_output: bool,
+}
+
+/// An input of each layer that depends on the token and on its embedding only (Gemma 3n).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PerLayerInputs {
+    /// Width of the input of one layer.
+    pub width: usize,
+    /// Tokens that have an embedding for it. Others have that of token 0.
+    pub vocabulary: usize,
+    /// The non-linearity of the gate through which it comes in.
+    pub activation: Activation,
 }
 
 /// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
@@ -217,6 +260,14 @@ impl Attention {
             QkNormKind::PerHeadUnweighted => return None,
             QkNormKind::WholeRow => (heads.q_columns(), heads.kv_heads * heads.head_dim),
         })
+    }
+
+    /// Columns of the result of its first projection: queries, and keys and values of its own.
+    pub fn projected_columns(&self) -> usize {
+        match self.shares {
+            Some(_) => self.heads.q_columns(),
+            None => self.heads.qkv_columns(),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod inventory;
 mod key_names;
 mod layer;
 mod names;
+mod per_layer;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
 mod recurrent;

@@ -34,6 +34,36 @@ pub(super) enum Part {
     SharedGateOut,
     /// The sinks of the attention's heads.
     Sinks,
+    /// The factor on the residual stream after a layer.
+    LayerScale,
+    /// The gate of a layer's own input.
+    PerLayerGate,
+    /// The projection of a layer's own input.
+    PerLayerProjection,
+    /// The norm of what that projection gives.
+    PerLayerNorm,
+    /// The weight of the norm on the router's input, where it has one of its own.
+    RouterScale,
+    /// The norm on the output of the dense part beside experts.
+    SharedOutputNorm,
+    /// The norm on the input of the experts, where they have one of their own.
+    ExpertInputNorm,
+    /// The norm on the output of the experts.
+    ExpertOutputNorm,
+    /// The factors on the experts' outputs.
+    ExpertScales,
+    /// The two matrices of the path beside a mixer, and the norm of its output.
+    SideLeft,
+    SideRight,
+    SideNorm,
+    /// The router of residual streams, and the norm of its input.
+    StreamRouter,
+    StreamRouterNorm,
+    /// What the router's outputs predict and correct streams with.
+    StreamPrediction,
+    StreamCorrection,
+    /// The factors on the active stream where it gates a layer's own input.
+    StreamScale,
     /// The projection before a convolution.
     ConvInput,
     /// The weights of a convolution.
@@ -109,6 +139,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::StepBiases => ".bias",
         Part::DecayRates | Part::Skips => "",
+        Part::RouterScale | Part::ExpertScales => ".scale",
         _ => ".weight",
     }
 }
@@ -116,7 +147,8 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks => "",
+        Part::Corrections | Part::Sinks | Part::LayerScale | Part::StreamScale => "",
+        Part::RouterScale | Part::ExpertScales => "",
         Part::DecayRates | Part::StepBiases | Part::Skips => "",
         _ => ".weight",
     }
@@ -164,6 +196,23 @@ pub(super) fn gguf(part: Part) -> String {
         Part::Skips => "ssm_d",
         Part::RecurrentNorm => "ssm_norm",
         Part::RecurrentOutput => "ssm_out",
+        Part::LayerScale => "layer_output_scale",
+        Part::PerLayerGate => "inp_gate",
+        Part::PerLayerProjection => "proj",
+        Part::PerLayerNorm => "post_norm",
+        Part::RouterScale => "ffn_gate_inp",
+        Part::SharedOutputNorm => "post_ffw_norm_1",
+        Part::ExpertInputNorm => "pre_ffw_norm_2",
+        Part::ExpertOutputNorm => "post_ffw_norm_2",
+        Part::ExpertScales => "ffn_down_exps",
+        Part::SideLeft => "laurel_l",
+        Part::SideRight => "laurel_r",
+        Part::SideNorm => "laurel_post_norm",
+        Part::StreamRouter => "altup_router",
+        Part::StreamRouterNorm => "altup_router_norm",
+        Part::StreamPrediction => "altup_predict_coef",
+        Part::StreamCorrection => "altup_correct_coef",
+        Part::StreamScale => "altup_correct_scale",
     };
     name.to_owned()
 }
@@ -223,6 +272,23 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::Skips => "mamba.D",
         Part::RecurrentNorm => "mamba.norm",
         Part::RecurrentOutput => "mamba.out_proj",
+        Part::LayerScale => "layer_scalar",
+        Part::PerLayerGate => "per_layer_input_gate",
+        Part::PerLayerProjection => "per_layer_projection",
+        Part::PerLayerNorm => "post_per_layer_input_norm",
+        Part::RouterScale => "router.scale",
+        Part::SharedOutputNorm => "post_feedforward_layernorm_1",
+        Part::ExpertInputNorm => "pre_feedforward_layernorm_2",
+        Part::ExpertOutputNorm => "post_feedforward_layernorm_2",
+        Part::ExpertScales => "router.per_expert_scale",
+        Part::SideLeft => "laurel.linear_left",
+        Part::SideRight => "laurel.linear_right",
+        Part::SideNorm => "laurel.post_laurel_norm",
+        Part::StreamRouter => "altup.modality_router",
+        Part::StreamRouterNorm => "altup.router_norm",
+        Part::StreamPrediction => "altup.prediction_coefs",
+        Part::StreamCorrection => "altup.correction_coefs",
+        Part::StreamScale => "altup.correct_output_scale",
     };
     name.to_owned()
 }

@@ -1,8 +1,9 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::{Attention, FeedForward, GatedDelta, Mamba2, Mixer, ShortConv};
+use super::layer::{Attention, FeedForward, GatedDelta, LayerSpec, Mamba2, Mixer, ShortConv};
 use super::names::{self, GateUp, Part};
+use super::per_layer::PerLayerPart;
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -17,6 +18,8 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     let storage = config.architecture.storage;
     let embedding = storage.embedding;
     list.matrix(format!("{prefix}{embedding}.weight"), vocabulary, hidden);
+    list.per_layer_inputs();
+    list.streams();
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
@@ -55,9 +58,40 @@ struct List<'a> {
 }
 
 impl List<'_> {
+    /// What per-layer inputs have that belongs to no layer.
+    fn per_layer_inputs(&mut self) {
+        let Some(inputs) = self.config.per_layer_inputs else {
+            return;
+        };
+        let all = self.config.layers.len() * inputs.width;
+        for part in PerLayerPart::ALL {
+            let name = self.prefix.to_owned() + part.huggingface();
+            match part {
+                PerLayerPart::Table => self.matrix(name, inputs.vocabulary, all),
+                PerLayerPart::Projection => self.matrix(name, all, self.config.hidden),
+                PerLayerPart::Norm => self.norm(name, inputs.width),
+            }
+        }
+    }
+
+    /// The projections to residual streams and from them.
+    fn streams(&mut self) {
+        let (count, hidden) = (
+            self.config.streams.map_or(0, |own| own.count),
+            self.config.hidden,
+        );
+        for name in ["altup_projections", "altup_unembed_projections"] {
+            for stream in 1..count {
+                let name = format!("{}{name}.{}.weight", self.prefix, stream - 1);
+                self.matrix(name, hidden, hidden);
+            }
+        }
+    }
+
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
+        self.beside(layer, spec);
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
@@ -108,6 +142,17 @@ impl List<'_> {
                 if experts.has_corrections {
                     self.vector(self.name(layer, Part::Corrections), experts.count, 0.0);
                 }
+                if experts.has_own_norms {
+                    self.vector(self.name(layer, Part::RouterScale), hidden, 1.0);
+                    self.vector(self.name(layer, Part::ExpertScales), experts.count, 1.0);
+                    for part in [
+                        Part::SharedOutputNorm,
+                        Part::ExpertInputNorm,
+                        Part::ExpertOutputNorm,
+                    ] {
+                        self.part_norm(layer, part, hidden);
+                    }
+                }
                 if let Some(shared) = experts.shared {
                     let fuses = config.architecture.storage.fuses_gate_up;
                     let activation = experts.routing.activation;
@@ -121,7 +166,9 @@ impl List<'_> {
                 }
             }
             FeedForward::None => {}
-            FeedForward::Dense { width, activation } => {
+            FeedForward::Dense {
+                width, activation, ..
+            } => {
                 let bias = config.biases.feed_forward;
                 let fuses = config.architecture.storage.fuses_gate_up;
                 for (part, rows) in GateUp::DENSE.parts(activation, width, fuses) {
@@ -131,6 +178,31 @@ impl List<'_> {
                 self.part(layer, Part::Down, hidden, width);
                 self.bias(layer, Part::Down, hidden, bias);
             }
+        }
+    }
+
+    /// What a layer has besides its mixer and its feed-forward part.
+    fn beside(&mut self, layer: usize, spec: &LayerSpec) {
+        let (config, hidden) = (self.config, self.config.hidden);
+        if let Some(rank) = spec.side_rank {
+            self.part(layer, Part::SideLeft, rank, hidden);
+            self.part(layer, Part::SideRight, hidden, rank);
+            self.part_norm(layer, Part::SideNorm, hidden);
+        }
+        if let Some(count) = config.streams.map(|streams| streams.count) {
+            self.part(layer, Part::StreamRouter, count, hidden);
+            self.part(layer, Part::StreamPrediction, count * count, count);
+            self.part(layer, Part::StreamCorrection, count, count);
+            self.part_norm(layer, Part::StreamRouterNorm, hidden);
+            self.vector(self.name(layer, Part::StreamScale), hidden, 1.0);
+        }
+        if spec.has_scale {
+            self.vector(self.name(layer, Part::LayerScale), 1, 1.0);
+        }
+        if let Some(inputs) = config.per_layer_inputs {
+            self.part(layer, Part::PerLayerGate, inputs.width, hidden);
+            self.part(layer, Part::PerLayerProjection, hidden, inputs.width);
+            self.part_norm(layer, Part::PerLayerNorm, hidden);
         }
     }
 
@@ -196,7 +268,17 @@ impl List<'_> {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
             let queries = if attention.has_gate { 2 * q } else { q };
-            for (part, rows) in [(Part::Query, queries), (Part::Key, kv), (Part::Value, kv)] {
+            let parts = [
+                (Part::Query, queries, true),
+                (Part::Key, kv, attention.shares.is_none()),
+                (
+                    Part::Value,
+                    kv,
+                    attention.shares.is_none() && !attention.keys_are_values,
+                ),
+            ];
+            let parts = parts.into_iter().filter(|(.., is_there)| *is_there);
+            for (part, rows, _) in parts {
                 self.part(layer, part, rows, hidden);
                 self.bias(layer, part, rows, config.biases.qkv);
             }
@@ -209,7 +291,9 @@ impl List<'_> {
         }
         if let Some((q, k)) = attention.qk_norm_lengths() {
             self.part_norm(layer, Part::QueryNorm, q);
-            self.part_norm(layer, Part::KeyNorm, k);
+            if attention.shares.is_none() {
+                self.part_norm(layer, Part::KeyNorm, k);
+            }
         }
     }
 

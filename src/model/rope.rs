@@ -59,6 +59,13 @@ pub enum RopeScaling {
         /// One a rotated pair.
         factors: Vec<f32>,
     },
+    /// Only some of the pairs rotate, the first ones, as fast as if all did (Gemma 4).
+    Proportional {
+        /// Share of the pairs that rotate.
+        share: f32,
+        /// Divisor of the frequencies.
+        factor: f32,
+    },
     /// Ding et al., *LongRoPE*, 2024: each frequency is divided by its own factor, of
     /// one list or the other. Which one depends on the longest sequence that the
     /// engine accepts, as in llama.cpp; the same for all sequences, since cached keys
@@ -136,6 +143,14 @@ impl RopeConfig {
                 positive(|keys| keys.rope_attention_factor, factor)
             }
             RopeScaling::Factors { factors } => self.check_factors(factors),
+            RopeScaling::Proportional { share, factor } => {
+                positive(|keys| keys.rope_factor, *factor)?;
+                if *share > 0.0 && *share <= 1.0 {
+                    return Ok(());
+                }
+                let key = names.of_rope(|keys| keys.rope_dimension);
+                Err(ModelError::setting(key, share, "above 0 and at most 1"))
+            }
             RopeScaling::Long {
                 short,
                 long,
@@ -250,6 +265,15 @@ impl RopeConfig {
                 (frequencies, attention_factor.unwrap_or(derived))
             }
             RopeScaling::Factors { factors } => (divide(&plain, factors), 1.0),
+            RopeScaling::Proportional { share, factor } => {
+                let rotated = (share * self.rotary_dim as f32 / 2.0) as usize;
+                let plain = plain.into_iter().enumerate();
+                let frequencies = plain.map(|(pair, frequency)| match pair < rotated {
+                    true => frequency / factor,
+                    false => 0.0,
+                });
+                (frequencies.collect(), 1.0)
+            }
             RopeScaling::Long {
                 short,
                 long,

@@ -1,6 +1,7 @@
 //! Finds a model's tensors, whatever its file calls them.
 
 use super::architectures::RopeRows;
+use super::layer::Attention;
 use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory, stored};
@@ -221,19 +222,27 @@ impl ModelSource {
         self.norm_weight(&self.name(layer, part), length)
     }
 
-    /// Query, key and value of a layer, stacked.
+    /// Query, key and value of a layer, stacked; queries only where it shares a cache.
     pub(super) fn qkv(
         &self,
         layer: usize,
-        heads: HeadShape,
+        attention: &Attention,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let hidden = self.config.hidden;
+        let (heads, hidden) = (attention.heads, self.config.hidden);
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if self.fuses_qkv(layer) {
             return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], hidden);
         }
-        let parts = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)];
-        let mut qkv = self.linear(layer, &parts, hidden)?;
+        let value = match attention.keys_are_values {
+            true => Part::Key,
+            false => Part::Value,
+        };
+        let parts = [(Part::Query, q), (Part::Key, kv), (value, kv)];
+        let own = match attention.shares {
+            Some(_) => 1,
+            None => 3,
+        };
+        let mut qkv = self.linear(layer, &parts[..own], hidden)?;
         if let Some(order) = self.rope_order(layer) {
             qkv.order_first(2, order);
         }
@@ -482,7 +491,7 @@ impl ModelSource {
         })
     }
 
-    fn norm_weight(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
+    pub(super) fn norm_weight(&self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
         let mut values = self.vector(name, length)?;
         let are_offsets = self.config.architecture.storage.norm_weights_are_offsets;
         if self.naming != Naming::Gguf && are_offsets {

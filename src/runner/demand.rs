@@ -61,6 +61,7 @@ impl<'a> Demand<'a> {
         device: &D,
     ) -> Result<Self, LoadError> {
         let model = source.config();
+        device.check_parts(&model.parts())?;
         let layout = cache_layout(model, config)?;
         let limits = DeviceLimits {
             rows: 1,
@@ -361,7 +362,7 @@ fn shape(model: &ModelConfig) -> ModelShape {
     });
     ModelShape {
         layers: model.layers.len(),
-        heads: model.heads(),
+        heads: model.cache_heads(),
         // Without a norm, the residual stream itself is multiplied by weights.
         full_columns: if normed { 0 } else { model.hidden },
         experts: model.experts().map(|experts| ExpertShape {
@@ -370,5 +371,6 @@ fn shape(model: &ModelConfig) -> ModelShape {
             columns: model.hidden,
             hidden: experts.width,
         }),
+        parts: model.parts(),
     }
 }

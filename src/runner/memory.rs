@@ -3,7 +3,7 @@
 use super::demand::Needs;
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
-use crate::cache::{CacheLayout, EmptyWindow, GroupKind};
+use crate::cache::{CacheLayout, EmptyWindow, GroupKind, LayerCache};
 use crate::config::EngineConfig;
 use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits, StateShape};
 use crate::model::ModelConfig;
@@ -67,8 +67,9 @@ impl MemoryPlan {
         device: &D,
     ) -> Self {
         let block_bytes = block_bytes(shape, device);
-        let layers: usize = layout.groups().iter().map(|group| group.layers.len()).sum();
-        let of_layer = block_bytes / (shape.layers * shape.block_tokens);
+        let of_place = block_bytes / (shape.layers * shape.block_tokens);
+        let groups = layout.groups().iter();
+        let of_group = groups.map(|group| group.layers.len() * of_place / group.layers_per_place);
         let Needs {
             weights,
             activations,
@@ -82,7 +83,7 @@ impl MemoryPlan {
             graph_bytes: steps.graphs,
             pinned: steps.pinned,
             batch_tokens: limits.rows,
-            cache_per_token: layers * of_layer,
+            cache_per_token: of_group.sum(),
             cache_blocks: shape.blocks,
             block_bytes,
             block_tokens: shape.block_tokens,
@@ -136,7 +137,7 @@ impl MemoryPlan {
     }
 
     /// Describes the groups, for example `4 layers keep all tokens; 22 layers keep the last 512
-    /// tokens, in 6 groups`.
+    /// tokens, in 6 groups`. Layers without a cache of their own come last.
     pub fn groups(&self) -> String {
         let groups = self.layout.groups();
         let kinds = groups.chunk_by(|a, b| a.kind == b.kind).map(|same| {
@@ -154,12 +155,18 @@ impl MemoryPlan {
                 count => format!("{layers} {tokens}, in {count} groups"),
             }
         });
+        let sharing = match self.layout.sharing_layers() {
+            0 => None,
+            1 => Some("1 layer uses the cache of another".to_owned()),
+            layers => Some(format!("{layers} layers use the cache of another")),
+        };
         let states = match self.state_layers {
             0 => None,
             1 => Some("1 layer keeps a state".to_owned()),
             layers => Some(format!("{layers} layers keep a state")),
         };
-        kinds.chain(states).collect::<Vec<_>>().join("; ")
+        let rest = sharing.into_iter().chain(states);
+        kinds.chain(rest).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -168,10 +175,16 @@ pub(super) fn cache_layout(
     model: &ModelConfig,
     config: &EngineConfig,
 ) -> Result<CacheLayout, LoadError> {
-    let attentions = model.attentions();
-    let windows: Vec<Option<usize>> = attentions.map(|attention| attention.window).collect();
+    let layers = model.layers.iter().map(|layer| match layer.attention() {
+        Some(attention) => LayerCache {
+            window: attention.window,
+            size: attention.heads.cache_elements(),
+            shares: attention.shares,
+        },
+        None => LayerCache::NOTHING,
+    });
     let context = context_tokens(model, config);
-    CacheLayout::new(&windows, context, ATTENTION_SPAN)
+    CacheLayout::of_layers(&layers.collect::<Vec<_>>(), context, ATTENTION_SPAN)
         .map_err(|EmptyWindow { layer }| LoadError::EmptyWindow { layer })
 }
 
@@ -185,7 +198,7 @@ fn block_bytes<D: Device>(shape: &CacheShape, device: &D) -> usize {
 
 /// Returns the shape of a cache of one block.
 fn one_block(model: &ModelConfig, config: &EngineConfig, layout: &CacheLayout) -> CacheShape {
-    let heads = model.heads();
+    let heads = model.cache_heads();
     CacheShape {
         layers: layout.layers_per_block(),
         kv_heads: heads.kv_heads,
@@ -312,8 +325,9 @@ pub(super) fn swap_info<D: Device>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cpu::{CpuDevice, CpuOptions};
+    use crate::device::cpu::{CpuDevice, CpuOptions, KvType};
     use crate::model::ModelSource;
+    use crate::runner::demand::Demand;
     use crate::weights::DType;
 
     /// Returns the plan for the layers of Gemma 3 1B, with `full` of 26 layers without a window.
@@ -400,6 +414,36 @@ mod tests {
         let error = shape(6 * block - 1).unwrap_err().to_string();
         let least = format!("at least {} (one block for each of the 6 groups", 6 * block);
         assert!(error.contains(&least), "{error}");
+    }
+
+    #[test]
+    fn layers_without_a_cache_of_their_own_take_no_memory() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/fixtures/golden/tiny/gemma4/config.json"
+        );
+        let settings = std::fs::read_to_string(path).unwrap();
+        let settings = serde_json::from_str(&settings).unwrap();
+        let source = ModelSource::random(&settings, DType::BF16).unwrap();
+        let options = CpuOptions {
+            threads: Some(1),
+            kv: KvType::F16,
+            ..CpuOptions::default()
+        };
+        let device = CpuDevice::new(&options).unwrap();
+        let config = EngineConfig::default();
+        let demand = Demand::new(&source, &config, &device).unwrap();
+        let plan = demand.plan(&device).unwrap();
+        // Of six layers, two with a window and two without own keys and values, of two heads of
+        // 32 and of 64 elements.
+        assert_eq!(plan.cache_per_token, 2 * 2 * 2 * (2 * 32 + 2 * 64));
+        assert_eq!(
+            plan.groups(),
+            "2 layers keep all tokens, in 2 groups; 2 layers keep the last 24 tokens; \
+             2 layers use the cache of another"
+        );
+        // Both layers with a window share the one place of a block.
+        assert_eq!(plan.block_bytes, 16 * 2 * 2 * 2 * 64);
     }
 
     #[test]

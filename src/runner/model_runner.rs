@@ -4,7 +4,7 @@ use super::demand::Demand;
 use super::inputs::Inputs;
 use super::memory::swap_info;
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, StateInfo, StepOutput};
-use crate::cache::{BlockId, StateSlot, Transfers};
+use crate::cache::{BlockId, CachePlace, StateSlot, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{CacheLayer, Device, DeviceError};
 use crate::model::{Decoder, ModelSource};
@@ -71,8 +71,8 @@ impl<D: Device> ModelRunner<D> {
         device.reserve(demand.limits())?;
         let layout = demand.layout().clone();
         let place = |layer| {
-            let (group, index) = layout.place(layer);
-            CacheLayer { group, index }
+            let CachePlace { group, index, part } = layout.place(layer);
+            CacheLayer { group, index, part }
         };
         let steps = device.warm_up_steps();
         let mut parts = 0;

@@ -146,7 +146,9 @@ impl Mixture {
         let corrections = options.has_corrections.then_some(&self.corrections[..]);
         let gate_up = specs(&self.gate_up, options.has_biases);
         let down = specs(&self.down, options.has_biases);
-        device.load_experts(&gate_up, &down, corrections).unwrap()
+        device
+            .load_experts(&gate_up, &down, corrections, None)
+            .unwrap()
     }
 
     /// Computes one row in float64.

@@ -49,7 +49,11 @@ pub struct GroupedLayer {
 /// Returns seven layers in four groups of different windows. Blocks hold two layers.
 pub fn layers() -> Vec<GroupedLayer> {
     let layer = |group, index, window| GroupedLayer {
-        place: CacheLayer { group, index },
+        place: CacheLayer {
+            group,
+            index,
+            part: 0,
+        },
         window,
     };
     vec![
@@ -457,6 +461,7 @@ pub fn missing_blocks_and_groups_are_refused<D: TestDevice>(device: D, heads: He
         place: CacheLayer {
             group: GROUPS,
             index: 0,
+            part: 0,
         },
         window: None,
     };

@@ -1,7 +1,7 @@
 //! Whole models whose layers are in several groups, on any device.
 
 use crate::groups::TestDevice;
-use quell::internals::cache::{CacheLayout, GroupKind};
+use quell::internals::cache::{CacheLayout, CachePlace, GroupKind, LayerCache};
 use quell::internals::device::*;
 use quell::internals::model::{Decoder, ModelSource, StepLimits};
 use quell::internals::weights::ModelFolder;
@@ -18,15 +18,26 @@ pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
     let folder = ModelFolder::open(&folder.join(name)).unwrap();
     let source = ModelSource::from_folder(folder).unwrap();
     let layers = source.config().layers.iter();
-    let own: Vec<Option<usize>> = layers
-        .filter_map(|layer| Some(layer.attention()?.window))
-        .collect();
-    assert_eq!(own.iter().any(Option::is_some), windows, "{name}");
-    let mut logits = |windows: &[Option<usize>]| {
-        let layout = CacheLayout::new(windows, TOKENS, ATTENTION_SPAN).unwrap();
+    let own = layers.map(|layer| {
+        let attention = layer.attention().unwrap();
+        LayerCache {
+            window: attention.window,
+            size: attention.heads.cache_elements(),
+            shares: attention.shares,
+        }
+    });
+    let own: Vec<LayerCache> = own.collect();
+    let has_windows = own.iter().any(|layer| layer.window.is_some());
+    assert_eq!(has_windows, windows, "{name}");
+    let mut logits = |layers: &[LayerCache]| {
+        let layout = CacheLayout::of_layers(layers, TOKENS, ATTENTION_SPAN).unwrap();
         logits_of_steps(device(), &source, &layout, TOKENS)
     };
-    let expected = logits(&vec![None; own.len()]);
+    let all_tokens = own.iter().map(|layer| LayerCache {
+        window: None,
+        ..*layer
+    });
+    let expected = logits(&all_tokens.collect::<Vec<_>>());
     let found = logits(&own);
     assert_eq!(found.len(), expected.len());
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
@@ -65,14 +76,14 @@ fn logits_of_steps<D: TestDevice>(
         positions: tokens,
     };
     let place = |layer| {
-        let (group, index) = layout.place(layer);
-        CacheLayer { group, index }
+        let CachePlace { group, index, part } = layout.place(layer);
+        CacheLayer { group, index, part }
     };
     let mut decoder = Decoder::load(source, &mut device, limits, place, &mut |_, _| {}).unwrap();
     let shape = CacheShape {
         layers: layout.layers_per_block(),
-        kv_heads: model.heads().kv_heads,
-        head_dim: model.heads().head_dim,
+        kv_heads: model.cache_heads().kv_heads,
+        head_dim: model.cache_heads().head_dim,
         blocks: groups.len() * tokens.div_ceil(BLOCK),
         block_tokens: BLOCK,
     };

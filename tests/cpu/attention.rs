@@ -88,6 +88,7 @@ impl Layer {
             k,
             epsilon: 1e-5,
             per_head: *per_head,
+            values: false,
         });
         let (heads, layer) = (self.spec.heads, CacheLayer::single_group(1));
         let sinks = self.sinks.as_ref();
@@ -615,7 +616,11 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
         .device
         .allocate(1, spec.heads.q_columns(), Precision::Full)
         .unwrap();
-    let place = |group, index| CacheLayer { group, index };
+    let place = |group, index| CacheLayer {
+        group,
+        index,
+        part: 0,
+    };
     for (slot, position, block, of_layer, ok) in [
         (0, 0, 0, place(0, 0), (true, true)),
         (64 * 16, 0, 0, place(0, 0), (false, true)),

@@ -55,6 +55,9 @@ fn models_have_the_same_bits_in_groups() {
     for (name, windows) in [
         ("gemma2", true),
         ("gemma3", true),
+        ("gemma3n", true),
+        // Caches of two sizes, some of which layers share.
+        ("gemma4", true),
         ("mistral", true),
         ("phi3", false),
     ] {

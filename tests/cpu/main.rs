@@ -7,4 +7,5 @@ mod linear;
 mod operations;
 mod quant_reference;
 mod recurrent;
+mod residual;
 mod ungated;

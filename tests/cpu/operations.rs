@@ -277,6 +277,7 @@ fn experts_are_chosen_weighted_and_summed() {
                 &specs(&gate_up, 2 * hidden, width),
                 &specs(&down, width, hidden),
                 None,
+                None,
             )
             .unwrap();
         let (x, router) = (tensor(&mut d, width, &x), tensor(&mut d, count, &router));
@@ -365,7 +366,7 @@ fn experts_that_cannot_be_chosen_are_refused() {
         let error = error.unwrap_err().to_string();
         assert!(error.contains("experts"), "{error}");
     }
-    let error = d.load_experts(&[], &[], Some(&[1.0]));
+    let error = d.load_experts(&[], &[], Some(&[1.0]), None);
     assert!(error.err().unwrap().to_string().contains("corrections"));
 }
 

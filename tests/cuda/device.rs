@@ -26,6 +26,7 @@ const MODEL: ModelShape = ModelShape {
     heads: HEADS,
     full_columns: 0,
     experts: None,
+    parts: ModelParts::NONE,
 };
 const LIMITS: DeviceLimits = DeviceLimits {
     rows: 16,
@@ -37,7 +38,11 @@ const LIMITS: DeviceLimits = DeviceLimits {
     model: MODEL,
 };
 /// Place of the model's only layer.
-const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
+const LAYER: CacheLayer = CacheLayer {
+    group: 0,
+    index: 0,
+    part: 0,
+};
 const INVALID_VALUE: i32 = 1;
 /// The driver's error for calls that a recording forbids.
 const STREAM_CAPTURE_UNSUPPORTED: i32 = 900;

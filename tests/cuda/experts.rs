@@ -119,7 +119,7 @@ impl Layer {
             matrices.iter().map(Matrix::spec).collect()
         }
         let (gate_up, down) = (specs(&self.gate_up), specs(&self.down));
-        device.load_experts(&gate_up, &down, None).unwrap()
+        device.load_experts(&gate_up, &down, None, None).unwrap()
     }
 
     /// Returns the result for one row, and the largest sum of magnitudes in it.
@@ -423,12 +423,18 @@ fn invalid_experts_and_routings_are_refused() {
     let other = Layer::new(&mut random, activations, DType::Q8_0, (2, 32, 32));
     let mixed = [layer.gate_up[0].spec(), other.gate_up[0].spec()];
     let down = [layer.down[0].spec(), layer.down[1].spec()];
-    let error = device.load_experts(&mixed, &down, None).err().unwrap();
+    let error = device
+        .load_experts(&mixed, &down, None, None)
+        .err()
+        .unwrap();
     assert!(matches!(
         error,
         DeviceError::Unsupported { .. } | DeviceError::Failed { .. }
     ));
-    let error = device.load_experts(&mixed[..1], &down, None).err().unwrap();
+    let error = device
+        .load_experts(&mixed[..1], &down, None, None)
+        .err()
+        .unwrap();
     assert!(
         error.to_string().contains("1 gate-and-up projections"),
         "{error}"

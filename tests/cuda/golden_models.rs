@@ -3,7 +3,10 @@
 
 use common::golden::{Tolerance, gguf, tiny, tiny_cases};
 use common::{golden, gpu};
-use quell::{CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions};
+use quell::{
+    CudaActivations, CudaOptions, DeviceChoice, DeviceError, Engine, EngineConfig, LoadError,
+    LoadOptions,
+};
 use std::path::Path;
 
 fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
@@ -12,6 +15,13 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
 
 /// Loads a model on the virtual GPU.
 fn load(path: &Path, activations: CudaActivations) -> Engine {
+    let engine = try_load(path, activations).unwrap();
+    let device = engine.info().model.as_ref().unwrap().device.name.clone();
+    assert_eq!(device, "cuda:0");
+    engine
+}
+
+fn try_load(path: &Path, activations: CudaActivations) -> Result<Engine, LoadError> {
     let options = LoadOptions {
         device: DeviceChoice::Cuda(0),
         cuda: CudaOptions {
@@ -29,10 +39,22 @@ fn load(path: &Path, activations: CudaActivations) -> Engine {
         audit: true,
         ..EngineConfig::default()
     };
-    let engine = Engine::load_with(path, config, options).unwrap();
-    let device = engine.info().model.as_ref().unwrap().device.name.clone();
-    assert_eq!(device, "cuda:0");
-    engine
+    Engine::load_with(path, config, options)
+}
+
+#[test]
+fn a_model_with_parts_that_are_not_computed_is_refused_by_the_part() {
+    let _gpu = gpu::lock();
+    for (name, part) in [
+        ("gemma3n", "several residual streams"),
+        ("gemma4", "inputs of single layers"),
+        ("gemma4-moe", "attention heads that differ between layers"),
+    ] {
+        let error = try_load(&tiny(name), CudaActivations::F16).unwrap_err();
+        let expected = matches!(&error, LoadError::Device(DeviceError::Unsupported { what, .. })
+            if what.contains(part));
+        assert!(expected, "{name}: {error:?}");
+    }
 }
 
 /// Checks a file against the reference of the checkpoint `name`.

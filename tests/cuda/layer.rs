@@ -84,7 +84,11 @@ pub struct Layer<'d> {
 }
 
 /// Place of the layer in the cache.
-pub const LAYER: CacheLayer = CacheLayer { group: 0, index: 1 };
+pub const LAYER: CacheLayer = CacheLayer {
+    group: 0,
+    index: 1,
+    part: 0,
+};
 
 pub const EPSILON: f32 = 1e-5;
 
@@ -143,6 +147,7 @@ impl<'d> Layer<'d> {
             k,
             epsilon: EPSILON,
             per_head: *per_head,
+            values: false,
         });
         let (rope, cache) = (&self.rope, &mut self.cache);
         self.device
@@ -161,6 +166,7 @@ impl<'d> Layer<'d> {
             k,
             epsilon: EPSILON,
             per_head: *per_head,
+            values: false,
         });
         let attention = RotaryAttention {
             rotary: Rotary {

@@ -66,7 +66,11 @@ fn batch(sequences: &[(usize, usize)]) -> Batch {
 }
 
 /// Place of the only layer in the cache.
-const LAYER: CacheLayer = CacheLayer { group: 0, index: 0 };
+const LAYER: CacheLayer = CacheLayer {
+    group: 0,
+    index: 0,
+    part: 0,
+};
 
 /// A device and the outputs of its operations.
 struct Run {
@@ -243,7 +247,10 @@ impl Run {
         let down = weights(HIDDEN, width, DType::BF16);
         let gate_ups = vec![spec(&gate_up, None); count];
         let downs = vec![spec(&down, None); count];
-        let experts = self.device.load_experts(&gate_ups, &downs, None).unwrap();
+        let experts = self
+            .device
+            .load_experts(&gate_ups, &downs, None, None)
+            .unwrap();
         let routing = RoutingSpec {
             top_k: 2,
             score: RouterScore::Softmax,

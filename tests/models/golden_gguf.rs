@@ -5,8 +5,8 @@
 use common::gguf_writer::GgufWriter;
 use common::golden;
 use common::golden::{Tolerance, gguf, tiny, tiny_cases};
-use quell::internals::weights::gguf::Value as Metadata;
-use quell::internals::weights::{DType, ModelFolder, WeightSource, quant};
+use quell::internals::weights::gguf::{Array, Value as Metadata};
+use quell::internals::weights::{DType, Gguf, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::Value;
 use std::path::Path;
@@ -281,6 +281,8 @@ macro_rules! converted {
 converted! {
     glm4_moe_as_converted_by_llama_cpp_agrees_with_transformers: "glm4-moe",
     gpt_oss_as_converted_by_llama_cpp_agrees_with_transformers: "gpt-oss",
+    gemma4_as_converted_by_llama_cpp_agrees_with_transformers: "gemma4",
+    gemma4_with_experts_as_converted_by_llama_cpp_agrees_with_transformers: "gemma4-moe",
     cohere2_as_converted_by_llama_cpp_agrees_with_transformers: "cohere2",
     ernie4_5_as_converted_by_llama_cpp_agrees_with_transformers: "ernie4.5",
     glm4_as_converted_by_llama_cpp_agrees_with_transformers: "glm4",
@@ -333,4 +335,49 @@ golden! {
     qwen3_as_gguf_agrees_with_transformers: "qwen3" as "qwen3",
     exaone4_as_gguf_agrees_with_transformers: "exaone4" as "exaone4",
     qwen3_moe_as_gguf_agrees_with_transformers: "qwen3-moe" as "qwen3moe",
+}
+
+/// Copies a file, with another value for a key.
+fn changed(path: &Path, changed: &str, value: Metadata) -> GgufWriter {
+    let file = Gguf::open(path).unwrap();
+    let kept = file.metadata_keys().filter(|key| *key != changed);
+    let copied = kept.fold(GgufWriter::new(), |copy, key| {
+        copy.metadata(key, file.metadata(key).unwrap().clone())
+    });
+    let copied = copied.metadata(changed, value);
+    file.names().into_iter().fold(copied, |copy, name| {
+        let tensor = file.tensor(name).unwrap();
+        let data = file.read(&tensor).unwrap().into_owned();
+        copy.tensor(name, tensor.dtype, tensor.shape, data)
+    })
+}
+
+#[test]
+fn lists_that_do_not_fit_the_layers_are_refused_by_their_key() {
+    for (key, value) in [
+        (
+            "attention.head_count_kv",
+            Metadata::Array(Array::U32(vec![2, 1])),
+        ),
+        (
+            "attention.head_count_kv",
+            Metadata::Array(Array::U32(vec![2, 1, 2, 3])),
+        ),
+        (
+            "feed_forward_length",
+            Metadata::Array(Array::U32(vec![128; 5])),
+        ),
+        ("attention.value_length_swa", Metadata::U32(16)),
+        ("attention.shared_kv_layers", Metadata::U32(4)),
+        ("embedding_length_per_layer_input", Metadata::U32(1 << 20)),
+    ] {
+        let full = format!("gemma4.{key}");
+        let bytes = changed(&gguf("gemma4-moe"), &full, value).build();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        let error = Engine::load(&path).unwrap_err().to_string();
+        let named = key == "attention.head_count_kv" && error.contains("attention.head_count");
+        assert!(error.contains(&full) || named, "{full}: {error}");
+    }
 }

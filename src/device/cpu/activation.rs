@@ -102,21 +102,25 @@ impl Kernel for Gate<'_> {
                 unsafe {
                     let gate = load(s, gate_up.as_ptr().add(at), count);
                     let up = load(s, gate_up.as_ptr().add(up_column + at), count);
-                    let gated = match self.activation {
-                        Activation::Silu => s.mul(silu(s, gate), up),
-                        Activation::GeluTanh => s.mul(gelu_tanh(s, gate), up),
-                        Activation::ClampedSwiGlu { slope, limit } => {
-                            clamped_swiglu(s, gate, up, slope, limit)
-                        }
-                        Activation::SquaredRelu => {
-                            // The operand order propagates NaN.
-                            let positive = s.max(s.splat(0.0), up);
-                            s.mul(positive, positive)
-                        }
-                    };
+                    let gated = activate(s, self.activation, gate, up);
                     store(s, out.as_mut_ptr().add(at), gated, count);
                 }
             }
+        }
+    }
+}
+
+/// Returns `activation(gate) · up`.
+#[inline(always)]
+pub(super) fn activate<S: Simd>(s: S, activation: Activation, gate: S::F, up: S::F) -> S::F {
+    match activation {
+        Activation::Silu => s.mul(silu(s, gate), up),
+        Activation::GeluTanh => s.mul(gelu_tanh(s, gate), up),
+        Activation::ClampedSwiGlu { slope, limit } => clamped_swiglu(s, gate, up, slope, limit),
+        Activation::SquaredRelu => {
+            // The operand order propagates NaN.
+            let positive = s.max(s.splat(0.0), up);
+            s.mul(positive, positive)
         }
     }
 }

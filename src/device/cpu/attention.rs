@@ -44,7 +44,11 @@ impl AttentionOps for CpuDevice {
     ) -> Result<(), DeviceError> {
         const NAME: &str = "attend";
         let rows = self.staged.rows();
-        require_shape(NAME, "qkv", qkv, (rows, spec.heads.qkv_columns()))?;
+        let columns = match qkv.columns() == spec.heads.q_columns() {
+            true => spec.heads.q_columns(),
+            false => spec.heads.qkv_columns(),
+        };
+        require_shape(NAME, "qkv", qkv, (rows, columns))?;
         require_shape(NAME, "the result", out, (rows, spec.heads.q_columns()))?;
         require_cache(NAME, cache, layer, spec.heads)?;
         require(spec.window != Some(0), NAME, || {
@@ -73,10 +77,11 @@ impl AttentionOps for CpuDevice {
         let (qkv, out) = (qkv.leading(rows), out.leading_mut(rows));
         let attend = Attend {
             qkv,
+            columns,
             spec,
             sinks,
             cache,
-            layer: layer.index,
+            layer,
             batch: &self.staged,
             group_tables: group,
         };

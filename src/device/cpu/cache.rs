@@ -3,6 +3,7 @@
 //! Each layer of a block, block and head stores its tokens in tiles of sixteen. A tile has the keys first,
 //! transposed to `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
 //! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`.
+//! Layers that are smaller than the room for one in each block follow each other in it.
 
 use super::CpuDevice;
 use super::error::{require, require_ok};
@@ -45,6 +46,27 @@ impl TileShape {
     /// Returns the number of elements of a tile.
     pub(crate) fn elements(self) -> usize {
         (self.head_dim + self.value_stride) * LANES
+    }
+}
+
+/// Where the tiles of a layer are in its place, in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles {
+    /// From one block to the next.
+    block: usize,
+    /// From the beginning of a block to the layer's first tile.
+    first: usize,
+    /// From one tile to the next.
+    tile: usize,
+    /// Number of tiles per block and head.
+    in_block: usize,
+}
+
+impl Tiles {
+    /// Returns the index of the first element of a tile, which holds sixteen tokens of a block
+    /// and head.
+    pub(crate) fn at(&self, block: usize, head: usize, tile_in_block: usize) -> usize {
+        block * self.block + self.first + (head * self.in_block + tile_in_block) * self.tile
     }
 }
 
@@ -140,12 +162,18 @@ impl CpuCache {
         }
     }
 
-    /// Returns the index of the first element of a tile, which holds sixteen tokens of a block
-    /// and head.
-    pub(crate) fn tile(&self, block: usize, head: usize, tile_in_block: usize) -> usize {
-        let tiles = self.shape.block_tokens / LANES;
-        let tile = (block * self.shape.kv_heads + head) * tiles + tile_in_block;
-        tile * TileShape::new(self.shape.head_dim).elements()
+    /// Returns where the tiles of a layer with these heads are, which is the `part`th of its
+    /// place. [`require_cache`] has checked that it fits.
+    pub(crate) fn tiles(&self, heads: HeadShape, part: usize) -> Tiles {
+        let in_block = self.shape.block_tokens / LANES;
+        let tile = TileShape::new(heads.head_dim).elements();
+        let room = self.shape.kv_heads * TileShape::new(self.shape.head_dim).elements();
+        Tiles {
+            block: room * in_block,
+            first: part * heads.kv_heads * tile * in_block,
+            tile,
+            in_block,
+        }
     }
 
     /// Overwrites blocks with NaN in every layer.
@@ -172,18 +200,27 @@ impl CpuCache {
 pub(super) fn require_cache(
     operation: &'static str,
     cache: &CpuCache,
-    CacheLayer { group, index }: CacheLayer,
+    CacheLayer { group, index, part }: CacheLayer,
     heads: HeadShape,
 ) -> Result<(), DeviceError> {
     let shape = cache.shape();
+    let room = HeadShape {
+        q_heads: shape.kv_heads,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+    };
     let fits = index < shape.layers
-        && heads.kv_heads == shape.kv_heads
-        && heads.head_dim == shape.head_dim
         && heads.kv_heads > 0
         && heads.q_heads > 0
-        && heads.q_heads.is_multiple_of(heads.kv_heads);
+        && heads.head_dim > 0
+        && heads.head_dim.is_multiple_of(8)
+        && heads.q_heads.is_multiple_of(heads.kv_heads)
+        && heads.cache_elements().saturating_mul(part + 1) <= room.cache_elements();
     require(fits, operation, || {
-        format!("{heads:?} of layer {index} of group {group} do not fit the cache, {shape:?}")
+        format!(
+            "{heads:?} of part {part} of layer {index} of group {group} do not fit the cache, \
+             {shape:?}"
+        )
     })
 }
 

@@ -18,6 +18,8 @@ pub struct CpuExperts {
     down: Vec<CpuLinear>,
     /// What is added to the experts' weights to choose, if anything is.
     corrections: Option<Vec<f32>>,
+    /// Factors on the experts' outputs, if there are some.
+    scales: Option<Vec<f32>>,
 }
 
 /// Buffers that are reused from call to call.
@@ -52,6 +54,7 @@ impl ExpertOps for CpuDevice {
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
         corrections: Option<&[f32]>,
+        scales: Option<&[f32]>,
     ) -> Result<CpuExperts, DeviceError> {
         let count = (gate_up.len(), down.len());
         require(count.0 == count.1, "load_experts", || {
@@ -70,10 +73,15 @@ impl ExpertOps for CpuDevice {
             gate_up: load(gate_up)?,
             down: load(down)?,
             corrections: corrections.map(<[f32]>::to_vec),
+            scales: scales.map(<[f32]>::to_vec),
         };
         let found = corrections.map_or(count.0, <[f32]>::len);
         require(found == count.0, "load_experts", || {
             format!("there are {found} corrections for {} experts", count.0)
+        })?;
+        let found = scales.map_or(count.0, <[f32]>::len);
+        require(found == count.0, "load_experts", || {
+            format!("there are {found} scales for {} experts", count.0)
         })?;
         for (gate_up, down) in experts.gate_up.iter().zip(&experts.down) {
             // Without a gate, there is only the up projection.
@@ -183,11 +191,13 @@ impl CpuExperts {
             });
             scratch.y.resize(n * columns, 0.0);
             multiplier.multiply(workers, &scratch.hidden, down, n, &mut scratch.y)?;
+            let scale = self.scales.as_ref().map_or(1.0, |scales| scales[expert]);
             for (&(row, factor), y) in rows.iter().zip(scratch.y.chunks_exact(columns)) {
+                let factor = if scales_input { 1.0 } else { factor };
                 isa.dispatch(Add {
                     a: &mut out[row * columns..][..columns],
                     b: y,
-                    factor: if scales_input { 1.0 } else { factor },
+                    factor: factor * scale,
                 });
             }
             scratch.chosen[expert] = rows;

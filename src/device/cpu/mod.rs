@@ -32,6 +32,7 @@ mod pooling;
 mod product;
 mod quantise;
 mod recurrent;
+mod residual;
 mod rope;
 mod rowwise;
 mod sampler;

@@ -149,6 +149,19 @@ pub(crate) fn normalize<S: Simd>(s: S, x: &mut [f32], weight: &[f32], epsilon: f
     }
 }
 
+/// Computes `x = x / rms(x)` in place.
+#[inline(always)]
+pub(crate) fn normalize_unweighted<S: Simd>(s: S, x: &mut [f32], epsilon: f32) {
+    let factor = s.splat(inverse_rms(s, x, epsilon));
+    for (at, count) in vectors(x.len()) {
+        // SAFETY: `vectors` stays inside the row.
+        unsafe {
+            let v = load(s, x.as_ptr().add(at), count);
+            store(s, x.as_mut_ptr().add(at), s.mul(v, factor), count);
+        }
+    }
+}
+
 /// `out = x / rms(x) · weight` for rows of `weight.len()` columns.
 pub(crate) struct RmsNorm<'a> {
     pub(crate) x: &'a [f32],

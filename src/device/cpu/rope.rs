@@ -4,7 +4,7 @@ use super::CpuDevice;
 use super::cache::{CpuCache, HalfBits, KvElement, TileShape, require_cache};
 use super::error::require;
 use super::memory::Disjoint;
-use super::norm::normalize;
+use super::norm::{CpuVector, normalize, normalize_unweighted};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::step::StagedBatch;
 use super::tensor::{CpuTensor, require_shape};
@@ -109,20 +109,7 @@ impl RopeOps for CpuDevice {
                 self.staged.slot_end - 1
             )
         })?;
-        let positions = rope.spec.max_positions;
-        require(self.staged.position_end <= positions, NAME, || {
-            format!(
-                "position {} is out of range: the model has {positions} positions",
-                self.staged.position_end - 1
-            )
-        })?;
-        let half = rope.spec.inverse_frequencies.len();
-        require(2 * half <= heads.head_dim, NAME, || {
-            format!(
-                "{half} rotated pairs do not fit in a head of {} elements",
-                heads.head_dim
-            )
-        })?;
+        let half = require_rope(NAME, &self.staged, rope, heads)?;
         if let Some(norm) = norm {
             let size =
                 |heads_in_row: usize| heads.head_dim * if norm.per_head { 1 } else { heads_in_row };
@@ -144,6 +131,7 @@ impl RopeOps for CpuDevice {
             k: norm.k.values(),
             epsilon: norm.epsilon,
             per_head: norm.per_head,
+            values: norm.values,
         });
         let angles = self.ropes.angles(&mut self.workers, rope, &self.staged)?;
         let store = RopeStore {
@@ -155,7 +143,45 @@ impl RopeOps for CpuDevice {
         };
         let isa = self.multiplier.isa;
         let qkv = qkv.leading_mut(rows);
-        store.all_rows(&mut self.workers, isa, qkv, cache, layer.index)
+        store.all_rows(&mut self.workers, isa, qkv, cache, layer)
+    }
+
+    fn rope_queries(
+        &mut self,
+        q: &mut CpuTensor,
+        heads: HeadShape,
+        norm: Option<(&CpuVector, f32)>,
+        rope: &CpuRope,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "rope_queries";
+        let rows = self.staged.rows();
+        let columns = heads.q_columns();
+        require_shape(NAME, "q", q, (rows, columns))?;
+        let half = require_rope(NAME, &self.staged, rope, heads)?;
+        let norm = norm.map(|(weight, epsilon)| (weight.values(), epsilon));
+        if let Some((weight, _)) = norm {
+            require(weight.len() == heads.head_dim, NAME, || {
+                format!("a norm of {} does not fit {heads:?}", weight.len())
+            })?;
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        let angles = self.ropes.angles(&mut self.workers, rope, &self.staged)?;
+        let isa = self.multiplier.isa;
+        let q = Disjoint::new(q.leading_mut(rows));
+        let grain = (4096 / columns.max(1)).max(1);
+        self.workers.run(NAME, rows, grain, |range| {
+            for row in range {
+                isa.dispatch(Queries {
+                    // SAFETY: each row belongs to one item.
+                    q: unsafe { q.range(row * columns, columns) },
+                    head_dim: heads.head_dim,
+                    norm,
+                    angles: &angles[row * 2 * half..][..2 * half],
+                });
+            }
+        })
     }
 
     fn scale_queries(
@@ -166,7 +192,11 @@ impl RopeOps for CpuDevice {
     ) -> Result<(), DeviceError> {
         const NAME: &str = "scale_queries";
         let rows = self.staged.rows();
-        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()))?;
+        let columns = match qkv.columns() == heads.q_columns() {
+            true => heads.q_columns(),
+            false => heads.qkv_columns(),
+        };
+        require_shape(NAME, "qkv", qkv, (rows, columns))?;
         require(scale.interval > 0, NAME, || {
             "the interval is 0, but must be at least 1".to_owned()
         })?;
@@ -179,6 +209,55 @@ impl RopeOps for CpuDevice {
     }
 }
 
+/// Requires that the batch has no position beyond those of a rotary embedding, and that the heads
+/// have the elements that it rotates. Returns the number of rotated pairs.
+fn require_rope(
+    operation: &'static str,
+    staged: &StagedBatch,
+    rope: &CpuRope,
+    heads: HeadShape,
+) -> Result<usize, DeviceError> {
+    let positions = rope.spec.max_positions;
+    require(staged.position_end <= positions, operation, || {
+        format!(
+            "position {} is out of range: the model has {positions} positions",
+            staged.position_end - 1
+        )
+    })?;
+    let half = rope.spec.inverse_frequencies.len();
+    require(2 * half <= heads.head_dim, operation, || {
+        format!(
+            "{half} rotated pairs do not fit in a head of {} elements",
+            heads.head_dim
+        )
+    })?;
+    Ok(half)
+}
+
+/// The queries of one row.
+struct Queries<'a> {
+    q: &'a mut [f32],
+    head_dim: usize,
+    norm: Option<(&'a [f32], f32)>,
+    /// The cosines of the row's position, then the sines.
+    angles: &'a [f32],
+}
+
+impl Kernel for Queries<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (cosines, sines) = self.angles.split_at(self.angles.len() / 2);
+        for head in self.q.chunks_exact_mut(self.head_dim) {
+            if let Some((weight, epsilon)) = self.norm {
+                normalize(s, head, weight, epsilon);
+            }
+            rotate(s, head, cosines, sines);
+        }
+    }
+}
+
 /// Weights of the norms on queries and keys, as slices.
 #[derive(Clone, Copy)]
 struct NormWeights<'a> {
@@ -186,6 +265,8 @@ struct NormWeights<'a> {
     k: &'a [f32],
     epsilon: f32,
     per_head: bool,
+    /// Whether values are normalised, without a weight.
+    values: bool,
 }
 
 /// Operands of `rope_store`. The caller has checked that they fit together.
@@ -206,20 +287,18 @@ impl RopeStore<'_> {
         isa: Isa,
         qkv: &mut [f32],
         cache: &mut CpuCache,
-        layer: usize,
+        layer: CacheLayer,
     ) -> Result<(), DeviceError> {
         let qkv = Disjoint::new(qkv);
         // Where a token's key and value go: the first element of the tile, and the index in the
         // tile. The sizes are read here, before the layer is borrowed mutably.
         let block_tokens = cache.shape().block_tokens;
-        let tile_elements = TileShape::new(self.heads.head_dim).elements();
+        let tiles = cache.tiles(self.heads, layer.part);
         let place = |slot: usize, head: usize| {
-            let tiles = block_tokens / LANES;
             let (block, offset) = (slot / block_tokens, slot % block_tokens);
-            let tile = (block * self.heads.kv_heads + head) * tiles + offset / LANES;
-            (tile * tile_elements, offset % LANES)
+            (tiles.at(block, head, offset / LANES), offset % LANES)
         };
-        let (half, bytes) = (cache.half, Disjoint::new(cache.layer_mut(layer)));
+        let (half, bytes) = (cache.half, Disjoint::new(cache.layer_mut(layer.index)));
         let grain = (4096 / self.heads.qkv_columns().max(1)).max(1);
         workers.run("rope_store", self.slots.len(), grain, |rows| {
             if half {
@@ -281,6 +360,10 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
                     .for_each(|q| normalize(s, q, norm.q, norm.epsilon));
                 k.chunks_exact_mut(k_size)
                     .for_each(|k| normalize(s, k, norm.k, norm.epsilon));
+                if norm.values {
+                    v.chunks_exact_mut(dim)
+                        .for_each(|v| normalize_unweighted(s, v, norm.epsilon));
+                }
             }
             let (cosines, sines) = angles[row * 2 * half..][..2 * half].split_at(half);
             for head in q.chunks_exact_mut(dim).chain(k.chunks_exact_mut(dim)) {

@@ -147,7 +147,7 @@ pub(super) fn require_heads(
     operation: &'static str,
     heads: HeadShape,
     cache: &CudaCache,
-    CacheLayer { group, index }: CacheLayer,
+    CacheLayer { group, index, part }: CacheLayer,
 ) -> Result<(), DeviceError> {
     let shape = cache.shape();
     let fits = heads.kv_heads == shape.kv_heads
@@ -155,7 +155,8 @@ pub(super) fn require_heads(
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads)
-        && index < shape.layers;
+        && index < shape.layers
+        && part == 0;
     require(fits, operation, || {
         format!("{heads:?} of layer {index} of group {group} do not fit the cache, {shape:?}")
     })

@@ -249,7 +249,14 @@ impl ExpertOps for CudaDevice {
         gate_up: &[LinearSpec<'_>],
         down: &[LinearSpec<'_>],
         corrections: Option<&[f32]>,
+        scales: Option<&[f32]>,
     ) -> Result<CudaExperts, DeviceError> {
+        if scales.is_some() {
+            return Err(unsupported(
+                "factors on the outputs of experts",
+                "models that have them are computed on the CPU",
+            ));
+        }
         let (gates, downs) = (gate_up.len(), down.len());
         if gates != downs {
             let reason =

@@ -38,6 +38,7 @@ mod pack;
 mod pooling;
 mod probe;
 mod recurrent;
+mod residual;
 mod rope;
 mod sampling;
 mod scratch;

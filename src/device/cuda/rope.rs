@@ -7,6 +7,7 @@ use super::error::{require, unsupported};
 use super::images::Modules;
 use super::launch::{Grid, kernels, row_grid};
 use super::memory::{Buffer, Ptr};
+use super::norm::CudaVector;
 #[cfg(test)]
 use super::signature::Signature;
 use super::step::Bounds;
@@ -201,6 +202,19 @@ impl RopeOps for CudaDevice {
         )
     }
 
+    fn rope_queries(
+        &mut self,
+        _: &mut CudaTensor,
+        _: HeadShape,
+        _: Option<(&CudaVector, f32)>,
+        _: &CudaRope,
+    ) -> Result<(), DeviceError> {
+        Err(unsupported(
+            "layers that share a KV cache",
+            "models that have them are computed on the CPU",
+        ))
+    }
+
     fn scale_queries(
         &mut self,
         qkv: &mut CudaTensor,
@@ -289,6 +303,12 @@ impl CudaDevice {
                 ..RopeParameters::default()
             });
         };
+        if norm.values {
+            return Err(unsupported(
+                "norms on values",
+                "models that have them are computed on the CPU",
+            ));
+        }
         let (norm_mode, q, k) = match norm.per_head {
             true => (norm_mode::HEADS, heads.head_dim, heads.head_dim),
             false => (

@@ -69,6 +69,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: true,
         shared: (shared > 0).then_some(width.saturating_mul(shared)),
         has_shared_gate: false,
+        has_own_norms: false,
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
     Ok(Hyperparameters {

@@ -68,6 +68,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: false,
         shared: None,
         has_shared_gate: false,
+        has_own_norms: false,
     };
     let rope = match config.rope_parameters() {
         Some(_) => common.rope.clone(),

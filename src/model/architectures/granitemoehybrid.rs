@@ -99,6 +99,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
                 has_corrections: false,
                 shared: Some(shared),
                 has_shared_gate: false,
+                has_own_norms: false,
             });
         }
     }

@@ -44,6 +44,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: settings.flag("use_expert_bias")?.unwrap_or(true),
         shared: None,
         has_shared_gate: false,
+        has_own_norms: false,
     };
     let dense = settings.size_or("num_dense_layers", 2)?;
     Ok(Hyperparameters {

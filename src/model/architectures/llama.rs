@@ -30,6 +30,7 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
     vocabulary: 32_000,
     hidden: 4096,
     intermediate: 11_008,
+    lists_widths: false,
     activation: Activation::Silu,
     layers: 32,
     q_heads: 32,

@@ -71,6 +71,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: false,
         shared: Some(common.intermediate),
         has_shared_gate: false,
+        has_own_norms: false,
     };
     let sparse = sparse_layers(config, common.layers)?;
     let mut numbers = Hyperparameters {

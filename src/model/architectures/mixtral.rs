@@ -38,6 +38,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: false,
         shared: None,
         has_shared_gate: false,
+        has_own_norms: false,
     };
     let mut names = common.names.clone();
     names.keys.expert_width = names.keys.intermediate;

@@ -11,6 +11,8 @@ mod ernie4_5;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gemma3n;
+mod gemma4;
 mod glm4;
 mod glm4_moe;
 mod gpt_oss;
@@ -56,6 +58,8 @@ static ALL: &[&Architecture] = &[
     &qwen3_moe::ARCHITECTURE,
     &gemma2::ARCHITECTURE,
     &gemma3::ARCHITECTURE,
+    &gemma3n::ARCHITECTURE,
+    &gemma4::ARCHITECTURE,
     &phi3::ARCHITECTURE,
     &olmo2::ARCHITECTURE,
     &olmo3::ARCHITECTURE,

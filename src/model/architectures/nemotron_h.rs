@@ -225,6 +225,7 @@ fn experts(config: &Config<'_>) -> Result<Experts, ModelError> {
         has_corrections: true,
         shared: Some(shared),
         has_shared_gate: false,
+        has_own_norms: false,
     })
 }
 

@@ -18,6 +18,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
             // Early checkpoints use these names for LongRoPE.
             longrope_aliases: &["su", "yarn"],
             original_context: Some(4096),
+            ..RopeRules::COMMON
         },
         ..llama::CLASS
     },

@@ -42,6 +42,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_corrections: false,
         shared: None,
         has_shared_gate: false,
+        has_own_norms: false,
     };
     Ok(Hyperparameters {
         windows: config.same_windows(qwen2::switched_window(config)?)?,

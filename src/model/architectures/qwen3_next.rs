@@ -130,6 +130,7 @@ pub(super) fn configured_experts(
         has_corrections: false,
         shared: Some(settings.size_or(shared_key, 512)?),
         has_shared_gate: true,
+        has_own_norms: false,
     };
     let mut numbers = Hyperparameters {
         experts: Some(experts),

@@ -1,45 +1,13 @@
 //! One layer of one step.
 
+use super::norm::Norm;
+use super::normed_experts::NormedExperts;
 use super::weights::{AttentionWeights, FeedForwardWeights, LayerWeights};
-use super::workspace::Workspace;
+use super::workspace::{AttentionSpace, DenseSpace, Workspace, of_attention, of_dense};
 use crate::device::{
     AttentionSpec, CacheLayer, Device, DeviceError, QkNorm, Rotary, RotaryAttention, StatePart,
 };
-use crate::model::ModelConfig;
-use crate::model::layer::{LayerSpec, NormKind, QkNormKind};
-
-/// What the norms of the residual stream compute.
-#[derive(Clone, Copy)]
-pub(super) struct Norm {
-    kind: NormKind,
-    /// Added to the mean square, or the variance.
-    pub(super) epsilon: f32,
-}
-
-impl Norm {
-    pub(super) fn of(config: &ModelConfig) -> Self {
-        Self {
-            kind: config.norm,
-            epsilon: config.norm_epsilon,
-        }
-    }
-
-    /// Normalises `x`. A layer norm also subtracts the mean of each row of `x` itself: nothing
-    /// that reads `x` later depends on it.
-    pub(super) fn compute<D: Device>(
-        self,
-        device: &mut D,
-        x: &mut D::Tensor,
-        weight: &D::Vector,
-        rows: usize,
-        out: &mut D::Tensor,
-    ) -> Result<(), DeviceError> {
-        if self.kind == NormKind::Layer {
-            device.centre(x, rows)?;
-        }
-        device.rms_norm(x, weight, self.epsilon, rows, out)
-    }
-}
+use crate::model::layer::{Attention, LayerSpec, NormKind, QkNormKind};
 
 /// One layer of one step.
 pub(super) struct LayerStep<'a> {
@@ -114,46 +82,51 @@ impl LayerStep<'_> {
         let Workspace {
             residual,
             normed,
-            qkv,
-            attention,
-            attention_gate,
+            attentions,
             delta,
             ..
         } = workspace;
+        let AttentionSpace { qkv, gate, out, .. } = of_attention(attentions, spec);
         let input = match self.spec.mixer_norms.reads_residual() {
             true => &*residual,
             false => &*normed,
         };
         device.linear(input, &weights.qkv, self.rows, qkv)?;
-        let norm = weights.qk_norm.as_ref().map(|(q, k)| QkNorm {
-            q,
-            k,
-            epsilon: self.norm.epsilon,
-            per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
-        });
-        let rotary = Rotary {
-            norm,
-            rope,
-            query_scale: spec.query_scale,
-        };
-        let spec = AttentionSpec {
-            heads: spec.heads,
-            scale: spec.scale,
-            window: spec.window,
-            chunked: spec.is_chunked,
-            softcap: spec.softcap,
-        };
-        let rotary_attention = RotaryAttention {
-            rotary,
-            spec,
-            sinks: weights.sinks.as_ref(),
-        };
-        device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
-        if let Some((weight, gate)) = weights.gate.as_ref().zip(attention_gate.as_mut()) {
-            device.linear(input, weight, self.rows, gate)?;
-            device.sigmoid_gate(attention, gate, self.rows)?;
+        let norms = weights.qk_norm.as_ref();
+        let sinks = weights.sinks.as_ref();
+        if spec.shares.is_some() {
+            let norm = norms.map(|(q, _)| (q, self.norm.epsilon));
+            device.rope_queries(qkv, spec.heads, norm, rope)?;
+            if let Some(scale) = spec.query_scale {
+                device.scale_queries(qkv, spec.heads, scale)?;
+            }
+            let spec = attention_spec(spec);
+            device.attend(qkv, &spec, sinks, cache, self.place, out)?;
+        } else {
+            let norm = norms.and_then(|(q, k)| Some((q, k.as_ref()?)));
+            let norm = norm.map(|(q, k)| QkNorm {
+                q,
+                k,
+                epsilon: self.norm.epsilon,
+                per_head: spec.qk_norm != Some(QkNormKind::WholeRow),
+                values: spec.normalizes_values,
+            });
+            let rotary_attention = RotaryAttention {
+                rotary: Rotary {
+                    norm,
+                    rope,
+                    query_scale: spec.query_scale,
+                },
+                spec: attention_spec(spec),
+                sinks,
+            };
+            device.rope_attend(qkv, &rotary_attention, cache, self.place, out)?;
         }
-        device.linear(attention, &weights.out, self.rows, delta)
+        if let Some((weight, gate)) = weights.gate.as_ref().zip(gate.as_mut()) {
+            device.linear(input, weight, self.rows, gate)?;
+            device.sigmoid_gate(out, gate, self.rows)?;
+        }
+        device.linear(out, &weights.out, self.rows, delta)
     }
 
     pub(super) fn feed_forward<D: Device>(
@@ -162,66 +135,95 @@ impl LayerStep<'_> {
         workspace: &mut Workspace<D::Tensor>,
         layer: &LayerWeights<D>,
     ) -> Result<(), DeviceError> {
+        let rows = self.rows;
         let Workspace {
             residual,
             normed,
             delta,
-            gate_up,
-            hidden,
+            dense,
             router,
-            shared_gate_up,
-            shared_hidden,
-            shared_gate,
             ..
         } = workspace;
         let input = match self.spec.feed_forward_norms.reads_residual() {
             true => &*residual,
             false => &*normed,
         };
-        match (&layer.feed_forward, gate_up, hidden, router) {
+        match (&layer.feed_forward, router) {
             (
                 FeedForwardWeights::Dense {
+                    width,
                     gate_up: weight,
                     down,
                     activation,
+                    cut,
                 },
-                Some(gate_up),
-                Some(hidden),
                 _,
             ) => {
-                device.gated_linear(input, weight, *activation, self.rows, gate_up, hidden)?;
-                device.linear(hidden, down, self.rows, delta)
+                let DenseSpace {
+                    gate_up, hidden, ..
+                } = of_dense(dense, *width, *activation);
+                match cut {
+                    None => {
+                        device.gated_linear(input, weight, *activation, rows, gate_up, hidden)?;
+                    }
+                    Some(deviations) => {
+                        device.linear(input, weight, rows, gate_up)?;
+                        device.cut_gate(gate_up, *deviations, rows)?;
+                        device.gated_activation(gate_up, *activation, rows, hidden)?;
+                    }
+                }
+                device.linear(hidden, down, rows, delta)
             }
+            (
+                FeedForwardWeights::Experts {
+                    router,
+                    experts,
+                    routing,
+                    shared: Some(shared),
+                    norms: Some(norms),
+                },
+                Some(_),
+            ) => NormedExperts {
+                router,
+                experts,
+                routing: *routing,
+                shared,
+                norms,
+                epsilon: self.norm.epsilon,
+            }
+            .compute(device, rows, workspace),
             (
                 FeedForwardWeights::Experts {
                     router: weight,
                     experts,
                     routing,
                     shared,
+                    ..
                 },
-                _,
-                _,
                 Some(router),
             ) => {
-                device.linear(input, weight, self.rows, router)?;
-                device.experts(input, router, *routing, experts, self.rows, delta)?;
-                let shared = shared.as_ref().zip(shared_gate_up.as_mut());
-                let Some(((shared, gate_up), hidden)) = shared.zip(shared_hidden.as_mut()) else {
+                device.linear(input, weight, rows, router)?;
+                device.experts(input, router, *routing, experts, rows, delta)?;
+                let Some(shared) = shared else {
                     return Ok(());
                 };
                 // `check_layers` allows shared experts only where `input` is not the residual
                 // stream, and nothing but `delta` is pending.
-                device.add(residual, delta, self.rows)?;
-                let (rows, activation) = (self.rows, routing.activation);
-                device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
-                if let Some((weight, gate)) = shared.gate.as_ref().zip(shared_gate.as_mut()) {
-                    // A factor on the output of a projection without a bias is one on its input.
-                    device.linear(normed, weight, rows, gate)?;
-                    device.sigmoid_gate(hidden, gate, rows)?;
-                }
-                device.linear(hidden, &shared.down, rows, delta)
+                device.add(residual, delta, rows)?;
+                shared.compute(device, rows, routing.activation, workspace)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),
         }
+    }
+}
+
+/// The attention of a layer as devices take it.
+fn attention_spec(attention: &Attention) -> AttentionSpec {
+    AttentionSpec {
+        heads: attention.heads,
+        scale: attention.scale,
+        window: attention.window,
+        chunked: attention.is_chunked,
+        softcap: attention.softcap,
     }
 }

@@ -3,7 +3,9 @@
 use super::gated_delta::GatedDeltaWeights;
 use super::mamba2::Mamba2LayerWeights;
 use super::short_conv::ShortConvWeights;
-use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
+use super::streams::{LayerStreams, SidePath};
+use super::workspace::{DenseSpace, Workspace, of_dense};
+use crate::device::{Activation, Device, DeviceError, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
@@ -14,6 +16,21 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) mixer: MixerWeights<D>,
     pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
+    /// How the layer's own input comes in, if it has one.
+    pub(super) input: Option<LayerInputWeights<D>>,
+    /// The factor on the residual stream after the layer.
+    pub(super) scale: Option<f32>,
+    /// A path beside the mixer.
+    pub(super) side: Option<SidePath<D>>,
+    /// What residual streams are predicted and corrected with, if there are several.
+    pub(super) streams: Option<LayerStreams<D>>,
+}
+
+/// The weights of a layer's own input.
+pub(super) struct LayerInputWeights<D: Device> {
+    pub(super) gate: D::Linear,
+    pub(super) projection: D::Linear,
+    pub(super) norm: D::Vector,
 }
 
 /// The weights of a layer's mixer.
@@ -38,8 +55,10 @@ pub(super) struct AttentionWeights<D: Device> {
     pub(super) out: D::Linear,
 }
 
-/// The weights of the norms of queries and of keys, if there are such norms.
-type QkNormWeights<D> = Option<(<D as DeviceTypes>::Vector, <D as DeviceTypes>::Vector)>;
+/// The weights of the norms of queries and of keys, if there are such norms. There is none of keys
+/// if the layer has no keys of its own.
+type QkNormWeights<D> = Option<(Vector<D>, Option<Vector<D>>)>;
+type Vector<D> = <D as DeviceTypes>::Vector;
 
 /// The norms of a part of a layer, where there are some.
 pub(super) struct Norms<D: Device> {
@@ -50,9 +69,12 @@ pub(super) struct Norms<D: Device> {
 /// The weights of a layer's feed-forward part.
 pub(super) enum FeedForwardWeights<D: Device> {
     Dense {
+        width: usize,
         gate_up: D::Linear,
         down: D::Linear,
         activation: Activation,
+        /// By how many deviations above their mean gates are cut.
+        cut: Option<f32>,
     },
     Experts {
         router: D::Linear,
@@ -60,16 +82,56 @@ pub(super) enum FeedForwardWeights<D: Device> {
         routing: RoutingSpec,
         /// The dense part beside the experts.
         shared: Option<Shared<D>>,
+        /// The norms that the experts and that part have of their own.
+        norms: Option<ExpertNorms<D>>,
     },
     None,
 }
 
+/// The norms of experts and of the dense part beside them.
+pub(super) struct ExpertNorms<D: Device> {
+    pub(super) router: D::Vector,
+    pub(super) shared_output: D::Vector,
+    pub(super) expert_input: D::Vector,
+    pub(super) expert_output: D::Vector,
+}
+
 /// The weights of a dense part beside experts.
 pub(super) struct Shared<D: Device> {
-    pub(super) gate_up: D::Linear,
-    pub(super) down: D::Linear,
+    width: usize,
+    gate_up: D::Linear,
+    down: D::Linear,
     /// The projection to the gate of the output, if there is one.
-    pub(super) gate: Option<D::Linear>,
+    gate: Option<D::Linear>,
+}
+
+impl<D: Device> Shared<D> {
+    /// Computes the part in `delta`, from `normed`.
+    pub(super) fn compute(
+        &self,
+        device: &mut D,
+        rows: usize,
+        activation: Activation,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            normed,
+            dense,
+            shared_gate,
+            delta,
+            ..
+        } = workspace;
+        let DenseSpace {
+            gate_up, hidden, ..
+        } = of_dense(dense, self.width, activation);
+        device.gated_linear(normed, &self.gate_up, activation, rows, gate_up, hidden)?;
+        if let Some((weight, gate)) = self.gate.as_ref().zip(shared_gate.as_mut()) {
+            // A factor on the output of a projection without a bias is one on its input.
+            device.linear(normed, weight, rows, gate)?;
+            device.sigmoid_gate(hidden, gate, rows)?;
+        }
+        device.linear(hidden, &self.down, rows, delta)
+    }
 }
 
 /// Loads the parts of one layer.
@@ -122,6 +184,13 @@ impl<D: Device> LayerWeights<D> {
             mixer,
             feed_forward_norms,
             feed_forward: loader.feed_forward(&spec.feed_forward)?,
+            input: loader.input()?,
+            scale: match spec.has_scale {
+                true => Some(source.layer_scale(layer)?),
+                false => None,
+            },
+            side: SidePath::load(source, device, layer)?,
+            streams: LayerStreams::load(source, device, layer)?,
         })
     }
 }
@@ -157,7 +226,7 @@ impl<D: Device> Loader<'_, D> {
                 let (qkv, gate) = source.gated_qkv(layer, heads)?;
                 (qkv, Some(self.device.load_linear(&gate.spec())?))
             }
-            false => (source.qkv(layer, heads)?, None),
+            false => (source.qkv(layer, &spec)?, None),
         };
         let qkv = self.device.load_linear(&qkv.spec())?;
         let out = source.attention_out(layer, heads)?;
@@ -176,13 +245,31 @@ impl<D: Device> Loader<'_, D> {
         if attention.qk_norm == Some(QkNormKind::PerHeadUnweighted) {
             let ones = vec![1.0; attention.heads.head_dim];
             let mut load = || self.device.load_vector(&ones);
-            return Ok(Some((load()?, load()?)));
+            return Ok(Some((load()?, Some(load()?))));
         }
         let Some((q, k)) = attention.qk_norm_lengths() else {
             return Ok(None);
         };
         let q = self.norm(Part::QueryNorm, q)?;
-        Ok(Some((q, self.norm(Part::KeyNorm, k)?)))
+        let k = match attention.shares {
+            Some(_) => None,
+            None => Some(self.norm(Part::KeyNorm, k)?),
+        };
+        Ok(Some((q, k)))
+    }
+
+    /// How the layer's own input comes in, if the model has such inputs.
+    fn input(&mut self) -> Result<Option<LayerInputWeights<D>>, ModelError> {
+        let config = self.source.config();
+        let Some(inputs) = config.per_layer_inputs else {
+            return Ok(None);
+        };
+        let (gate, projection) = self.source.per_layer_input(self.layer, inputs)?;
+        Ok(Some(LayerInputWeights {
+            gate: self.device.load_linear(&gate.spec())?,
+            projection: self.device.load_linear(&projection.spec())?,
+            norm: self.norm(Part::PerLayerNorm, config.hidden)?,
+        }))
     }
 
     fn norm(&mut self, part: Part, length: usize) -> Result<D::Vector, ModelError> {
@@ -192,15 +279,21 @@ impl<D: Device> Loader<'_, D> {
 
     fn feed_forward(&mut self, spec: &FeedForward) -> Result<FeedForwardWeights<D>, ModelError> {
         match *spec {
-            FeedForward::Dense { width, activation } => {
+            FeedForward::Dense {
+                width,
+                activation,
+                cut,
+            } => {
                 self.device.check_activation(activation)?;
                 let gate_up = self.source.gate_up(self.layer, width, activation)?;
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
                 Ok(FeedForwardWeights::Dense {
+                    width,
                     gate_up,
                     down: self.device.load_linear(&down.spec())?,
                     activation,
+                    cut,
                 })
             }
             FeedForward::Experts(experts) => self.experts(experts),
@@ -224,7 +317,14 @@ impl<D: Device> Loader<'_, D> {
             false => None,
         };
         let corrections = corrections.as_deref();
-        let loaded = self.device.load_experts(&gate_up, &down, corrections)?;
+        let scales = match spec.has_own_norms {
+            true => Some(self.source.expert_scales(self.layer, spec.count)?),
+            false => None,
+        };
+        let scales = scales.as_deref();
+        let loaded = self
+            .device
+            .load_experts(&gate_up, &down, corrections, scales)?;
         Ok(FeedForwardWeights::Experts {
             router,
             experts: loaded,
@@ -236,6 +336,24 @@ impl<D: Device> Loader<'_, D> {
                 }
                 None => None,
             },
+            norms: match spec.has_own_norms {
+                true => Some(self.expert_norms()?),
+                false => None,
+            },
+        })
+    }
+
+    fn expert_norms(&mut self) -> Result<ExpertNorms<D>, ModelError> {
+        let hidden = self.source.config().hidden;
+        // The router's input is divided by the root of the hidden size.
+        let scale = 1.0 / (hidden as f32).sqrt();
+        let mut router = self.source.router_scale(self.layer)?;
+        router.iter_mut().for_each(|weight| *weight *= scale);
+        Ok(ExpertNorms {
+            router: self.device.load_vector(&router)?,
+            shared_output: self.norm(Part::SharedOutputNorm, hidden)?,
+            expert_input: self.norm(Part::ExpertInputNorm, hidden)?,
+            expert_output: self.norm(Part::ExpertOutputNorm, hidden)?,
         })
     }
 
@@ -254,6 +372,7 @@ impl<D: Device> Loader<'_, D> {
             false => None,
         };
         Ok(Shared {
+            width,
             gate,
             gate_up: self.device.load_linear(&gate_up.spec())?,
             down: self.device.load_linear(&down.spec())?,

@@ -4,9 +4,9 @@ use super::StepLimits;
 use super::gated_delta::GatedDeltaSpace;
 use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
-use crate::device::{Device, DeviceError, Precision};
+use crate::device::{Activation, Device, DeviceError, Precision};
 use crate::model::ModelConfig;
-use crate::model::layer::Mixer;
+use crate::model::layer::{Attention, Mixer, PerLayerInputs, Streams};
 
 /// Activations of a step, allocated once and shared by all layers. `T` is the device's tensor.
 pub(super) struct Workspace<T> {
@@ -14,10 +14,8 @@ pub(super) struct Workspace<T> {
     pub(super) residual: T,
     /// Input of a part of a layer.
     pub(super) normed: T,
-    pub(super) qkv: T,
-    pub(super) attention: T,
-    /// What the gate of the attention's output comes from, if a layer has one.
-    pub(super) attention_gate: Option<T>,
+    /// For each shape of attention.
+    pub(super) attentions: Vec<AttentionSpace<T>>,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
     /// Activations of layers with a gated delta net, if there are some.
@@ -26,16 +24,84 @@ pub(super) struct Workspace<T> {
     pub(super) mamba2: Option<Mamba2Space<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
-    pub(super) gate_up: Option<T>,
-    pub(super) hidden: Option<T>,
+    /// For each width of dense parts.
+    pub(super) dense: Vec<DenseSpace<T>>,
     pub(super) router: Option<T>,
-    pub(super) shared_gate_up: Option<T>,
-    pub(super) shared_hidden: Option<T>,
-    /// One column.
+    /// Gate of the dense part beside experts: one column.
     pub(super) shared_gate: Option<T>,
+    /// Output of a dense part beside experts that have norms of their own.
+    pub(super) beside: Option<T>,
+    pub(super) inputs: Option<InputSpace<T>>,
+    /// Between the matrices of a path beside a mixer.
+    pub(super) side: Option<T>,
+    pub(super) streams: Option<StreamSpace<T>>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
+}
+
+/// The intermediates of attention with these columns.
+pub(super) struct AttentionSpace<T> {
+    columns: [usize; 2],
+    /// The queries, and keys and values if the layer has some of its own.
+    pub(super) qkv: T,
+    /// What the gate of the output comes from, if a layer has one.
+    pub(super) gate: Option<T>,
+    pub(super) out: T,
+}
+
+/// The intermediates of a dense part of this width.
+pub(super) struct DenseSpace<T> {
+    columns: [usize; 2],
+    pub(super) gate_up: T,
+    pub(super) hidden: T,
+}
+
+/// The inputs of single layers.
+pub(super) struct InputSpace<T> {
+    /// Those of all layers.
+    pub(super) inputs: T,
+    /// What the usual embeddings give for them.
+    pub(super) projected: T,
+    /// The gate of one layer.
+    pub(super) gate: T,
+}
+
+/// The residual streams, if there are several.
+pub(super) struct StreamSpace<T> {
+    pub(super) current: Vec<T>,
+    /// What a layer predicts of them.
+    pub(super) predicted: Vec<T>,
+    /// Outputs of a layer's router.
+    pub(super) routed: T,
+    /// What they give for the prediction, and for the correction.
+    pub(super) prediction: T,
+    pub(super) correction: T,
+}
+
+/// Returns the intermediates of this attention.
+pub(super) fn of_attention<'a, T>(
+    spaces: &'a mut [AttentionSpace<T>],
+    attention: &Attention,
+) -> &'a mut AttentionSpace<T> {
+    let columns = columns(attention);
+    let found = spaces.iter_mut().find(|space| space.columns == columns);
+    found.unwrap_or_else(|| unreachable!("there is a workspace for each attention"))
+}
+
+/// Returns the intermediates of a dense part of this width.
+pub(super) fn of_dense<T>(
+    spaces: &mut [DenseSpace<T>],
+    width: usize,
+    activation: Activation,
+) -> &mut DenseSpace<T> {
+    let columns = [width, activation.gate_up_columns(width)];
+    let found = spaces.iter_mut().find(|space| space.columns == columns);
+    found.unwrap_or_else(|| unreachable!("there is a workspace for each width"))
+}
+
+fn columns(attention: &Attention) -> [usize; 2] {
+    [attention.projected_columns(), attention.heads.q_columns()]
 }
 
 impl<T> Workspace<T> {
@@ -57,8 +123,6 @@ impl<T> Workspace<T> {
     ) -> Result<Self, DeviceError> {
         let StepLimits { rows, samples, .. } = limits;
         let (activation, full) = (Precision::Activation, Precision::Full);
-        let (heads, dense) = (config.heads(), config.dense_width());
-        let shared = config.shared_width();
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let mamba2 = mixers.find_map(|mixer| match mixer {
             Mixer::Mamba2(spec) => Some(spec),
@@ -71,19 +135,63 @@ impl<T> Workspace<T> {
         let gated_delta = config.gated_delta();
         let gated_delta = gated_delta.map(|spec| GatedDeltaSpace::make(spec.heads, of_columns));
         let gated_delta = gated_delta.transpose()?;
+        let mut attentions: Vec<AttentionSpace<T>> = Vec::new();
+        let is_gated = config.attentions().any(|attention| attention.has_gate);
+        for attention in config.attentions() {
+            let columns = columns(attention);
+            if attentions.iter().all(|space| space.columns != columns) {
+                attentions.push(AttentionSpace {
+                    columns,
+                    qkv: make(rows, columns[0], activation)?,
+                    gate: match is_gated {
+                        true => Some(make(rows, columns[1], activation)?),
+                        false => None,
+                    },
+                    out: make(rows, columns[1], activation)?,
+                });
+            }
+        }
+        let mut dense = Vec::new();
+        for columns in config.dense_widths() {
+            dense.push(DenseSpace {
+                columns,
+                gate_up: make(rows, columns[1], activation)?,
+                hidden: make(rows, columns[0], activation)?,
+            });
+        }
+        let inputs = match config.per_layer_inputs {
+            Some(PerLayerInputs { width, .. }) => Some(InputSpace {
+                inputs: make(rows, config.layers.len() * width, full)?,
+                projected: make(rows, config.layers.len() * width, activation)?,
+                gate: make(rows, width, activation)?,
+            }),
+            None => None,
+        };
+        let streams = match config.streams {
+            Some(Streams { count, .. }) => {
+                let mut streams = || {
+                    let all = (0..count).map(|_| make(rows, config.hidden, full));
+                    all.collect::<Result<Vec<_>, _>>()
+                };
+                let (current, predicted) = (streams()?, streams()?);
+                Some(StreamSpace {
+                    current,
+                    predicted,
+                    routed: make(rows, count, full)?,
+                    prediction: make(rows, count * count, full)?,
+                    correction: make(rows, count, full)?,
+                })
+            }
+            None => None,
+        };
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
-        let gated = config.experts().filter(|experts| experts.has_shared_gate);
-        let of_dense = config.dense_activation().zip(dense);
-        let gate_up = of_dense.map(|(activation, width)| activation.gate_up_columns(width));
-        let of_shared = config.experts().zip(shared);
-        let shared_gate_up =
-            of_shared.map(|(experts, width)| experts.routing.activation.gate_up_columns(width));
-        let experts = config.experts().map(|experts| experts.count);
-        let is_gated = config.attentions().any(|attention| attention.has_gate);
+        let experts = config.experts();
+        let normed = experts.filter(|experts| experts.has_own_norms);
+        let gated = experts.filter(|experts| experts.has_shared_gate);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
         let convolved = convolves.then_some(config.hidden);
@@ -91,20 +199,19 @@ impl<T> Workspace<T> {
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
         Ok(Self {
-            attention_gate: optional(is_gated.then(|| heads.q_columns()), activation)?,
-            shared_gate: optional(gated.map(|_| 1), full)?,
-            gated_delta,
-            gate_up: optional(gate_up, activation)?,
-            hidden: optional(dense, activation)?,
-            router: optional(experts, full)?,
-            shared_gate_up: optional(shared_gate_up, activation)?,
-            shared_hidden: optional(shared, activation)?,
             short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
+            gated_delta,
             mamba2,
+            shared_gate: optional(gated.map(|_| 1), full)?,
+            router: optional(experts.map(|experts| experts.count), full)?,
+            beside: optional(normed.map(|_| config.hidden), activation)?,
+            side: optional(config.side_rank(), activation)?,
+            attentions,
+            dense,
+            inputs,
+            streams,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
-            qkv: make(rows, heads.qkv_columns(), activation)?,
-            attention: make(rows, heads.q_columns(), activation)?,
             delta: make(rows, config.hidden, activation)?,
             gathered: make(samples, config.hidden, full)?,
             logits: make(samples, config.vocabulary, full)?,

@@ -16,6 +16,8 @@ pub(in crate::model) struct ConfigClass {
     pub(in crate::model) intermediate: usize,
     /// `hidden_act`. Another one is refused.
     pub(in crate::model) activation: Activation,
+    /// Whether `intermediate_size` may be a list with an entry for each layer.
+    pub(in crate::model) lists_widths: bool,
     /// `num_hidden_layers`.
     pub(in crate::model) layers: usize,
     /// `num_attention_heads`.
@@ -56,6 +58,8 @@ pub(in crate::model) struct RopeRules {
     /// `original_max_position_embeddings`, which then counts beside the RoPE parameters
     /// only. `None`: it may be in them, and is `max_position_embeddings` otherwise.
     pub(in crate::model) original_context: Option<usize>,
+    /// Whether there is the RoPE type `proportional`.
+    pub(in crate::model) is_proportional: bool,
 }
 
 impl RopeRules {
@@ -65,5 +69,6 @@ impl RopeRules {
         dimension_key: None,
         longrope_aliases: &[],
         original_context: None,
+        is_proportional: false,
     };
 }

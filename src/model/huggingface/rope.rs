@@ -90,6 +90,16 @@ impl<'a> Config<'a> {
             },
             "yarn" => self.yarn(own)?,
             "longrope" => self.longrope(own)?,
+            "proportional" if self.class().rope.is_proportional => {
+                return Ok(RopeConfig {
+                    theta: own.number("rope_theta")?.unwrap_or(theta),
+                    rotary_dim: self.heads()?.head_dim,
+                    scaling: RopeScaling::Proportional {
+                        share: own.number("partial_rotary_factor")?.unwrap_or(1.0),
+                        factor: own.number("factor")?.unwrap_or(1.0),
+                    },
+                });
+            }
             other => {
                 let expected = "default, dynamic, linear, llama3, yarn or longrope";
                 return Err(own.refused(key, other, expected));

@@ -4,6 +4,7 @@
 use super::byte_level::{ByteLevelBpe, token_bytes};
 use super::end_tokens::end_tokens;
 use super::pre_tokenizer::PreTokenizer;
+use super::ranked::{RankedBpe, SpacePrefix};
 use super::sentencepiece::{SPACE, ScoredBpe};
 use super::special::SpecialTokens;
 use super::unigram::Unigram;
@@ -14,8 +15,8 @@ use crate::text::{ChatTemplate, TextError};
 /// `tokenizer.*` metadata of a GGUF file, not yet validated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufVocabulary {
-    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE)
-    /// or `t5` (SentencePiece unigram).
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE by scores),
+    /// `gemma4` (SentencePiece BPE by an order of merges) or `t5` (SentencePiece unigram).
     pub model: String,
     /// `tokenizer.ggml.pre`: name of the pre-tokenizer of a `gpt2` model. `None` means
     /// `default`.
@@ -59,6 +60,8 @@ pub struct GgufVocabulary {
 enum TokenizerKind {
     ByteLevel,
     SentencePiece,
+    /// SentencePiece with merges instead of scores.
+    Ranked,
     Unigram,
 }
 
@@ -72,6 +75,7 @@ impl GgufVocabulary {
         let tokenizer_kind = match self.model.as_str() {
             "gpt2" => TokenizerKind::ByteLevel,
             "llama" => TokenizerKind::SentencePiece,
+            "gemma4" => TokenizerKind::Ranked,
             "t5" => TokenizerKind::Unigram,
             other => {
                 return Err(TextError::UnknownModel {
@@ -107,13 +111,17 @@ impl GgufVocabulary {
             }
             None => None,
         };
-        let mut add_bos = tokenizer_kind == TokenizerKind::SentencePiece;
+        let mut add_bos = matches!(
+            tokenizer_kind,
+            TokenizerKind::SentencePiece | TokenizerKind::Ranked
+        );
         let add_eos = self
             .add_eos
             .unwrap_or(tokenizer_kind == TokenizerKind::Unigram);
-        let space_prefix = self
-            .add_space_prefix
-            .unwrap_or(tokenizer_kind != TokenizerKind::ByteLevel);
+        let space_prefix = self.add_space_prefix.unwrap_or(matches!(
+            tokenizer_kind,
+            TokenizerKind::SentencePiece | TokenizerKind::Unigram
+        ));
         let plain = match tokenizer_kind {
             TokenizerKind::ByteLevel => {
                 let rule = PreTokenizer::named(self.pre.as_deref().unwrap_or("default"))?;
@@ -129,6 +137,20 @@ impl GgufVocabulary {
                 model: ScoredBpe::new(&vocabulary, self.scores, unknown),
                 space_prefix,
             },
+            TokenizerKind::Ranked => {
+                let prefix = match space_prefix {
+                    true => SpacePrefix::Always,
+                    false => SpacePrefix::Never,
+                };
+                let model = RankedBpe::new(&vocabulary, &self.merges, prefix, false);
+                let model = model.ok_or_else(|| TextError::Build {
+                    part: "merges",
+                    message: "expected pairs of tokens whose words begin with their spaces, and a \
+                              token for each byte"
+                        .to_owned(),
+                })?;
+                PlainModel::Ranked(Box::new(model))
+            }
             TokenizerKind::Unigram => PlainModel::Unigram {
                 model: Unigram::new(&vocabulary, self.scores, unknown),
                 space_prefix,
@@ -205,7 +227,10 @@ impl GgufVocabulary {
         length(
             "scores",
             self.scores.len(),
-            tokenizer_kind == TokenizerKind::ByteLevel,
+            matches!(
+                tokenizer_kind,
+                TokenizerKind::ByteLevel | TokenizerKind::Ranked
+            ),
         )?;
         match (0u32..)
             .zip(&self.scores)
@@ -276,4 +301,66 @@ pub(super) fn named_byte(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     let hexadecimal = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
     u8::from_str_radix(digits, 16).ok().filter(|_| hexadecimal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::EncodeOptions;
+
+    /// A vocabulary of all bytes, some characters, and what their merges make.
+    fn ranked() -> GgufVocabulary {
+        let mut tokens: Vec<String> = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>"]
+            .map(str::to_owned)
+            .to_vec();
+        let mut token_types = vec![3, 3, 3, 2, 4];
+        tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+        token_types.extend([6; 256]);
+        let characters = ["▁", "\n", "a", "b", "c"];
+        let merged = ["▁▁", "\n\n", "ab", "▁ab", "▁abc", "bc"];
+        tokens.extend(characters.into_iter().chain(merged).map(str::to_owned));
+        token_types.resize(tokens.len(), 1);
+        // "b c" comes first, so that the merges decide and not the lengths of tokens.
+        let merges = ["▁ ▁", "\n \n", "b c", "a b", "▁ ab", "▁ab c"];
+        GgufVocabulary {
+            model: "gemma4".to_owned(),
+            tokens,
+            token_types,
+            merges: merges.map(str::to_owned).to_vec(),
+            bos: Some(2),
+            eos: Some(1),
+            ..GgufVocabulary::default()
+        }
+    }
+
+    #[test]
+    fn a_sentencepiece_model_with_merges_needs_no_scores() {
+        let tokenizer = ranked().into_tokenizer().unwrap();
+        let id = |text: &str| tokenizer.id_of(text).unwrap();
+        let encode = |text: &str| {
+            let options = EncodeOptions {
+                add_special: true,
+                parse_special: true,
+            };
+            tokenizer.encode(text, options).unwrap()
+        };
+        assert_eq!(encode(" ab"), [2, id("▁ab")]);
+        assert_eq!(encode("abc"), [2, id("a"), id("bc")]);
+        assert_eq!(encode("  a\n\n"), [2, id("▁▁"), id("a"), id("\n\n")]);
+        // A character without a token becomes its bytes.
+        assert_eq!(encode("é"), [2, id("<0xC3>"), id("<0xA9>")]);
+        assert_eq!(encode("<|turn>a"), [2, id("<|turn>"), id("a")]);
+        let text = "  ab\n\né abc";
+        let ids = encode(text);
+        assert_eq!(tokenizer.decode(&ids[1..], true), text);
+    }
+
+    #[test]
+    fn a_sentencepiece_model_with_merges_needs_a_token_for_each_byte() {
+        let mut vocabulary = ranked();
+        vocabulary.tokens[5] = "zero".to_owned();
+        vocabulary.token_types[5] = 1;
+        let error = vocabulary.into_tokenizer().unwrap_err().to_string();
+        assert!(error.contains("a token for each byte"), "{error}");
+    }
 }

@@ -235,7 +235,7 @@ impl Attend<'_> {
         queries.resize(heads.head_dim * shape.queries, 0.0);
         sees.clear();
         for (index, row) in item.rows.clone().enumerate() {
-            let from = row * heads.qkv_columns() + head * group * heads.head_dim;
+            let from = row * self.columns + head * group * heads.head_dim;
             let rows = self.qkv[from..].chunks_exact(heads.head_dim);
             for (g, query) in rows.take(group).enumerate() {
                 let column = queries[index * group + g..].iter_mut();

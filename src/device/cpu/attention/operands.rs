@@ -3,7 +3,7 @@
 use super::softmax::SoftmaxShape;
 use crate::device::cpu::cache::{CpuCache, TileShape};
 use crate::device::cpu::step::StagedBatch;
-use crate::device::{ATTENTION_SPAN, AttentionSpec, BatchGroup};
+use crate::device::{ATTENTION_SPAN, AttentionSpec, BatchGroup, CacheLayer};
 use std::ops::Range;
 
 /// Number of positions that share a running softmax; a multiple of 16.
@@ -29,13 +29,16 @@ impl Item {
 
 /// Operands of an attention operation. The caller has checked that they fit together.
 pub(super) struct Attend<'a> {
+    /// Rows that begin with the queries.
     pub(super) qkv: &'a [f32],
+    /// Number of columns of `qkv`.
+    pub(super) columns: usize,
     pub(super) spec: &'a AttentionSpec,
     /// One score per query head, if there are sinks.
     pub(super) sinks: Option<&'a [f32]>,
     pub(super) cache: &'a CpuCache,
-    /// Index of the layer in the blocks of its group.
-    pub(super) layer: usize,
+    /// Place of the layer in the cache.
+    pub(super) layer: CacheLayer,
     pub(super) batch: &'a StagedBatch,
     /// The block tables of the layer's group.
     pub(super) group_tables: &'a BatchGroup,

@@ -39,11 +39,12 @@ impl<E: KvElement> Tile<E> {
         let group = attend.group_tables;
         let table = &group.tables[item.sequence];
         let (first, blocks) = (table.first, &group.entries[table.entries.clone()]);
-        let layer = cache.layer(attend.layer);
+        let layer = cache.layer(attend.layer.index);
+        let tiles = cache.tiles(attend.spec.heads, attend.layer.part);
         let in_block = cache.shape().block_tokens / LANES;
         let at = |tile: usize| {
             let block = *blocks.get((tile / in_block).checked_sub(first)?)? as usize;
-            let at = cache.tile(block, head, tile % in_block) * size_of::<E>();
+            let at = tiles.at(block, head, tile % in_block) * size_of::<E>();
             layer.get(at..at + shape.elements() * size_of::<E>())
         };
         // The table covers every position that a row attends to, as `attend` has checked.

@@ -1,7 +1,7 @@
 //! Tests of groups of layers whose windows are shorter than the sequences.
 
 use super::*;
-use crate::cache::{BlockTable, CacheLayout, Extent, Transfers};
+use crate::cache::{BlockTable, CacheLayout, Extent, LayerCache, Transfers};
 use crate::schedule::retained::RetainedSession;
 
 /// Tokens per block, as in [`Bench`].
@@ -282,6 +282,43 @@ fn gemma_3_holds_a_quarter_of_the_blocks_at_8192_tokens() {
         held,
         "the receipt counts all groups"
     );
+    let counts = bench.scheduler.audit().unwrap();
+    assert_eq!(counts.referenced + counts.deferred, 0);
+}
+
+/// Gemma 4 E4B has 42 layers, of which every sixth attends to all tokens, with heads twice as
+/// large, and the last 18 to the keys and values of earlier ones.
+#[test]
+fn shared_and_smaller_caches_take_fewer_blocks() {
+    let is_full = |layer: usize| layer % 6 == 5;
+    let layers: Vec<LayerCache> = (0..42)
+        .map(|layer| LayerCache {
+            window: (!is_full(layer)).then_some(512),
+            size: if is_full(layer) { 2 } else { 1 },
+            shares: (layer >= 24).then_some(if is_full(layer) { 23 } else { 22 }),
+        })
+        .collect();
+    let layout = CacheLayout::of_layers(&layers, 32_768, 128).unwrap();
+    // Four large layers in the first group; twice ten small ones in five places of the others.
+    let sizes = layout.groups().iter().map(|group| group.layers.len());
+    assert_eq!(sizes.collect::<Vec<_>>(), [4, 10, 10]);
+    assert_eq!(layout.layers_per_block(), 5);
+    let cache = BlockCache::with_layout(10_000, 16, true, layout);
+    let mut bench = Bench {
+        scheduler: Scheduler::new(Policy::default(), cache),
+        ..Bench::new(0, Policy::default())
+    };
+    let key = bench.add(spec(prompt(8100, 1), 1000));
+    while bench.sequence(key).tokens.len() < 8192 {
+        bench.step();
+    }
+    let held = [0, 1, 2].map(|group| bench.sequence(key).table.group(group).blocks.len());
+    assert_eq!(held[0], 512);
+    assert!(
+        held[1..].iter().all(|held| (33..46).contains(held)),
+        "{held:?}"
+    );
+    bench.scheduler.remove(key).unwrap();
     let counts = bench.scheduler.audit().unwrap();
     assert_eq!(counts.referenced + counts.deferred, 0);
 }

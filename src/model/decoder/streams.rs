@@ -1,0 +1,289 @@
+//! Several residual streams, of which each layer computes one: what the layer does to that one is
+//! predicted for all before, and corrected after.
+//!
+//! Baykal et al., *Alternating Updates for Efficient Transformers*, 2023.
+
+use super::per_layer::gated_input;
+use super::weights::LayerInputWeights;
+use super::workspace::{StreamSpace, Workspace};
+use crate::device::{Device, DeviceError};
+use crate::model::layer::Streams;
+use crate::model::names::Part;
+use crate::model::{ModelConfig, ModelError, ModelSource};
+
+/// The least mean square that a projected stream is taken to have.
+const FLOOR: f32 = 1e-5;
+
+/// What belongs to no layer.
+pub(super) struct StreamWeights<D: Device> {
+    /// The projections of the embeddings to all streams but the first.
+    begin: Vec<D::Linear>,
+    /// The projections of all streams but the first to the output.
+    end: Vec<D::Linear>,
+}
+
+impl<D: Device> StreamWeights<D> {
+    pub(super) fn load(source: &ModelSource, device: &mut D) -> Result<Option<Self>, ModelError> {
+        let Some(streams) = source.config().streams else {
+            return Ok(None);
+        };
+        let mut load = |is_begin: bool| {
+            let projections = (1..streams.count).map(|stream| {
+                let stored = source.stream_projection(stream, is_begin)?;
+                Ok(device.load_linear(&stored.spec())?)
+            });
+            projections.collect::<Result<Vec<_>, ModelError>>()
+        };
+        Ok(Some(Self {
+            begin: load(true)?,
+            end: load(false)?,
+        }))
+    }
+
+    /// Makes the streams of the embeddings, which are in the residual stream.
+    pub(super) fn begin(
+        &self,
+        device: &mut D,
+        rows: usize,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            residual, streams, ..
+        } = workspace;
+        let Some((first, others)) = streams
+            .as_mut()
+            .and_then(|all| all.current.split_first_mut())
+        else {
+            return Ok(());
+        };
+        device.copy(residual, rows, first)?;
+        for (projection, stream) in self.begin.iter().zip(others) {
+            device.linear(residual, projection, rows, stream)?;
+            device.match_magnitude(stream, residual, FLOOR, rows)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the mean of the streams in the residual stream.
+    pub(super) fn end(
+        &self,
+        device: &mut D,
+        rows: usize,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            residual,
+            delta,
+            streams,
+            ..
+        } = workspace;
+        let Some((first, others)) = streams.as_ref().and_then(|all| all.current.split_first())
+        else {
+            return Ok(());
+        };
+        device.copy(first, rows, residual)?;
+        for (projection, stream) in self.end.iter().zip(others) {
+            device.linear(stream, projection, rows, delta)?;
+            device.match_magnitude(delta, first, FLOOR, rows)?;
+            device.add(residual, delta, rows)?;
+        }
+        device.scale(residual, 1.0 / (1 + others.len()) as f32, rows)
+    }
+}
+
+/// What a layer predicts and corrects the streams with.
+pub(super) struct LayerStreams<D: Device> {
+    spec: Streams,
+    router: D::Linear,
+    /// The norm on the router's input, divided by the hidden size.
+    router_norm: D::Vector,
+    prediction: D::Linear,
+    correction: D::Linear,
+    /// Factors on the active stream before the layer's own input is gated by it.
+    scale: Option<D::Vector>,
+    /// Added to the mean square in norms.
+    epsilon: f32,
+}
+
+impl<D: Device> LayerStreams<D> {
+    pub(super) fn load(
+        source: &ModelSource,
+        device: &mut D,
+        layer: usize,
+    ) -> Result<Option<Self>, ModelError> {
+        let config = source.config();
+        let Some(spec) = config.streams else {
+            return Ok(None);
+        };
+        let (count, hidden) = (spec.count, config.hidden);
+        let mut linear = |part: Part, rows: usize, columns: usize| {
+            let stored = source.linear(layer, &[(part, rows)], columns)?;
+            Ok::<_, ModelError>(device.load_linear(&stored.spec())?)
+        };
+        let router = linear(Part::StreamRouter, count, hidden)?;
+        let prediction = linear(Part::StreamPrediction, count * count, count)?;
+        let correction = linear(Part::StreamCorrection, count, count)?;
+        let mut router_norm = source.norm(layer, Part::StreamRouterNorm, hidden)?;
+        let divisor = hidden as f32;
+        router_norm.iter_mut().for_each(|weight| *weight /= divisor);
+        let scale = match spec.scales_output {
+            true => {
+                let name = source.name(layer, Part::StreamScale);
+                Some(device.load_vector(&source.vector(&name, hidden)?)?)
+            }
+            false => None,
+        };
+        Ok(Some(Self {
+            spec,
+            router,
+            router_norm: device.load_vector(&router_norm)?,
+            prediction,
+            correction,
+            scale,
+            epsilon: config.norm_epsilon,
+        }))
+    }
+
+    /// Computes the tangents of the router's outputs.
+    fn route(
+        &self,
+        device: &mut D,
+        rows: usize,
+        from: &D::Tensor,
+        (normed, routed): (&mut D::Tensor, &mut D::Tensor),
+    ) -> Result<(), DeviceError> {
+        device.rms_norm(from, &self.router_norm, self.epsilon, rows, normed)?;
+        device.linear(normed, &self.router, rows, routed)?;
+        device.softcap(routed, 1.0, rows)
+    }
+
+    /// Predicts the streams. The residual stream becomes what is predicted of the active one.
+    pub(super) fn predict(
+        &self,
+        device: &mut D,
+        rows: usize,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            residual,
+            normed,
+            streams,
+            ..
+        } = workspace;
+        let Some(space) = streams else { return Ok(()) };
+        let StreamSpace {
+            current,
+            predicted,
+            routed,
+            prediction,
+            ..
+        } = space;
+        let active = self.spec.active;
+        self.route(device, rows, &current[active], (normed, routed))?;
+        device.linear(routed, &self.prediction, rows, prediction)?;
+        device.mix_streams(current, prediction, rows, predicted)?;
+        device.copy(&predicted[active], rows, residual)
+    }
+
+    /// Corrects the streams by what the layer made of the active one, which is in the residual
+    /// stream, and adds the layer's own input to all streams but the first.
+    pub(super) fn correct(
+        &self,
+        device: &mut D,
+        config: &ModelConfig,
+        (index, input): (usize, Option<&LayerInputWeights<D>>),
+        rows: usize,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            residual,
+            normed,
+            delta,
+            inputs,
+            streams,
+            ..
+        } = workspace;
+        let Some(space) = streams else { return Ok(()) };
+        let StreamSpace {
+            current,
+            predicted,
+            routed,
+            correction,
+            ..
+        } = space;
+        let active = self.spec.active;
+        self.route(device, rows, residual, (normed, routed))?;
+        device.linear(routed, &self.correction, rows, correction)?;
+        device.correct_streams(residual, correction, active, rows, predicted)?;
+        if let (Some(input), Some(inputs)) = (input, inputs) {
+            match &self.scale {
+                Some(scale) => device.multiply(&predicted[active], scale, rows, normed)?,
+                None => device.copy(&predicted[active], rows, normed)?,
+            }
+            let to = (inputs, &mut *delta);
+            gated_input(device, config, (index, input), rows, normed, to)?;
+            for stream in &mut predicted[1..] {
+                device.rms_norm_add(delta, &input.norm, self.epsilon, rows, stream)?;
+            }
+        }
+        std::mem::swap(current, predicted);
+        Ok(())
+    }
+}
+
+/// A learned path beside the attention: a product of low rank of the layer's input.
+pub(super) struct SidePath<D: Device> {
+    left: D::Linear,
+    right: D::Linear,
+    norm: D::Vector,
+}
+
+impl<D: Device> SidePath<D> {
+    pub(super) fn load(
+        source: &ModelSource,
+        device: &mut D,
+        layer: usize,
+    ) -> Result<Option<Self>, ModelError> {
+        let config = source.config();
+        let Some(rank) = config.layers[layer].side_rank else {
+            return Ok(None);
+        };
+        let hidden = config.hidden;
+        let mut linear = |part: Part, rows: usize, columns: usize| {
+            let stored = source.linear(layer, &[(part, rows)], columns)?;
+            Ok::<_, ModelError>(device.load_linear(&stored.spec())?)
+        };
+        let left = linear(Part::SideLeft, rank, hidden)?;
+        let right = linear(Part::SideRight, hidden, rank)?;
+        let norm = source.norm(layer, Part::SideNorm, hidden)?;
+        Ok(Some(Self {
+            left,
+            right,
+            norm: device.load_vector(&norm)?,
+        }))
+    }
+
+    /// Adds the path, and its input, to the residual stream after the attention, and divides by
+    /// the root of 2. `normed` holds the attention's input.
+    pub(super) fn add(
+        &self,
+        device: &mut D,
+        epsilon: f32,
+        rows: usize,
+        workspace: &mut Workspace<D::Tensor>,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            residual,
+            normed,
+            delta,
+            side,
+            ..
+        } = workspace;
+        let Some(side) = side else { return Ok(()) };
+        device.linear(normed, &self.left, rows, side)?;
+        device.linear(side, &self.right, rows, delta)?;
+        device.add(residual, normed, rows)?;
+        device.rms_norm_add(delta, &self.norm, epsilon, rows, residual)?;
+        device.scale(residual, std::f32::consts::FRAC_1_SQRT_2, rows)
+    }
+}
