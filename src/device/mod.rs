@@ -13,7 +13,8 @@
 //!
 //! An activation [`DeviceTypes::Tensor`] is a row-major matrix with one row per token of the
 //! step. The query, key and value of a token are in one row,
-//! `[q_heads · head_dim | kv_heads · head_dim | kv_heads · head_dim]`.
+//! `[q_heads · head_dim | kv_heads · head_dim | kv_heads · head_dim]`. Where values are in the
+//! keys ([`Values::InKeys`]), the last part is missing.
 //!
 //! # Determinism
 //!
@@ -44,7 +45,9 @@ mod tensor;
 mod types;
 
 pub use activation::{Activation, ActivationOps};
-pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention};
+pub use attention::{
+    ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention, Values,
+};
 pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;

@@ -7,7 +7,7 @@ use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting};
+use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting, Values};
 use crate::weights::WeightSource;
 use crate::weights::gguf::{Gguf, Value};
 use std::collections::HashSet;
@@ -208,6 +208,7 @@ impl<'a> Metadata<'a> {
             q_heads,
             kv_heads: kv_heads.unwrap_or(q_heads),
             head_dim,
+            values: Values::BesideKeys,
         })
     }
 

@@ -17,7 +17,7 @@ use super::hyperparameters::Hyperparameters;
 use super::key_names::{self, KeyNames, Keys};
 use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{Activation, HeadShape};
+use crate::device::{Activation, HeadShape, Values};
 use serde_json::Value;
 use std::collections::HashSet;
 
@@ -192,6 +192,7 @@ impl<'a> Config<'a> {
             q_heads,
             kv_heads,
             head_dim,
+            values: Values::BesideKeys,
         })
     }
 

@@ -185,6 +185,7 @@ impl Hyperparameters {
             q_heads,
             kv_heads,
             head_dim,
+            ..
         } = self.heads;
         self.check_size(|keys| keys.layers, self.layers, 4096)?;
         self.check_size(|keys| keys.hidden, self.hidden, 1 << 20)?;

@@ -172,6 +172,7 @@ fn one_block(model: &ModelConfig, config: &EngineConfig, layout: &CacheLayout) -
         head_dim: heads.head_dim,
         blocks: 1,
         block_tokens: config.block_tokens,
+        values: heads.values,
     }
 }
 

@@ -487,8 +487,8 @@ struct Operands {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::ModelShape;
     use crate::device::cuda::cache::HEAD_DIMS;
+    use crate::device::{ModelShape, Values};
 
     #[test]
     fn a_window_overlaps_no_more_units_than_are_launched() {
@@ -507,6 +507,7 @@ mod tests {
                 q_heads,
                 kv_heads,
                 head_dim: 64,
+                values: Values::BesideKeys,
             };
             let spread = unit_spread(heads);
             for rows in [1, 2, 7, 24, 100, 256, 5000] {
@@ -535,6 +536,7 @@ mod tests {
                     q_heads: 32,
                     kv_heads: 8,
                     head_dim: 128,
+                    values: Values::BesideKeys,
                 },
                 ..ModelShape::default()
             },

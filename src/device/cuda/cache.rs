@@ -9,7 +9,7 @@ use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, Values};
 
 kernels! {
     /// Kernels of `kernels/cache.cu`.
@@ -142,6 +142,18 @@ pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
     ))
 }
 
+/// Returns [`DeviceError::Unsupported`] if the values are in the keys, for which there are no
+/// kernels.
+pub(super) fn require_values(values: Values) -> Result<(), DeviceError> {
+    match values {
+        Values::BesideKeys => Ok(()),
+        Values::InKeys(elements) => Err(unsupported(
+            format!("latent attention, with values that are {elements} elements of their keys"),
+            "values must be cached beside the keys",
+        )),
+    }
+}
+
 /// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
 pub(super) fn require_heads(
     operation: &'static str,
@@ -152,6 +164,7 @@ pub(super) fn require_heads(
     let shape = cache.shape();
     let fits = heads.kv_heads == shape.kv_heads
         && heads.head_dim == shape.head_dim
+        && heads.values == shape.values
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads)
@@ -185,6 +198,7 @@ impl CacheOps for CudaDevice {
                 "the number of tokens per block must be a multiple of 16",
             ));
         }
+        require_values(shape.values)?;
         require_head_dim(shape.head_dim)?;
         let slots = shape.blocks.checked_mul(shape.block_tokens);
         let countable = slots.is_some_and(|slots| slots < u32::MAX as usize)

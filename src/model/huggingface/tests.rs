@@ -36,6 +36,7 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
         q_heads,
         kv_heads,
         head_dim,
+        ..
     } = config.heads();
     assert_eq!((q_heads, kv_heads, head_dim), (8, 4, 256));
     assert_eq!(config.layers[0].attention().scale, 1.0 / 16.0);
@@ -186,6 +187,7 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             q_heads,
             kv_heads,
             head_dim,
+            ..
         } = config.heads();
         let experts = config.experts().map(|experts| experts.width);
         let width = config.dense_width().or(experts).unwrap();
