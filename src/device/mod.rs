@@ -34,6 +34,7 @@ pub mod cuda;
 mod embedding;
 mod error;
 mod experts;
+mod latent;
 mod linear;
 mod norm;
 mod pooling;
@@ -52,7 +53,8 @@ pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
-pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
+pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting, SoftmaxRouting};
+pub use latent::{LatentOps, LatentShape, Latents};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
@@ -94,6 +96,7 @@ pub trait Device:
     + LinearOps
     + RopeOps
     + AttentionOps
+    + LatentOps
     + ActivationOps
     + ExpertOps
     + SamplingOps

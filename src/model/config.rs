@@ -1,7 +1,7 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
+use super::layer::{Experts, FeedForward, Latent, LayerSpec, Mixer, NormKind, NormPlacement};
 use super::{ModelError, RopeConfig};
 use crate::device::HeadShape;
 use std::fmt::Debug;
@@ -75,16 +75,25 @@ impl ModelConfig {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The attention heads, which are the same in every layer.
+    /// The heads of what attends to the cache, which are the same in every layer.
     pub fn heads(&self) -> HeadShape {
-        self.layers[0].attention().heads
+        self.layers[0].heads()
     }
 
     /// The sliding window of the layers that have one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
-        layers.find_map(|layer| layer.attention().window)
+        layers.find_map(LayerSpec::window)
+    }
+
+    /// The latent attention of the layers that have it.
+    pub fn latent(&self) -> Option<&Latent> {
+        let mut layers = self.layers.iter();
+        layers.find_map(|layer| match &layer.mixer {
+            Mixer::Latent(latent) => Some(latent),
+            Mixer::Attention(_) => None,
+        })
     }
 
     /// The width of the dense feed-forward parts, if there are any.
@@ -115,9 +124,15 @@ impl ModelConfig {
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
         let (heads, dense, experts) = (self.heads(), self.dense_width(), self.experts());
         for (index, layer) in self.layers.iter().enumerate() {
-            let own = layer.attention().heads;
+            let own = layer.heads();
             if own != heads {
                 return Err(uneven(index, "heads", own, heads));
+            }
+            if let Mixer::Latent(latent) = layer.mixer
+                && let Some(first) = self.latent()
+                && latent != *first
+            {
+                return Err(uneven(index, "latent attention", latent, first));
             }
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
@@ -168,7 +183,6 @@ fn uneven(layer: usize, what: &str, found: impl Debug, expected: impl Debug) -> 
 mod tests {
     use super::*;
     use crate::model::huggingface;
-    use crate::model::layer::Mixer;
     use serde_json::json;
 
     #[test]
@@ -184,8 +198,9 @@ mod tests {
         };
         refused(
             |layers| {
-                let Mixer::Attention(attention) = &mut layers[5].mixer;
-                attention.heads.kv_heads = 2;
+                if let Mixer::Attention(attention) = &mut layers[5].mixer {
+                    attention.heads.kv_heads = 2;
+                }
             },
             ["layer 5's heads", "kv_heads: 4"],
         );

@@ -1,5 +1,6 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod latent;
 mod weights;
 mod workspace;
 
@@ -10,7 +11,7 @@ use crate::device::{
     RotaryAttention, Staged,
 };
 use std::ops::Range;
-use weights::{FeedForwardWeights, LayerWeights};
+use weights::{AttentionWeights, FeedForwardWeights, LayerWeights, MixerWeights};
 use workspace::Workspace;
 
 /// A model on a device.
@@ -164,9 +165,16 @@ impl<D: Device> Decoder<D> {
             let workspace = &mut self.workspace;
             let norms = &layer.mixer_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
-            let nothing = self.config.ropes.len();
-            let rope = &self.ropes[spec.attention().rope.unwrap_or(nothing)];
-            step.attention(device, workspace, layer, rope, cache)?;
+            let ropes = &self.ropes;
+            match &layer.mixer {
+                MixerWeights::Attention(weights) => {
+                    let rope = &ropes[weights.spec.rope.unwrap_or(self.config.ropes.len())];
+                    step.attention(device, workspace, weights, rope, cache)?;
+                }
+                MixerWeights::Latent(weights) => {
+                    step.latent(device, workspace, weights, ropes, cache)?;
+                }
+            }
             pending = step.output(device, workspace, norms.after.as_ref())?;
             let norms = &layer.feed_forward_norms;
             step.input(device, workspace, norms.before.as_ref(), pending)?;
@@ -322,11 +330,11 @@ impl LayerStep<'_> {
         &self,
         device: &mut D,
         workspace: &mut Workspace<D::Tensor>,
-        layer: &LayerWeights<D>,
+        weights: &AttentionWeights<D>,
         rope: &D::Rope,
         cache: &mut D::Cache,
     ) -> Result<(), DeviceError> {
-        let spec = self.spec.attention();
+        let spec = &weights.spec;
         let Workspace {
             residual,
             normed,
@@ -339,8 +347,8 @@ impl LayerStep<'_> {
             true => &*residual,
             false => &*normed,
         };
-        device.linear(input, &layer.qkv, self.rows, qkv)?;
-        let norm = layer.qk_norm.as_ref().map(|(q, k)| QkNorm {
+        device.linear(input, &weights.qkv, self.rows, qkv)?;
+        let norm = weights.qk_norm.as_ref().map(|(q, k)| QkNorm {
             q,
             k,
             epsilon: self.norm.epsilon,
@@ -361,10 +369,10 @@ impl LayerStep<'_> {
         let rotary_attention = RotaryAttention {
             rotary,
             spec,
-            sinks: layer.sinks.as_ref(),
+            sinks: weights.sinks.as_ref(),
         };
         device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
-        device.linear(attention, &layer.attention_out, self.rows, delta)
+        device.linear(attention, &weights.out, self.rows, delta)
     }
 
     fn feed_forward<D: Device>(

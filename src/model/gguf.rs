@@ -135,9 +135,17 @@ impl<'a> Metadata<'a> {
     /// The numbers that all architectures have in common. There are no experts; an
     /// architecture that has some reads them itself.
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
+        let hidden = self.required_size("embedding_length")?;
+        self.hyperparameters_of(self.heads(hidden)?)
+    }
+
+    /// Like [`Metadata::hyperparameters`], for these heads.
+    pub(super) fn hyperparameters_of(
+        &self,
+        heads: HeadShape,
+    ) -> Result<Hyperparameters, ModelError> {
         let layers = self.layers()?;
         let hidden = self.required_size("embedding_length")?;
-        let heads = self.heads(hidden)?;
         let context = self.required_size("context_length")?;
         let intermediate = match self.uniform_size("feed_forward_length")? {
             Some(intermediate) => intermediate,
@@ -165,6 +173,7 @@ impl<'a> Metadata<'a> {
             attention_softcap: None,
             logit_softcap: self.number("final_logit_softcapping")?,
             logit_scale: 1.0,
+            latent: None,
             unrotated: HashSet::new(),
             has_qk_norm: false,
             query_scale: None,

@@ -119,6 +119,7 @@ impl<'a> Config<'a> {
             attention_softcap: None,
             logit_softcap: None,
             logit_scale: 1.0,
+            latent: None,
             unrotated: HashSet::new(),
             has_qk_norm: false,
             query_scale: None,

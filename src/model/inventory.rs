@@ -1,7 +1,7 @@
 //! Every tensor of a file is either used or known to be harmless; any other is refused by
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
-use super::layer::{FeedForward, LayerSpec};
+use super::layer::{Attention, FeedForward, LayerSpec, Mixer};
 use super::names::{self, Part};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
@@ -134,16 +134,16 @@ impl Inventory<'_> {
         for part in norms(spec) {
             self.require(self.source.name(layer, part))?;
         }
-        if self.source.fuses_qkv(layer) {
-            self.linear(layer, Part::FusedQkv)?;
-        } else {
-            for part in [Part::Query, Part::Key, Part::Value] {
-                self.linear(layer, part)?;
+        match &spec.mixer {
+            Mixer::Attention(attention) => self.attention(layer, attention)?,
+            Mixer::Latent(latent) => {
+                for part in latent.linear_parts(self.source.naming()) {
+                    self.linear(layer, part)?;
+                }
+                for &part in latent.norms() {
+                    self.require(self.source.name(layer, part))?;
+                }
             }
-        }
-        self.linear(layer, Part::AttentionOut)?;
-        if spec.attention().has_sinks {
-            self.require(self.source.name(layer, Part::Sinks))?;
         }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
@@ -172,6 +172,21 @@ impl Inventory<'_> {
                 }
                 self.linear(layer, Part::Down)
             }
+        }
+    }
+
+    fn attention(&mut self, layer: usize, attention: &Attention) -> Result<(), ModelError> {
+        if self.source.fuses_qkv(layer) {
+            self.linear(layer, Part::FusedQkv)?;
+        } else {
+            for part in [Part::Query, Part::Key, Part::Value] {
+                self.linear(layer, part)?;
+            }
+        }
+        self.linear(layer, Part::AttentionOut)?;
+        match attention.has_sinks {
+            true => self.require(self.source.name(layer, Part::Sinks)),
+            false => Ok(()),
         }
     }
 
@@ -207,7 +222,8 @@ impl Inventory<'_> {
 /// The norms of a layer.
 fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {
     let (mixer, feed_forward) = (spec.mixer_norms, spec.feed_forward_norms);
-    let has_qk_norm = spec.attention().qk_norm_lengths().is_some();
+    let qk_norm = spec.attention().and_then(Attention::qk_norm_lengths);
+    let has_qk_norm = qk_norm.is_some();
     let norms = [
         (Part::AttentionNorm, mixer.is_before()),
         (Part::PostAttentionNorm, mixer.is_after()),

@@ -25,6 +25,12 @@ pub(super) struct Keys {
     pub(super) expert_groups: &'static str,
     pub(super) expert_scale: &'static str,
     pub(super) shared_experts: &'static str,
+    pub(super) query_rank: &'static str,
+    pub(super) latent: &'static str,
+    /// The elements of a query that are not rotated.
+    pub(super) plain: &'static str,
+    pub(super) rotated: &'static str,
+    pub(super) value: &'static str,
     pub(super) rope_base: &'static str,
     pub(super) rope_dimension: &'static str,
     /// The following are relative to [`KeyNames::rope_place`].
@@ -35,6 +41,7 @@ pub(super) struct Keys {
     pub(super) rope_beta_fast: &'static str,
     pub(super) rope_beta_slow: &'static str,
     pub(super) rope_attention_factor: &'static str,
+    pub(super) latent_scale: &'static str,
 }
 
 /// The keys of GGUF metadata.
@@ -62,6 +69,11 @@ pub(super) const GGUF: Keys = Keys {
     expert_groups: "expert_group_used_count",
     expert_scale: "expert_weights_scale",
     shared_experts: "expert_shared_count",
+    query_rank: "attention.q_lora_rank",
+    latent: "attention.kv_lora_rank",
+    plain: "attention.key_length_mla",
+    rotated: "rope.dimension_count",
+    value: "attention.value_length_mla",
     rope_base: "rope.freq_base",
     rope_dimension: "rope.dimension_count",
     rope_factor: "factor",
@@ -71,6 +83,7 @@ pub(super) const GGUF: Keys = Keys {
     rope_beta_fast: "yarn_beta_fast",
     rope_beta_slow: "yarn_beta_slow",
     rope_attention_factor: "attn_factor",
+    latent_scale: "yarn_log_multiplier",
 };
 
 /// The keys of `config.json`.
@@ -97,6 +110,11 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     expert_groups: "topk_group",
     expert_scale: "routed_scaling_factor",
     shared_experts: "n_shared_experts",
+    query_rank: "q_lora_rank",
+    latent: "kv_lora_rank",
+    plain: "qk_nope_head_dim",
+    rotated: "qk_rope_head_dim",
+    value: "v_head_dim",
     rope_base: "rope_theta",
     rope_dimension: "partial_rotary_factor",
     rope_factor: "factor",
@@ -106,6 +124,7 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     rope_beta_fast: "beta_fast",
     rope_beta_slow: "beta_slow",
     rope_attention_factor: "attention_factor",
+    latent_scale: "mscale_all_dim",
 };
 
 /// The keys of one file.

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, QueryScale, RoutingSpec};
+use crate::device::{Activation, HeadShape, LatentShape, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -25,6 +25,27 @@ pub struct LayerSpec {
 pub enum Mixer {
     /// Causal softmax attention over cached keys and values.
     Attention(Attention),
+    /// Causal softmax attention over a cached latent per token, which holds keys and values of all
+    /// heads.
+    Latent(Latent),
+}
+
+/// The latent attention of a layer. DeepSeek-AI, *DeepSeek-V2*, 2024.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Latent {
+    /// The sizes.
+    pub shape: LatentShape,
+    /// Number of elements of the queries' own latent, of which they are made; `None` if they are
+    /// made of the layer's input.
+    pub query_rank: Option<usize>,
+    /// Factor on `q · k`.
+    pub scale: f32,
+    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
+    pub rope: usize,
+    /// Added to the mean square in the norms of latents.
+    pub norm_epsilon: f32,
+    /// Whether the rotated rows are stored with the two halves that RoPE rotates interleaved.
+    pub is_interleaved: bool,
 }
 
 /// The attention of a layer.
@@ -118,20 +139,35 @@ pub enum QkNormKind {
 impl LayerSpec {
     /// The same layer, with queries and keys normalised in this way.
     pub(super) fn with_qk_norm(self, kind: QkNormKind) -> Self {
-        let Mixer::Attention(attention) = self.mixer;
-        Self {
-            mixer: Mixer::Attention(Attention {
+        let mixer = match self.mixer {
+            Mixer::Attention(attention) => Mixer::Attention(Attention {
                 qk_norm: Some(kind),
                 ..attention
             }),
-            ..self
+            other => other,
+        };
+        Self { mixer, ..self }
+    }
+
+    /// The layer's attention, unless it is latent.
+    pub fn attention(&self) -> Option<&Attention> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            Mixer::Latent(_) => None,
         }
     }
 
-    /// The layer's attention.
-    pub fn attention(&self) -> &Attention {
-        let Mixer::Attention(attention) = &self.mixer;
-        attention
+    /// The heads of what attends to the layer's cache.
+    pub fn heads(&self) -> HeadShape {
+        match &self.mixer {
+            Mixer::Attention(attention) => attention.heads,
+            Mixer::Latent(latent) => latent.shape.heads(),
+        }
+    }
+
+    /// The layer's sliding window, if it has one.
+    pub fn window(&self) -> Option<usize> {
+        self.attention()?.window
     }
 }
 

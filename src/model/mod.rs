@@ -16,6 +16,7 @@ mod huggingface;
 mod hyperparameters;
 mod inventory;
 mod key_names;
+mod latent;
 mod layer;
 mod names;
 #[cfg(any(test, feature = "cli", feature = "internals"))]

@@ -1,7 +1,7 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::FeedForward;
+use super::layer::{Attention, FeedForward, Latent, Mixer};
 use super::names::{self, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
@@ -55,7 +55,10 @@ impl List<'_> {
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
-        self.attention(layer);
+        match &spec.mixer {
+            Mixer::Attention(attention) => self.attention(layer, attention),
+            Mixer::Latent(latent) => self.latent(layer, latent),
+        }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
             (Part::FeedForwardNorm, spec.feed_forward_norms.is_before()),
@@ -114,9 +117,31 @@ impl List<'_> {
         }
     }
 
-    fn attention(&mut self, layer: usize) {
+    fn latent(&mut self, layer: usize, latent: &Latent) {
+        let (config, hidden, shape) = (self.config, self.config.hidden, latent.shape);
+        let queries = shape.query_columns();
+        match latent.query_rank {
+            Some(rank) => {
+                self.part(layer, Part::QueryDown, rank, hidden);
+                self.bias(layer, Part::QueryDown, rank, config.biases.qkv);
+                self.part_norm(layer, Part::QueryDownNorm, rank);
+                self.part(layer, Part::QueryUp, queries, rank);
+            }
+            None => self.part(layer, Part::LatentQuery, queries, hidden),
+        }
+        let down = shape.key_columns();
+        self.part(layer, Part::LatentDown, down, hidden);
+        self.bias(layer, Part::LatentDown, down, config.biases.qkv);
+        self.part_norm(layer, Part::LatentNorm, shape.latent);
+        let up = shape.heads * (shape.plain + shape.value);
+        self.part(layer, Part::LatentUp, up, shape.latent);
+        self.part(layer, Part::AttentionOut, hidden, shape.value_columns());
+        let bias = config.biases.attention_out;
+        self.bias(layer, Part::AttentionOut, hidden, bias);
+    }
+
+    fn attention(&mut self, layer: usize, attention: &Attention) {
         let (config, hidden) = (self.config, self.config.hidden);
-        let attention = config.layers[layer].attention();
         let heads = attention.heads;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if config.architecture.storage.fuses_qkv {

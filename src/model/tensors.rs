@@ -4,7 +4,7 @@ use super::architectures::RopeRows;
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
-use crate::device::RowOrder;
+use crate::device::{HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
 
@@ -211,11 +211,12 @@ impl ModelSource {
     }
 
     /// Query, key and value of a layer, stacked.
-    pub(super) fn qkv(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let (heads, hidden) = (
-            self.config.layers[layer].attention().heads,
-            self.config.hidden,
-        );
+    pub(super) fn qkv(
+        &self,
+        layer: usize,
+        heads: HeadShape,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let hidden = self.config.hidden;
         let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
         if self.fuses_qkv(layer) {
             return self.linear(layer, &[(Part::FusedQkv, q + 2 * kv)], hidden);
@@ -231,7 +232,7 @@ impl ModelSource {
     /// The order in which the rows of queries and keys of a layer are stored, unless it is that
     /// in which they are used. It does not matter where they are not rotated.
     fn rope_order(&self, layer: usize) -> Option<RowOrder> {
-        let attention = self.config.layers[layer].attention();
+        let attention = self.config.layers[layer].attention()?;
         let rope = &self.config.ropes[attention.rope?];
         let is_interleaved = match self.config.architecture.storage.rope_rows {
             RopeRows::Halves => false,
@@ -250,9 +251,12 @@ impl ModelSource {
         self.rope_order(layer).is_none() && self.holds(&self.name(layer, Part::FusedQkv))
     }
 
-    /// The attention's output projection.
-    pub(super) fn attention_out(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
-        let columns = self.config.layers[layer].attention().heads.q_columns();
+    /// The attention's output projection, of `columns` inputs.
+    pub(super) fn attention_out(
+        &self,
+        layer: usize,
+        columns: usize,
+    ) -> Result<StoredLinear<'_>, ModelError> {
         self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
     }
 
@@ -275,8 +279,7 @@ impl ModelSource {
     }
 
     /// The sinks of the attention's heads.
-    pub(super) fn sinks(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
-        let heads = self.config.layers[layer].attention().heads;
+    pub(super) fn sinks(&self, layer: usize, heads: HeadShape) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Sinks), heads.q_heads)
     }
 
@@ -364,6 +367,10 @@ impl ModelSource {
         let biases = self.config.biases;
         let said = match part {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
+            Part::QueryDown | Part::LatentDown => biases.qkv,
+            // No model has biases on what is made of a latent.
+            Part::QueryUp | Part::LatentQuery | Part::LatentUp => Some(false),
+            Part::LatentKeys | Part::LatentValues => Some(false),
             Part::AttentionOut => biases.attention_out,
             _ => biases.feed_forward,
         };

@@ -149,7 +149,7 @@ pub(super) fn cache_layout(
     config: &EngineConfig,
 ) -> Result<CacheLayout, LoadError> {
     let layers = model.layers.iter();
-    let windows: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
+    let windows: Vec<Option<usize>> = layers.map(|layer| layer.window()).collect();
     let context = context_tokens(model, config);
     CacheLayout::new(&windows, context, ATTENTION_SPAN)
         .map_err(|EmptyWindow { layer }| LoadError::EmptyWindow { layer })

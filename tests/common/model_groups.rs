@@ -18,7 +18,7 @@ pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
     let folder = ModelFolder::open(&folder.join(name)).unwrap();
     let source = ModelSource::from_folder(folder).unwrap();
     let layers = source.config().layers.iter();
-    let own: Vec<Option<usize>> = layers.map(|layer| layer.attention().window).collect();
+    let own: Vec<Option<usize>> = layers.map(|layer| layer.window()).collect();
     assert_eq!(own.iter().any(Option::is_some), windows, "{name}");
     let mut logits = |windows: &[Option<usize>]| {
         let layout = CacheLayout::new(windows, TOKENS, ATTENTION_SPAN).unwrap();

@@ -20,6 +20,7 @@ mod error;
 mod experts;
 mod float;
 mod integer;
+mod latent;
 mod layout;
 mod linear;
 mod memory;
@@ -40,6 +41,8 @@ mod tensor;
 mod workers;
 
 pub use cache::CpuCache;
+#[cfg(any(test, feature = "internals"))]
+pub use latent::CpuHeads;
 pub use linear::CpuLinear;
 pub use norm::CpuVector;
 pub use options::{Activations, CpuOptions, KvType, SimdLevel};
@@ -68,6 +71,7 @@ pub struct CpuDevice {
     ropes: RopeTables,
     attention: Attention,
     experts: experts::Scratch,
+    latent: latent::Scratch,
     /// Tokens that the last step sampled, for rows of the next step that refer to them.
     sampled: Vec<u32>,
     /// Samples that the caller has read, kept to reuse their memory.
@@ -104,6 +108,7 @@ impl CpuDevice {
             ropes: RopeTables::default(),
             attention: Attention::default(),
             experts: experts::Scratch::default(),
+            latent: latent::Scratch::default(),
             sampled: Vec::new(),
             spare_samples: Samples::default(),
         })

@@ -487,6 +487,12 @@ impl CudaDevice {
                 top_k,
                 routing.normalize.into(),
             )?,
+            RouterScore::GroupedSoftmax(_) => {
+                return Err(unsupported(
+                    "a softmax router with groups of experts or a factor",
+                    "the router must be a plain softmax, or have sigmoids",
+                ));
+            }
             RouterScore::Sigmoid(sigmoid) if sigmoid.groups > MAX_GROUPS => {
                 return Err(unsupported(
                     format!("{} groups of experts", sigmoid.groups),

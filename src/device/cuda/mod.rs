@@ -25,6 +25,7 @@ mod experts;
 mod graphs;
 mod handle;
 mod images;
+mod latent;
 mod launch;
 mod linear;
 mod load;

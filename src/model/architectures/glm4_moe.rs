@@ -84,22 +84,31 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
-    let common = metadata.hyperparameters()?;
+    let common = without_prediction_layers(metadata, metadata.hyperparameters()?)?;
+    let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
+    Ok(Hyperparameters {
+        dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
+        experts: metadata.sigmoid_experts()?,
+        has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
+        ..common
+    })
+}
+
+/// The numbers without the layers that predict further tokens, which are counted with the others.
+pub(super) fn without_prediction_layers(
+    metadata: &Metadata<'_>,
+    common: Hyperparameters,
+) -> Result<Hyperparameters, ModelError> {
     let key = "nextn_predict_layers";
     let prediction_layers = metadata.size(key)?.unwrap_or(0);
-    // The layers that predict further tokens are counted with the others.
     let layers = common.layers.checked_sub(prediction_layers);
     let layers = layers.ok_or_else(|| {
         let expected = format!("at most the {} layers", common.layers);
         metadata.refused(key, prediction_layers, expected)
     })?;
-    let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     Ok(Hyperparameters {
         layers,
         windows: common.windows[..layers.min(common.windows.len())].to_vec(),
-        dense_layers: (0..dense.min(layers).min(1 << 16)).collect(),
-        experts: metadata.sigmoid_experts()?,
-        has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
         prediction_layers,
         ..common
     })

@@ -7,12 +7,15 @@
 //! architecture.
 
 mod cohere2;
+mod deepseek_v2;
+mod deepseek_v3;
 mod ernie4_5;
 mod exaone4;
 mod gemma2;
 mod gemma3;
 mod glm4;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
 mod llama;
@@ -64,6 +67,9 @@ static ALL: &[&Architecture] = &[
     &glm4_moe::ARCHITECTURE,
     &minimax_m2::ARCHITECTURE,
     &llama4::ARCHITECTURE,
+    &deepseek_v2::ARCHITECTURE,
+    &deepseek_v3::ARCHITECTURE,
+    &glm4_moe_lite::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.

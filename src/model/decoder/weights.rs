@@ -1,21 +1,34 @@
 //! A layer's weights on a device.
 
+use super::latent::LatentWeights;
 use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
-use crate::model::layer::{Attention, Experts, FeedForward, NormPlacement, QkNormKind};
+use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
 
 /// The weights of one layer.
 pub(super) struct LayerWeights<D: Device> {
     pub(super) mixer_norms: Norms<D>,
+    pub(super) mixer: MixerWeights<D>,
+    pub(super) feed_forward_norms: Norms<D>,
+    pub(super) feed_forward: FeedForwardWeights<D>,
+}
+
+/// The weights of a layer's mixer.
+pub(super) enum MixerWeights<D: Device> {
+    Attention(AttentionWeights<D>),
+    Latent(LatentWeights<D>),
+}
+
+/// The weights of attention.
+pub(super) struct AttentionWeights<D: Device> {
+    pub(super) spec: Attention,
     pub(super) qkv: D::Linear,
     /// The norms of queries and of keys.
     pub(super) qk_norm: QkNormWeights<D>,
-    /// The sinks of the attention's heads.
+    /// The sinks of the heads.
     pub(super) sinks: Option<D::Vector>,
-    pub(super) attention_out: D::Linear,
-    pub(super) feed_forward_norms: Norms<D>,
-    pub(super) feed_forward: FeedForwardWeights<D>,
+    pub(super) out: D::Linear,
 }
 
 /// The weights of the norms of queries and of keys, if there are such norms.
@@ -78,20 +91,16 @@ impl<D: Device> LayerWeights<D> {
             Part::FeedForwardNorm,
             Part::PostFeedForwardNorm,
         )?;
-        let qk_norm = loader.qk_norm(spec.attention())?;
-        let sinks = match spec.attention().has_sinks {
-            true => Some(loader.device.load_vector(&source.sinks(layer)?)?),
-            false => None,
+        let mixer = match spec.mixer {
+            Mixer::Attention(attention) => MixerWeights::Attention(loader.attention(attention)?),
+            Mixer::Latent(latent) => {
+                let device = &mut *loader.device;
+                MixerWeights::Latent(LatentWeights::load(source, device, layer, latent)?)
+            }
         };
-        let qkv = loader.device.load_linear(&source.qkv(layer)?.spec())?;
-        let attention_out = source.attention_out(layer)?;
-        let attention_out = loader.device.load_linear(&attention_out.spec())?;
         Ok(Self {
             mixer_norms,
-            qkv,
-            qk_norm,
-            sinks,
-            attention_out,
+            mixer,
             feed_forward_norms,
             feed_forward: loader.feed_forward(&spec.feed_forward)?,
         })
@@ -114,6 +123,24 @@ impl<D: Device> Loader<'_, D> {
         Ok(Norms {
             before: norm(placement.is_before(), before)?,
             after: norm(placement.is_after(), after)?,
+        })
+    }
+
+    fn attention(&mut self, spec: Attention) -> Result<AttentionWeights<D>, ModelError> {
+        let (source, layer, heads) = (self.source, self.layer, spec.heads);
+        let qk_norm = self.qk_norm(&spec)?;
+        let sinks = match spec.has_sinks {
+            true => Some(self.device.load_vector(&source.sinks(layer, heads)?)?),
+            false => None,
+        };
+        let qkv = self.device.load_linear(&source.qkv(layer, heads)?.spec())?;
+        let out = source.attention_out(layer, heads.out_columns())?;
+        Ok(AttentionWeights {
+            spec,
+            qkv,
+            qk_norm,
+            sinks,
+            out: self.device.load_linear(&out.spec())?,
         })
     }
 

@@ -1,6 +1,7 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::latent::LatentWorkspace;
 use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
 
@@ -12,6 +13,8 @@ pub(super) struct Workspace<T> {
     pub(super) normed: T,
     pub(super) qkv: T,
     pub(super) attention: T,
+    /// What only latent attention needs.
+    pub(super) latent: Option<LatentWorkspace<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -57,10 +60,17 @@ impl<T> Workspace<T> {
             router: optional(experts, full)?,
             shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
             shared_hidden: optional(shared, activation)?,
+            latent: match config.latent() {
+                Some(spec) => {
+                    let make = |columns, precision| make(rows, columns, precision);
+                    Some(LatentWorkspace::make(spec, make)?)
+                }
+                None => None,
+            },
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,
-            attention: make(rows, heads.q_columns(), activation)?,
+            attention: make(rows, heads.out_columns(), activation)?,
             delta: make(rows, config.hidden, activation)?,
             gathered: make(samples, config.hidden, full)?,
             logits: make(samples, config.vocabulary, full)?,

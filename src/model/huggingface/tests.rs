@@ -39,7 +39,7 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
         ..
     } = config.heads();
     assert_eq!((q_heads, kv_heads, head_dim), (8, 4, 256));
-    assert_eq!(config.layers[0].attention().scale, 1.0 / 16.0);
+    assert_eq!(config.layers[0].attention().unwrap().scale, 1.0 / 16.0);
     assert_eq!((config.context, config.vocabulary), (131_072, 262_208));
     let [full, sliding] = config.ropes.as_slice() else {
         panic!("not two position embeddings: {:?}", config.ropes);
@@ -47,7 +47,7 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
     assert_eq!((full.theta, sliding.theta), (1e6, 1e4));
     assert_eq!(full.scaling, RopeScaling::Linear { factor: 8.0 });
     assert_eq!(sliding.scaling, RopeScaling::None);
-    let [slides, sees_all] = [4, 5].map(|layer| *config.layers[layer].attention());
+    let [slides, sees_all] = [4, 5].map(|layer| *config.layers[layer].attention().unwrap());
     assert_eq!((slides.window, slides.rope), (Some(1024), Some(1)));
     assert_eq!((sees_all.window, sees_all.rope), (None, Some(0)));
     assert_eq!(config.end_tokens, [1, 106]);
@@ -361,10 +361,10 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
 #[test]
 fn gemmas_caps_and_scale_are_the_classes_unless_they_are_null() {
     let caps = |config: &ModelConfig| {
-        let softcap = config.layers[0].attention().softcap;
+        let softcap = config.layers[0].attention().unwrap().softcap;
         (softcap, config.logit_softcap)
     };
-    let scale = |config: &ModelConfig| config.layers[0].attention().scale;
+    let scale = |config: &ModelConfig| config.layers[0].attention().unwrap().scale;
     let gemma = bare("gemma2");
     assert_eq!(caps(&gemma), (Some(50.0), Some(30.0)));
     assert_eq!(scale(&gemma), 1.0 / 16.0);
@@ -390,7 +390,10 @@ fn a_qwen_window_begins_at_layer_28_and_a_moe_one_at_the_first() {
         });
         let config = read(&with(config, changes)).unwrap();
         assert_eq!(config.window(), Some(4096));
-        let windows = config.layers.iter().map(|layer| layer.attention().window);
+        let windows = config
+            .layers
+            .iter()
+            .map(|layer| layer.attention().unwrap().window);
         windows.flatten().count()
     };
     assert_eq!(slides("qwen2", json!({})), 2);
@@ -537,7 +540,7 @@ fn granites_factor_on_the_residual_stream_is_moved_to_embeddings_and_norms() {
     .unwrap();
     assert_eq!(config.embedding_scale, 48.0);
     assert_eq!(config.norm_epsilon, 1.6e-4);
-    assert_eq!(config.layers[0].attention().scale, 0.5);
+    assert_eq!(config.layers[0].attention().unwrap().scale, 0.5);
     assert_eq!(config.logit_scale, 0.125);
     for key in [
         "embedding_multiplier",
@@ -559,7 +562,10 @@ fn granites_factor_on_the_residual_stream_is_moved_to_embeddings_and_norms() {
 fn layers_without_rope_are_listed_or_come_at_an_interval() {
     let rotated = |config: Value| {
         let config = read(&config).unwrap();
-        let layers = config.layers.iter().map(|layer| layer.attention().rope);
+        let layers = config
+            .layers
+            .iter()
+            .map(|layer| layer.attention().unwrap().rope);
         layers.map(|rope| rope.is_some()).collect::<Vec<_>>()
     };
     let smollm = |changes| {
@@ -616,7 +622,7 @@ fn cohere2_reads_its_own_epsilon_and_factor() {
 #[test]
 fn ministral3_is_extended_and_scales_its_queries_by_default() {
     let config = bare("ministral3");
-    let scale = config.layers[0].attention().query_scale.unwrap();
+    let scale = config.layers[0].attention().unwrap().query_scale.unwrap();
     assert_eq!(
         (scale.slope, scale.interval, scale.offset),
         (0.1, 16_384, 0)
@@ -655,7 +661,7 @@ fn a_name_with_vision_is_read_as_the_text_model_that_it_holds() {
 fn mixtures_of_sigmoids_read_how_their_routers_choose() {
     let sigmoid = |config: &ModelConfig| match config.experts().unwrap().routing.score {
         RouterScore::Sigmoid(sigmoid) => sigmoid,
-        RouterScore::Softmax => panic!("not a sigmoid"),
+        RouterScore::Softmax | RouterScore::GroupedSoftmax(_) => panic!("not a sigmoid"),
     };
     let glm = |changes| {
         read(&with(
@@ -701,7 +707,7 @@ fn mixtures_of_sigmoids_read_how_their_routers_choose() {
 fn llama4_mixes_chunks_and_layers_without_rope() {
     let llama = |changes| read(&with(json!({"model_type": "llama4_text"}), changes));
     let config = llama(json!({"interleave_moe_layer_step": 2, "num_hidden_layers": 4})).unwrap();
-    let [first, last] = [0, 3].map(|layer: usize| *config.layers[layer].attention());
+    let [first, last] = [0, 3].map(|layer: usize| *config.layers[layer].attention().unwrap());
     assert_eq!((first.window, first.is_chunked), (Some(8192), true));
     assert_eq!((first.rope, first.query_scale), (Some(0), None));
     assert!(first.qk_norm.is_some() && last.qk_norm.is_none());
@@ -715,10 +721,10 @@ fn llama4_mixes_chunks_and_layers_without_rope() {
     assert_eq!(config.shared_width(), Some(8192));
     // As files of the first version say it.
     let older = llama(json!({"attn_temperature_tuning": 4})).unwrap();
-    assert!((older.layers.iter()).any(|layer| layer.attention().query_scale.is_some()));
+    assert!((older.layers.iter()).any(|layer| layer.attention().unwrap().query_scale.is_some()));
     let plain = json!({"attn_temperature_tuning": false, "attention_chunk_size": null});
     let config = llama(plain).unwrap();
-    let attentions = || config.layers.iter().map(|layer| layer.attention());
+    let attentions = || config.layers.iter().map(|layer| layer.attention().unwrap());
     assert!(attentions().all(|one| one.query_scale.is_none() && one.window.is_none()));
     for (changes, key) in [
         (json!({"attention_chunk_size": 0}), "attention_chunk_size"),
@@ -756,9 +762,9 @@ fn gpt_oss_is_extended_by_default_and_limits_its_experts() {
         config
             .layers
             .iter()
-            .all(|layer| layer.attention().has_sinks)
+            .all(|layer| layer.attention().unwrap().has_sinks)
     );
-    let windows = [0, 1].map(|layer: usize| config.layers[layer].attention().window);
+    let windows = [0, 1].map(|layer: usize| config.layers[layer].attention().unwrap().window);
     assert_eq!(windows, [Some(128), None]);
     match config.ropes[0].scaling {
         RopeScaling::Yarn {
