@@ -56,6 +56,16 @@ pub fn options() -> Vec<Options> {
             limit: 0.75,
         },
     };
+    let softmax = |top_k, normalize, groups, top_groups| RoutingSpec {
+        top_k,
+        score: RouterScore::GroupedSoftmax(SoftmaxRouting {
+            scale: 2.5,
+            groups,
+            top_groups,
+        }),
+        normalize,
+        activation: Activation::Silu,
+    };
     vec![
         options(routing(3, true, sigmoid), true, false),
         options(routing(2, false, sigmoid), false, false),
@@ -63,29 +73,10 @@ pub fn options() -> Vec<Options> {
         options(routing(1, false, of_inputs), false, false),
         options(routing(2, true, of_inputs), true, true),
         options(clamped, false, true),
+        options(softmax(3, false, 4, 2), false, false),
+        options(softmax(1, true, 8, 1), false, false),
+        options(softmax(2, false, 1, 1), false, false),
     ]
-}
-
-/// Mixtures whose experts are chosen by a softmax within groups, or with a factor.
-pub fn softmax_groups() -> Vec<Options> {
-    let mut options = options()[0];
-    options.has_corrections = false;
-    let cases = [(4, 2, 3, false), (8, 1, 1, true), (1, 1, 2, false)];
-    let of = |(groups, top_groups, top_k, normalize)| {
-        let score = RouterScore::GroupedSoftmax(SoftmaxRouting {
-            scale: 2.5,
-            groups,
-            top_groups,
-        });
-        let routing = RoutingSpec {
-            top_k,
-            score,
-            normalize,
-            ..options.routing
-        };
-        Options { routing, ..options }
-    };
-    cases.map(of).to_vec()
 }
 
 /// The weights of a layer, exact in every type of activations.

@@ -8,7 +8,6 @@
 
 use super::CudaDevice;
 use super::attention::{arrival_bytes, partial_bytes, unit_room, unit_spread};
-use super::cache::require_values;
 use super::experts::pair_bytes;
 use super::linear::converted_bytes;
 use super::memory::UPLOADER_BYTES;
@@ -97,7 +96,6 @@ impl StepOps for CudaDevice {
 
     fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
         let DeviceLimits { rows, model, .. } = *limits;
-        require_values(model.heads.values)?;
         let units = self.unit_room(limits);
         self.limits = Some(*limits);
         self.graphs.set_most(self.most_graphs(limits));

@@ -45,7 +45,6 @@ impl<D: Device> LatentWeights<D> {
         layer: usize,
         spec: Latent,
     ) -> Result<Self, ModelError> {
-        // First, because a device may not have heads at all.
         let keys = load_heads(device, &source.latent_keys(layer, &spec)?)?;
         let values = load_heads(device, &source.latent_values(layer, &spec)?)?;
         let query_down = match spec.query_rank {
@@ -85,13 +84,18 @@ impl<T> LatentWorkspace<T> {
         spec: &Latent,
         mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,
     ) -> Result<Self, DeviceError> {
-        let mut make = |columns| make(columns, Precision::Activation);
         let shape = spec.shape;
+        let query_down = match spec.query_rank {
+            // Norms read float32.
+            Some(rank) => {
+                let down = make(rank, Precision::Full)?;
+                Some([down, make(rank, Precision::Activation)?])
+            }
+            None => None,
+        };
+        let mut make = |columns| make(columns, Precision::Activation);
         Ok(Self {
-            query_down: match spec.query_rank {
-                Some(rank) => Some([make(rank)?, make(rank)?]),
-                None => None,
-            },
+            query_down,
             queries: make(shape.query_columns())?,
             keys: make(shape.key_columns())?,
             values: make(shape.value_columns())?,
