@@ -21,6 +21,7 @@ const HEADS: HeadShape = HeadShape {
     q_heads: 9,
     kv_heads: 3,
     head_dim: 64,
+    values: Values::BesideKeys,
 };
 const BLOCK: usize = 16;
 
@@ -120,6 +121,7 @@ impl Model {
             head_dim,
             blocks,
             block_tokens: BLOCK,
+            values: Values::BesideKeys,
         };
         Ok(Self {
             table: linear(d, &[(DType::Q8_0, VOCABULARY)], HIDDEN)?,

@@ -8,12 +8,17 @@
 constexpr u32 MAX_EXPERTS = 256;
 constexpr u32 MAX_TOP_K = 32;
 
+INLINE u32 place_of(const float* numbers, u32 count, u32 index);
+
 // Softmax over a row's logits, the `top_k` largest (ties: the lower index), divided by
-// their sum if `normalize`. One warp a row; the sums run in a fixed order.
+// their sum if `normalize`, times `scale`. With several groups of experts, only those of the
+// `top_groups` groups with the best experts take part. At most 32 groups. One warp a row; the sums
+// run in a fixed order.
 KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
-             u32 normalize) {
+             u32 normalize, float scale, u32 groups, u32 top_groups) {
     wait_for_kernels_before();
     __shared__ float weights[MAX_EXPERTS];
+    __shared__ float group_ranks[32];
     __shared__ u32 chosen[MAX_TOP_K];
     __shared__ float chosen_weights[MAX_TOP_K];
     u32 row = blockIdx.x, lane = lane_id();
@@ -30,6 +35,21 @@ KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 
         total += weight;
     }
     total = warp_sum(total);
+
+    if (groups > 1) {
+        const u32 size = experts / groups;
+        __syncwarp();
+        float best = -1.0f;
+#pragma unroll 1
+        for (u32 i = 0; i < size && lane < groups; i++) best = fmaxf(best, weights[lane * size + i]);
+        group_ranks[lane] = best;
+        __syncwarp();
+        if (lane < groups && place_of(group_ranks, groups, lane) >= top_groups) {
+#pragma unroll 1
+            for (u32 i = 0; i < size; i++) weights[lane * size + i] = -1.0f;
+        }
+        __syncwarp();
+    }
 
     // A lane looks after its own experts only; a chosen one becomes negative.
     float kept = 0.0f;
@@ -60,7 +80,7 @@ KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 
         u32 expert = chosen[lane], place = 0;
         for (u32 k = 0; k < top_k; k++) place += chosen[k] < expert;
         pair_expert[row * top_k + place] = expert;
-        pair_weight[row * top_k + place] = chosen_weights[lane] / (normalize ? kept : total);
+        pair_weight[row * top_k + place] = chosen_weights[lane] / (normalize ? kept : total) * scale;
     }
 }
 

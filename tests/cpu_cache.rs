@@ -14,6 +14,7 @@ const HEADS: HeadShape = HeadShape {
     q_heads: 2,
     kv_heads: 2,
     head_dim: 24,
+    values: Values::BesideKeys,
 };
 
 fn shape(block_tokens: usize) -> CacheShape {
@@ -23,6 +24,7 @@ fn shape(block_tokens: usize) -> CacheShape {
         head_dim: HEADS.head_dim,
         blocks: BLOCKS,
         block_tokens,
+        values: Values::BesideKeys,
     }
 }
 

@@ -81,6 +81,7 @@ fn fill(
         head_dim: heads.head_dim,
         blocks: sequences * total.div_ceil(BLOCK),
         block_tokens: BLOCK,
+        values: Values::BesideKeys,
     })?;
     let rows_at_once = if bench.small { 32 } else { 2048 };
     let chunk = (rows_at_once / sequences).max(1);

@@ -1,6 +1,6 @@
 //! Model shapes whose operations are measured.
 
-use quell::internals::device::HeadShape;
+use quell::internals::device::{HeadShape, Values};
 
 /// Tokens per KV cache block.
 pub const BLOCK: usize = 16;
@@ -33,6 +33,7 @@ pub const MODELS: &[Shape] = &[
             q_heads: 32,
             kv_heads: 8,
             head_dim: 128,
+            values: Values::BesideKeys,
         },
         vocabulary: 128_256,
         rows: ROWS,
@@ -47,6 +48,7 @@ pub const MODELS: &[Shape] = &[
             q_heads: 32,
             kv_heads: 8,
             head_dim: 64,
+            values: Values::BesideKeys,
         },
         vocabulary: 128_256,
         rows: ROWS,
@@ -72,6 +74,7 @@ pub const SMALL: &[Shape] = &[Shape {
         q_heads: 4,
         kv_heads: 2,
         head_dim: 64,
+        values: Values::BesideKeys,
     },
     vocabulary: 512,
     rows: &[1, 4, 20],

@@ -18,25 +18,81 @@ pub struct HeadShape {
     pub q_heads: usize,
     /// Number of key-value heads.
     pub kv_heads: usize,
-    /// Number of elements per head.
+    /// Number of elements per query and key.
     pub head_dim: usize,
+    /// Where the values are.
+    pub values: Values,
+}
+
+/// Where the values of key-value heads are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Values {
+    /// Beside the keys. A value has as many elements as a key.
+    #[default]
+    BesideKeys,
+    /// In the keys: a value is the last elements of its key, this many, and only the keys are
+    /// cached. This is how latent attention works. DeepSeek-AI, *DeepSeek-V2*, 2024.
+    InKeys(usize),
+}
+
+impl Values {
+    /// Returns the number of elements of a value whose key has `head_dim` elements.
+    pub fn elements(self, head_dim: usize) -> usize {
+        match self {
+            Self::BesideKeys => head_dim,
+            Self::InKeys(elements) => elements,
+        }
+    }
+
+    /// Returns the number of elements that are kept for a token and a key-value head, whose key
+    /// has `head_dim` elements.
+    pub fn kept_elements(self, head_dim: usize) -> usize {
+        match self {
+            Self::BesideKeys => 2 * head_dim,
+            Self::InKeys(_) => head_dim,
+        }
+    }
+
+    /// Checks that values fit in keys of `head_dim` elements. The error says why not.
+    pub(super) fn check(self, head_dim: usize) -> Result<(), String> {
+        match self {
+            Self::InKeys(elements) if elements == 0 || elements > head_dim => Err(format!(
+                "values of {elements} elements in keys of {head_dim}"
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl HeadShape {
     /// Returns the number of columns of a row that holds query, key and value.
     pub fn qkv_columns(&self) -> usize {
-        (self.q_heads + 2 * self.kv_heads) * self.head_dim
+        self.q_columns() + self.kv_heads * self.values.kept_elements(self.head_dim)
+    }
+
+    /// Returns the number of columns of the queries of a row.
+    pub fn q_columns(&self) -> usize {
+        self.q_heads * self.head_dim
+    }
+
+    /// Returns the number of elements of a value.
+    pub fn value_dim(&self) -> usize {
+        self.values.elements(self.head_dim)
     }
 
     /// Returns the number of columns of the attention output.
-    pub fn q_columns(&self) -> usize {
-        self.q_heads * self.head_dim
+    pub fn out_columns(&self) -> usize {
+        self.q_heads * self.value_dim()
     }
 
     /// Returns the number of elements that a token's keys and values take in the KV cache, where
     /// each value is padded to whole vectors.
     pub fn cache_elements(&self) -> usize {
-        self.kv_heads * (self.head_dim + self.head_dim.next_multiple_of(16))
+        self.kv_heads
+            * match self.values {
+                Values::BesideKeys => self.head_dim + self.head_dim.next_multiple_of(16),
+                Values::InKeys(_) => self.head_dim,
+            }
     }
 }
 
@@ -60,7 +116,7 @@ pub struct AttentionSpec {
 /// The part of a [`Device`](super::Device) that computes attention.
 pub trait AttentionOps: RopeOps {
     /// Computes causal attention of every row over the cached tokens of its sequence, including
-    /// its own. `out` has `heads.q_columns()` columns. `qkv` may also hold queries only, if the
+    /// its own. `out` has `heads.out_columns()` columns. `qkv` may also hold queries only, if the
     /// device computes layers that share a cache
     /// ([`ModelParts::shared_caches`](super::ModelParts::shared_caches)).
     ///

@@ -1,6 +1,6 @@
 //! The paged KV cache.
 
-use super::{DeviceError, DeviceTypes};
+use super::{DeviceError, DeviceTypes, Values};
 
 /// Place of a layer in the KV cache.
 ///
@@ -37,8 +37,10 @@ pub struct CacheShape {
     pub layers: usize,
     /// Number of key-value heads of the largest layer, for which a place has room.
     pub kv_heads: usize,
-    /// Number of elements per head of the largest layer.
+    /// Number of elements per key of the largest layer.
     pub head_dim: usize,
+    /// Where the values are.
+    pub values: Values,
     /// Total number of blocks.
     pub blocks: usize,
     /// Number of tokens per block.

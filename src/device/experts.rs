@@ -22,8 +22,21 @@ pub struct RoutingSpec {
 pub enum RouterScore {
     /// The softmax over all experts. Those with the largest weights are chosen.
     Softmax,
+    /// The softmax over all experts, times a factor. Only experts of some groups are chosen.
+    GroupedSoftmax(SoftmaxRouting),
     /// The sigmoid of each logit.
     Sigmoid(SigmoidRouting),
+}
+
+/// A router whose weights are those of a softmax, and whose experts are in groups.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SoftmaxRouting {
+    /// Factor on the weights, after they are normalised.
+    pub scale: f32,
+    /// Number of groups of equally many experts; 1 if all are in one.
+    pub groups: usize,
+    /// Number of groups of which experts are chosen: those whose best experts are best.
+    pub top_groups: usize,
 }
 
 /// A router whose weights are sigmoids. The experts with the largest logits are chosen or, if the
@@ -46,7 +59,7 @@ impl RoutingSpec {
     /// Returns whether the weights multiply the inputs of the experts.
     pub fn scales_input(&self) -> bool {
         match self.score {
-            RouterScore::Softmax => false,
+            RouterScore::Softmax | RouterScore::GroupedSoftmax(_) => false,
             RouterScore::Sigmoid(sigmoid) => sigmoid.scales_input,
         }
     }
@@ -59,16 +72,15 @@ impl RoutingSpec {
                 "cannot choose {top_k} experts per token out of {count}"
             ));
         }
-        let RouterScore::Sigmoid(SigmoidRouting {
-            groups, top_groups, ..
-        }) = self.score
-        else {
-            return Ok(());
+        let (groups, top_groups, least) = match self.score {
+            RouterScore::Softmax => return Ok(()),
+            RouterScore::GroupedSoftmax(softmax) => (softmax.groups, softmax.top_groups, 1),
+            RouterScore::Sigmoid(sigmoid) => (sigmoid.groups, sigmoid.top_groups, 2),
         };
         let even = groups > 0 && count.is_multiple_of(groups);
-        if !even || (groups > 1 && count / groups < 2) {
+        if !even || (groups > 1 && count / groups < least) {
             return Err(format!(
-                "{count} experts cannot be divided into {groups} groups of at least two"
+                "{count} experts cannot be divided into {groups} groups of at least {least}"
             ));
         }
         if !(1..=groups).contains(&top_groups) || top_k > top_groups * (count / groups) {

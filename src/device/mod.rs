@@ -13,7 +13,8 @@
 //!
 //! An activation [`DeviceTypes::Tensor`] is a row-major matrix with one row per token of the
 //! step. The query, key and value of a token are in one row,
-//! `[q_heads · head_dim | kv_heads · head_dim | kv_heads · head_dim]`.
+//! `[q_heads · head_dim | kv_heads · head_dim | kv_heads · head_dim]`. Where values are in the
+//! keys ([`Values::InKeys`]), the last part is missing.
 //!
 //! # Determinism
 //!
@@ -34,6 +35,7 @@ mod delta;
 mod embedding;
 mod error;
 mod experts;
+mod latent;
 mod linear;
 mod mamba2;
 mod norm;
@@ -48,13 +50,16 @@ mod tensor;
 mod types;
 
 pub use activation::{Activation, ActivationOps};
-pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention};
+pub use attention::{
+    ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention, Values,
+};
 pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
 pub use delta::{DELTA_EPSILON, DeltaHeads, DeltaInput, DeltaOps, DeltaOrder};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
-pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
+pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting, SoftmaxRouting};
+pub use latent::{LatentOps, LatentShape, Latents};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
 pub use mamba2::{Mamba2Ops, Mamba2Spec, Mamba2Weights};
 pub use norm::NormOps;
@@ -101,6 +106,7 @@ pub trait Device:
     + LinearOps
     + RopeOps
     + AttentionOps
+    + LatentOps
     + ActivationOps
     + ExpertOps
     + SamplingOps

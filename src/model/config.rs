@@ -2,7 +2,7 @@
 
 use super::architectures::Architecture;
 use super::layer::{
-    Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+    Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, QkNormKind, Streams,
 };
 use super::{ModelError, RopeConfig};
@@ -97,13 +97,13 @@ impl ModelConfig {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The attention heads of the first layer that has attention. Those of others may differ.
+    /// The heads of the first layer that attends to a cache. Those of others may differ.
     pub fn heads(&self) -> HeadShape {
-        let first = self.attentions().next();
-        first.map(|attention| attention.heads).unwrap_or_default()
+        let mut heads = self.layers.iter().filter_map(LayerSpec::heads);
+        heads.next().unwrap_or_default()
     }
 
-    /// The attention of the layers that have it, which keep keys and values.
+    /// The attention of the layers that have some that is not latent.
     pub fn attentions(&self) -> impl Iterator<Item = &Attention> {
         self.layers.iter().filter_map(LayerSpec::attention)
     }
@@ -136,7 +136,7 @@ impl ModelConfig {
 
     /// The heads of the layer whose keys and values take the most room.
     pub fn cache_heads(&self) -> HeadShape {
-        let heads = self.attentions().map(|attention| attention.heads);
+        let heads = self.layers.iter().filter_map(LayerSpec::heads);
         let largest = heads.max_by_key(|heads| (heads.cache_elements(), heads.q_heads));
         largest.unwrap_or_default()
     }
@@ -146,7 +146,7 @@ impl ModelConfig {
         let heads = self.heads();
         let any = |has: fn(&Attention) -> bool| self.attentions().any(has);
         ModelParts {
-            uneven_heads: self.attentions().any(|own| own.heads != heads),
+            uneven_heads: (self.layers.iter().filter_map(LayerSpec::heads)).any(|own| own != heads),
             shared_caches: any(|own| own.shares.is_some()),
             value_norms: any(|own| own.normalizes_values),
             layer_scales: self.layers.iter().any(|layer| layer.has_scale),
@@ -161,7 +161,16 @@ impl ModelConfig {
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
-        layers.find_map(|layer| layer.attention()?.window)
+        layers.find_map(LayerSpec::window)
+    }
+
+    /// The latent attention of the layers that have it.
+    pub fn latent(&self) -> Option<&Latent> {
+        let mut layers = self.layers.iter();
+        layers.find_map(|layer| match &layer.mixer {
+            Mixer::Latent(latent) => Some(latent),
+            _ => None,
+        })
     }
 
     /// The width of the dense feed-forward parts, if there are any.
@@ -225,7 +234,7 @@ impl ModelConfig {
     /// Checks that the layers fit together: those that share a cache, and the experts, which
     /// share the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
-        if self.attentions().next().is_none() {
+        if self.layers.iter().all(|layer| layer.heads().is_none()) {
             let expected = "at least one layer with attention";
             return Err(ModelError::setting(
                 "layer_types",
@@ -241,6 +250,12 @@ impl ModelConfig {
                 && Some(own) != delta
             {
                 return Err(uneven(index, "gated delta net", own, delta));
+            }
+            if let Mixer::Latent(latent) = layer.mixer
+                && let Some(first) = self.latent()
+                && latent != *first
+            {
+                return Err(uneven(index, "latent attention", latent, first));
             }
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();

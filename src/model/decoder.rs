@@ -1,6 +1,7 @@
 //! The decoder: a list of layers, computed over any device.
 
 mod gated_delta;
+mod latent;
 mod layer_step;
 mod mamba2;
 mod norm;
@@ -204,6 +205,9 @@ impl<D: Device> Decoder<D> {
                         let rope = spec.attention().and_then(|attention| attention.rope);
                         let rope = &self.ropes[rope.unwrap_or(self.config.ropes.len())];
                         step.attention(device, workspace, weights, rope, cache)?;
+                    }
+                    MixerWeights::Latent(weights) => {
+                        step.latent(device, workspace, weights, &self.ropes, cache)?;
                     }
                     MixerWeights::ShortConv(weights) => {
                         step.short_conv(device, workspace, weights, cache)?;

@@ -7,7 +7,7 @@ use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting};
+use crate::device::{HeadShape, RouterScore, RoutingSpec, SigmoidRouting, Values};
 use crate::weights::WeightSource;
 use crate::weights::gguf::{Gguf, Value};
 use std::collections::HashSet;
@@ -178,9 +178,17 @@ impl<'a> Metadata<'a> {
     /// The numbers that all architectures have in common. There are no experts; an
     /// architecture that has some reads them itself.
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
+        let hidden = self.required_size("embedding_length")?;
+        self.hyperparameters_of(self.heads(hidden)?)
+    }
+
+    /// Like [`Metadata::hyperparameters`], for these heads.
+    pub(super) fn hyperparameters_of(
+        &self,
+        heads: HeadShape,
+    ) -> Result<Hyperparameters, ModelError> {
         let layers = self.layers()?;
         let hidden = self.required_size("embedding_length")?;
-        let heads = self.heads(hidden)?;
         let context = self.required_size("context_length")?;
         let intermediate = match self.uniform_size("feed_forward_length")? {
             Some(intermediate) => intermediate,
@@ -208,6 +216,7 @@ impl<'a> Metadata<'a> {
             attention_softcap: None,
             logit_softcap: self.number("final_logit_softcapping")?,
             logit_scale: 1.0,
+            latent: None,
             unrotated: HashSet::new(),
             has_qk_norm: false,
             query_scale: None,
@@ -256,6 +265,7 @@ impl<'a> Metadata<'a> {
             q_heads,
             kv_heads: kv_heads.unwrap_or(q_heads),
             head_dim,
+            values: Values::BesideKeys,
         })
     }
 

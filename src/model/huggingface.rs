@@ -17,7 +17,7 @@ use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames, Keys};
 use super::layer::NormKind;
 use super::{Biases, ModelConfig, ModelError};
-use crate::device::{Activation, HeadShape};
+use crate::device::{Activation, HeadShape, Values};
 use serde_json::Value;
 use std::collections::HashSet;
 
@@ -123,6 +123,7 @@ impl<'a> Config<'a> {
             attention_softcap: None,
             logit_softcap: None,
             logit_scale: 1.0,
+            latent: None,
             unrotated: HashSet::new(),
             has_qk_norm: false,
             query_scale: None,
@@ -213,6 +214,7 @@ impl<'a> Config<'a> {
             q_heads,
             kv_heads,
             head_dim,
+            values: Values::BesideKeys,
         })
     }
 

@@ -4,7 +4,7 @@
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
 use super::layer::{
-    Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+    Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, Streams,
 };
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
@@ -41,6 +41,9 @@ pub(super) struct Hyperparameters {
     pub(super) rope: RopeConfig,
     /// Position embedding of the layers with a sliding window.
     pub(super) sliding_rope: RopeConfig,
+    /// The attention of every layer, if it is latent. Heads, scale and position embedding above
+    /// are then those of the attention over latents.
+    pub(super) latent: Option<Latent>,
     /// Layers whose queries and keys are not rotated.
     pub(super) unrotated: HashSet<usize>,
     /// Whether queries and keys are normalised, in architectures whose models may do without.
@@ -157,7 +160,10 @@ impl Hyperparameters {
         match self.recurrent {
             _ if self.without_mixer.contains(&index) => Mixer::None,
             Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
-            _ => Mixer::Attention(self.attention(index)),
+            _ => match self.latent {
+                Some(latent) => Mixer::Latent(latent),
+                None => Mixer::Attention(self.attention(index)),
+            },
         }
     }
 
@@ -254,6 +260,9 @@ impl Hyperparameters {
 
     /// Checks that the numbers are consistent and of a size that can be meant.
     fn validate(&self) -> Result<(), ModelError> {
+        if let Some(latent) = self.latent {
+            self.check_latent(latent)?;
+        }
         self.check_sizes()?;
         self.check_factors()?;
         if self.windows.contains(&Some(0)) {
@@ -310,6 +319,30 @@ impl Hyperparameters {
         Ok(())
     }
 
+    fn check_latent(&self, latent: Latent) -> Result<(), ModelError> {
+        let shape = latent.shape;
+        self.check_size(|keys| keys.q_heads, shape.heads, 1 << 14)?;
+        self.check_size(|keys| keys.latent, shape.latent, 1 << 14)?;
+        self.check_size(|keys| keys.rotated, shape.rotated, 1 << 14)?;
+        self.check_size(|keys| keys.plain, shape.plain, 1 << 14)?;
+        self.check_size(|keys| keys.value, shape.value, 1 << 14)?;
+        if let Some(rank) = latent.query_rank {
+            self.check_size(|keys| keys.query_rank, rank, 1 << 20)?;
+        }
+        if !shape.rotated.is_multiple_of(2) {
+            return Err(self.refused(|keys| keys.rotated, shape.rotated, "even"));
+        }
+        if !shape.key_columns().is_multiple_of(2) {
+            return Err(self.refused(|keys| keys.latent, shape.latent, "even"));
+        }
+        if latent.scale.is_finite() && latent.scale > 0.0 {
+            return Ok(());
+        }
+        let key = self.names.of_rope(|keys| keys.latent_scale);
+        let found = format!("such that scores are multiplied by {}", latent.scale);
+        Err(ModelError::setting(key, found, "a usual number"))
+    }
+
     fn check_sizes(&self) -> Result<(), ModelError> {
         self.check_size(|keys| keys.layers, self.layers, 4096)?;
         self.check_size(|keys| keys.hidden, self.hidden, 1 << 20)?;
@@ -324,6 +357,7 @@ impl Hyperparameters {
             q_heads,
             kv_heads,
             head_dim,
+            ..
         } = heads;
         self.check_size(|keys| keys.q_heads, q_heads, 1 << 14)?;
         self.check_size(|keys| keys.kv_heads, kv_heads, 1 << 14)?;
@@ -346,7 +380,7 @@ impl Hyperparameters {
             };
         };
         match mixer {
-            Mixer::Attention(_) | Mixer::None => Ok(()),
+            Mixer::Attention(_) | Mixer::Latent(_) | Mixer::None => Ok(()),
             Mixer::ShortConv(conv) => {
                 if !self.hidden.is_multiple_of(ConvSpec::CHANNELS) {
                     let expected = format!("a multiple of {}", ConvSpec::CHANNELS);
@@ -453,15 +487,17 @@ impl Hyperparameters {
         if let Some(shared) = experts.shared {
             self.check_size(|keys| keys.shared_experts, shared, 1 << 22)?;
         }
-        let RouterScore::Sigmoid(sigmoid) = experts.routing.score else {
-            return Ok(());
+        let (scale, groups, top_groups) = match experts.routing.score {
+            RouterScore::Softmax => return Ok(()),
+            RouterScore::GroupedSoftmax(own) => (own.scale, own.groups, own.top_groups),
+            RouterScore::Sigmoid(own) => (own.scale, own.groups, own.top_groups),
         };
-        if !(sigmoid.scale.is_finite() && sigmoid.scale > 0.0) {
+        if !(scale.is_finite() && scale > 0.0) {
             let expected = "a positive number";
-            return Err(self.refused(|keys| keys.expert_scale, sigmoid.scale, expected));
+            return Err(self.refused(|keys| keys.expert_scale, scale, expected));
         }
         if let Err(expected) = experts.routing.check(count) {
-            let found = format!("{} of {}", sigmoid.top_groups, sigmoid.groups);
+            let found = format!("{top_groups} of {groups}");
             let expected = format!("such that experts can be chosen: {expected}");
             return Err(self.refused(|keys| keys.expert_groups, found, expected));
         }

@@ -1,7 +1,7 @@
 //! Every tensor of a file is either used or known to be harmless; any other is refused by
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
-use super::layer::{Attention, FeedForward, LayerSpec, Mamba2, Mixer, ShortConv};
+use super::layer::{Attention, FeedForward, Latent, LayerSpec, Mamba2, Mixer, ShortConv};
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
 use super::tensors::Naming;
@@ -164,6 +164,7 @@ impl Inventory<'_> {
         self.beside(layer, spec)?;
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
+            Mixer::Latent(latent) => self.latent(layer, &latent)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
             Mixer::Mamba2(spec) => self.mamba2(layer, spec)?,
             Mixer::GatedDelta(_) => self.gated_delta(layer)?,
@@ -267,6 +268,16 @@ impl Inventory<'_> {
             true => self.require(self.source.name(layer, Part::Sinks)),
             false => Ok(()),
         }
+    }
+
+    fn latent(&mut self, layer: usize, latent: &Latent) -> Result<(), ModelError> {
+        for part in latent.linear_parts(self.source.naming()) {
+            self.linear(layer, part)?;
+        }
+        for &part in latent.norms() {
+            self.require(self.source.name(layer, part))?;
+        }
+        Ok(())
     }
 
     fn short_conv(&mut self, layer: usize, conv: ShortConv) -> Result<(), ModelError> {

@@ -33,6 +33,12 @@ pub(super) struct Keys {
     pub(super) shared_caches: &'static str,
     pub(super) input_width: &'static str,
     pub(super) input_vocabulary: &'static str,
+    pub(super) query_rank: &'static str,
+    pub(super) latent: &'static str,
+    /// The elements of a query that are not rotated.
+    pub(super) plain: &'static str,
+    pub(super) rotated: &'static str,
+    pub(super) value: &'static str,
     pub(super) rope_base: &'static str,
     pub(super) rope_dimension: &'static str,
     /// The following are relative to [`KeyNames::rope_place`].
@@ -43,6 +49,7 @@ pub(super) struct Keys {
     pub(super) rope_beta_fast: &'static str,
     pub(super) rope_beta_slow: &'static str,
     pub(super) rope_attention_factor: &'static str,
+    pub(super) latent_scale: &'static str,
 }
 
 /// The keys of GGUF metadata.
@@ -79,6 +86,11 @@ pub(super) const GGUF: Keys = Keys {
     input_width: "embedding_length_per_layer_input",
     // It is the shape of the embeddings.
     input_vocabulary: "vocab_size",
+    query_rank: "attention.q_lora_rank",
+    latent: "attention.kv_lora_rank",
+    plain: "attention.key_length_mla",
+    rotated: "rope.dimension_count",
+    value: "attention.value_length_mla",
     rope_base: "rope.freq_base",
     rope_dimension: "rope.dimension_count",
     rope_factor: "factor",
@@ -88,6 +100,7 @@ pub(super) const GGUF: Keys = Keys {
     rope_beta_fast: "yarn_beta_fast",
     rope_beta_slow: "yarn_beta_slow",
     rope_attention_factor: "attn_factor",
+    latent_scale: "yarn_log_multiplier",
 };
 
 /// The keys of `config.json`.
@@ -122,6 +135,11 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     shared_caches: "num_kv_shared_layers",
     input_width: "hidden_size_per_layer_input",
     input_vocabulary: "vocab_size_per_layer_input",
+    query_rank: "q_lora_rank",
+    latent: "kv_lora_rank",
+    plain: "qk_nope_head_dim",
+    rotated: "qk_rope_head_dim",
+    value: "v_head_dim",
     rope_base: "rope_theta",
     rope_dimension: "partial_rotary_factor",
     rope_factor: "factor",
@@ -131,6 +149,7 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     rope_beta_fast: "beta_fast",
     rope_beta_slow: "beta_slow",
     rope_attention_factor: "attention_factor",
+    latent_scale: "mscale_all_dim",
 };
 
 /// The keys of one file.

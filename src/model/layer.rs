@@ -4,7 +4,9 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RoutingSpec};
+use crate::device::{
+    Activation, DeltaHeads, HeadShape, LatentShape, Mamba2Spec, QueryScale, RoutingSpec,
+};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -31,6 +33,9 @@ pub struct LayerSpec {
 pub enum Mixer {
     /// Causal softmax attention over cached keys and values.
     Attention(Attention),
+    /// Causal softmax attention over a cached latent per token, which holds keys and values of all
+    /// heads.
+    Latent(Latent),
     /// A gated convolution over the last few tokens.
     ShortConv(ShortConv),
     /// A Mamba-2 recurrence.
@@ -72,6 +77,24 @@ pub struct GatedDelta {
     pub heads: DeltaHeads,
     /// Number of tokens that take part in a result of the convolution, its own included.
     pub taps: usize,
+}
+
+/// The latent attention of a layer. DeepSeek-AI, *DeepSeek-V2*, 2024.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Latent {
+    /// The sizes.
+    pub shape: LatentShape,
+    /// Number of elements of the queries' own latent, of which they are made; `None` if they are
+    /// made of the layer's input.
+    pub query_rank: Option<usize>,
+    /// Factor on `q · k`.
+    pub scale: f32,
+    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
+    pub rope: usize,
+    /// Added to the mean square in the norms of latents.
+    pub norm_epsilon: f32,
+    /// Whether the rotated rows are stored with the two halves that RoPE rotates interleaved.
+    pub is_interleaved: bool,
 }
 
 /// The attention of a layer.
@@ -222,7 +245,7 @@ impl LayerSpec {
         Self { mixer, ..self }
     }
 
-    /// The layer's attention, if it has some.
+    /// The layer's attention, if it has some that is not latent.
     pub fn attention(&self) -> Option<&Attention> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention),
@@ -230,12 +253,26 @@ impl LayerSpec {
         }
     }
 
+    /// The heads of what attends to the layer's cache, if it has one.
+    pub fn heads(&self) -> Option<HeadShape> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention.heads),
+            Mixer::Latent(latent) => Some(latent.shape.heads()),
+            _ => None,
+        }
+    }
+
+    /// The layer's sliding window, if it has one.
+    pub fn window(&self) -> Option<usize> {
+        self.attention()?.window
+    }
+
     /// Numbers of elements that the mixer keeps of all tokens so far: those of its convolution,
     /// and those of its recurrence. Both are 0 for attention, which keeps keys and values.
     /// `hidden` is the width of the residual stream.
     pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
         match self.mixer {
-            Mixer::Attention(_) | Mixer::None => [0, 0],
+            Mixer::Attention(_) | Mixer::Latent(_) | Mixer::None => [0, 0],
             Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
             Mixer::Mamba2(Mamba2 {
                 recurrence, taps, ..

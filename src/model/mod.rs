@@ -17,6 +17,7 @@ mod huggingface;
 mod hyperparameters;
 mod inventory;
 mod key_names;
+mod latent;
 mod layer;
 mod names;
 mod per_layer;

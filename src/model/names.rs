@@ -13,6 +13,26 @@ pub(super) enum Part {
     AttentionOut,
     QueryNorm,
     KeyNorm,
+    /// From the layer's input to the latent of the queries.
+    QueryDown,
+    /// The norm of that latent.
+    QueryDownNorm,
+    /// From that latent to the queries.
+    QueryUp,
+    /// From the layer's input to the queries, where keys and values have a latent and queries do
+    /// not.
+    LatentQuery,
+    /// From the layer's input to the latent of keys and values, and to the rotated part of the key.
+    LatentDown,
+    /// The norm of that latent.
+    LatentNorm,
+    /// From that latent to the keys and values of all heads.
+    LatentUp,
+    /// From the queries of each head to what is multiplied with the latent: the transposed weights
+    /// of the keys. Only in GGUF files.
+    LatentKeys,
+    /// From the latent to the values of each head. Only in GGUF files.
+    LatentValues,
     PostAttentionNorm,
     FeedForwardNorm,
     Gate,
@@ -165,6 +185,15 @@ pub(super) fn gguf(part: Part) -> String {
         Part::AttentionOut => "attn_output",
         Part::QueryNorm => "attn_q_norm",
         Part::KeyNorm => "attn_k_norm",
+        Part::QueryDown => "attn_q_a",
+        Part::QueryDownNorm => "attn_q_a_norm",
+        Part::QueryUp => "attn_q_b",
+        Part::LatentQuery => "attn_q",
+        Part::LatentDown => "attn_kv_a_mqa",
+        Part::LatentNorm => "attn_kv_a_norm",
+        Part::LatentUp => "attn_kv_b",
+        Part::LatentKeys => "attn_k_b",
+        Part::LatentValues => "attn_v_b",
         Part::PostAttentionNorm => "post_attention_norm",
         Part::FeedForwardNorm => "ffn_norm",
         Part::Gate => "ffn_gate",
@@ -240,6 +269,13 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::AttentionOut => "self_attn.o_proj",
         Part::QueryNorm => "self_attn.q_norm",
         Part::KeyNorm => "self_attn.k_norm",
+        Part::QueryDown => "self_attn.q_a_proj",
+        Part::QueryDownNorm => "self_attn.q_a_layernorm",
+        Part::QueryUp => "self_attn.q_b_proj",
+        Part::LatentQuery => "self_attn.q_proj",
+        Part::LatentDown => "self_attn.kv_a_proj_with_mqa",
+        Part::LatentNorm => "self_attn.kv_a_layernorm",
+        Part::LatentUp | Part::LatentKeys | Part::LatentValues => "self_attn.kv_b_proj",
         // Where there is a norm before the feed-forward part only, it has this name, too.
         Part::PostAttentionNorm | Part::FeedForwardNorm => "post_attention_layernorm",
         Part::Gate => "mlp.gate_proj",

@@ -1,7 +1,9 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::{Attention, FeedForward, GatedDelta, LayerSpec, Mamba2, Mixer, ShortConv};
+use super::layer::{
+    Attention, FeedForward, GatedDelta, Latent, LayerSpec, Mamba2, Mixer, ShortConv,
+};
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
 use super::{ModelConfig, ModelError};
@@ -94,6 +96,7 @@ impl List<'_> {
         self.beside(layer, spec);
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention),
+            Mixer::Latent(latent) => self.latent(layer, &latent),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
             Mixer::Mamba2(spec) => self.mamba2(layer, spec),
             Mixer::GatedDelta(delta) => self.gated_delta(layer, delta),
@@ -258,6 +261,29 @@ impl List<'_> {
         }
         self.part_norm(layer, Part::RecurrentNorm, columns);
         self.convolution(layer, recurrence.channels(), spec.taps, spec.has_conv_bias);
+    }
+
+    fn latent(&mut self, layer: usize, latent: &Latent) {
+        let (config, hidden, shape) = (self.config, self.config.hidden, latent.shape);
+        let queries = shape.query_columns();
+        match latent.query_rank {
+            Some(rank) => {
+                self.part(layer, Part::QueryDown, rank, hidden);
+                self.bias(layer, Part::QueryDown, rank, config.biases.qkv);
+                self.part_norm(layer, Part::QueryDownNorm, rank);
+                self.part(layer, Part::QueryUp, queries, rank);
+            }
+            None => self.part(layer, Part::LatentQuery, queries, hidden),
+        }
+        let down = shape.key_columns();
+        self.part(layer, Part::LatentDown, down, hidden);
+        self.bias(layer, Part::LatentDown, down, config.biases.qkv);
+        self.part_norm(layer, Part::LatentNorm, shape.latent);
+        let up = shape.heads * (shape.plain + shape.value);
+        self.part(layer, Part::LatentUp, up, shape.latent);
+        self.part(layer, Part::AttentionOut, hidden, shape.value_columns());
+        let bias = config.biases.attention_out;
+        self.bias(layer, Part::AttentionOut, hidden, bias);
     }
 
     fn attention(&mut self, layer: usize, attention: &Attention) {

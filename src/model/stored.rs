@@ -76,6 +76,24 @@ impl<'a> StoredLinear<'a> {
         self
     }
 
+    /// The same layer with its rows in another order: `stored_row` returns which of them becomes
+    /// row `row`. The layer must have a single part, in the order in which it is stored.
+    pub(super) fn permuted(mut self, stored_row: impl Fn(usize) -> usize) -> Self {
+        for part in &mut self.parts {
+            let bytes = part.data.len() / part.rows.max(1);
+            let mut rows = Vec::with_capacity(part.data.len());
+            for row in 0..part.rows {
+                rows.extend_from_slice(&part.data[stored_row(row) * bytes..][..bytes]);
+            }
+            part.data = Cow::Owned(rows);
+        }
+        self.bias = self.bias.map(|bias| {
+            let rows = 0..bias.len();
+            rows.map(|row| bias[stored_row(row)]).collect()
+        });
+        self
+    }
+
     /// The layer as a device takes it.
     pub(super) fn spec(&self) -> LinearSpec<'_> {
         let parts = self.parts.iter().map(|part| WeightRows {

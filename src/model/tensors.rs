@@ -287,14 +287,13 @@ impl ModelSource {
         self.rope_order(layer).is_none() && self.holds(&self.name(layer, Part::FusedQkv))
     }
 
-    /// The attention's output projection.
+    /// The attention's output projection, of `columns` inputs.
     pub(super) fn attention_out(
         &self,
         layer: usize,
-        heads: HeadShape,
+        columns: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let part = (Part::AttentionOut, self.config.hidden);
-        self.linear(layer, &[part], heads.q_columns())
+        self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
     }
 
     /// Gate and up projection of a dense layer, stacked, or the latter alone.
@@ -451,6 +450,10 @@ impl ModelSource {
         let biases = self.config.biases;
         let said = match part {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
+            Part::QueryDown | Part::LatentDown => biases.qkv,
+            // No model has biases on what is made of a latent.
+            Part::QueryUp | Part::LatentQuery | Part::LatentUp => Some(false),
+            Part::LatentKeys | Part::LatentValues => Some(false),
             Part::AttentionOut => biases.attention_out,
             Part::ConvInput | Part::ConvOutput => biases.recurrent,
             Part::RecurrentInput | Part::RecurrentOutput => biases.recurrent,

@@ -175,11 +175,11 @@ pub(super) fn cache_layout(
     model: &ModelConfig,
     config: &EngineConfig,
 ) -> Result<CacheLayout, LoadError> {
-    let layers = model.layers.iter().map(|layer| match layer.attention() {
-        Some(attention) => LayerCache {
-            window: attention.window,
-            size: attention.heads.cache_elements(),
-            shares: attention.shares,
+    let layers = model.layers.iter().map(|layer| match layer.heads() {
+        Some(heads) => LayerCache {
+            window: layer.window(),
+            size: heads.cache_elements(),
+            shares: layer.attention().and_then(|attention| attention.shares),
         },
         None => LayerCache::NOTHING,
     });
@@ -205,6 +205,7 @@ fn one_block(model: &ModelConfig, config: &EngineConfig, layout: &CacheLayout) -
         head_dim: heads.head_dim,
         blocks: 1,
         block_tokens: config.block_tokens,
+        values: heads.values,
     }
 }
 

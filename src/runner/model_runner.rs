@@ -252,8 +252,8 @@ impl<D: Device> Runner for ModelRunner<D> {
 mod tests {
     use super::*;
     use crate::cache::{BlockCache, HostBlockId};
-    use crate::device::CacheShape;
     use crate::device::cpu::{CpuDevice, CpuOptions};
+    use crate::device::{CacheShape, Values};
     use crate::id::RequestId;
     use crate::schedule::{Policy, Scheduler, SequenceKey, SequenceSpec};
     use crate::weights::DType;
@@ -286,6 +286,7 @@ mod tests {
             head_dim: 16,
             blocks: 1,
             block_tokens: 16,
+            values: Values::BesideKeys,
         };
         let block = device.cache_bytes(&block);
         let config = EngineConfig {

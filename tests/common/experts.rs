@@ -56,6 +56,16 @@ pub fn options() -> Vec<Options> {
             limit: 0.75,
         },
     };
+    let softmax = |top_k, normalize, groups, top_groups| RoutingSpec {
+        top_k,
+        score: RouterScore::GroupedSoftmax(SoftmaxRouting {
+            scale: 2.5,
+            groups,
+            top_groups,
+        }),
+        normalize,
+        activation: Activation::Silu,
+    };
     vec![
         options(routing(3, true, sigmoid), true, false),
         options(routing(2, false, sigmoid), false, false),
@@ -63,6 +73,9 @@ pub fn options() -> Vec<Options> {
         options(routing(1, false, of_inputs), false, false),
         options(routing(2, true, of_inputs), true, true),
         options(clamped, false, true),
+        options(softmax(3, false, 4, 2), false, false),
+        options(softmax(1, true, 8, 1), false, false),
+        options(softmax(2, false, 1, 1), false, false),
     ]
 }
 
@@ -162,10 +175,14 @@ impl Mixture {
         let logits: Vec<f64> = logits.iter().map(|&logit| logit.into()).collect();
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         let (weights, scale, scales_input): (Vec<f64>, f64, bool) = match score {
-            RouterScore::Softmax => {
+            RouterScore::Softmax | RouterScore::GroupedSoftmax(_) => {
                 let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
                 let weights = logits.iter().map(|logit| logit.exp() / total);
-                (weights.collect(), 1.0, false)
+                let scale = match score {
+                    RouterScore::GroupedSoftmax(own) => own.scale.into(),
+                    _ => 1.0,
+                };
+                (weights.collect(), scale, false)
             }
             RouterScore::Sigmoid(own) => {
                 let weights = logits.iter().map(|&logit| sigmoid(logit));
@@ -177,16 +194,22 @@ impl Mixture {
             false => weights[expert],
         };
         let mut open: Vec<usize> = (0..EXPERTS).collect();
-        if let RouterScore::Sigmoid(own) = score {
-            let size = EXPERTS / own.groups;
+        // The groups, of how many experts are chosen, and how many of its best ones rank a group.
+        let groups = match score {
+            RouterScore::Softmax => None,
+            RouterScore::GroupedSoftmax(own) => Some((own.groups, own.top_groups, 1)),
+            RouterScore::Sigmoid(own) => Some((own.groups, own.top_groups, 2)),
+        };
+        if let Some((count, top_groups, best)) = groups {
+            let size = EXPERTS / count;
             let of_group = |group: usize| {
                 let mut ranks: Vec<f64> = (group * size..(group + 1) * size).map(rank).collect();
                 ranks.sort_by(|a, b| b.total_cmp(a));
-                ranks[0] + ranks[1]
+                ranks[..best].iter().sum::<f64>()
             };
-            let mut groups: Vec<usize> = (0..own.groups).collect();
+            let mut groups: Vec<usize> = (0..count).collect();
             groups.sort_by(|&a, &b| of_group(b).total_cmp(&of_group(a)));
-            groups.truncate(own.top_groups);
+            groups.truncate(top_groups);
             open.retain(|expert| groups.contains(&(expert / size)));
         }
         open.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)));

@@ -136,6 +136,7 @@ impl<D: TestDevice> Grouped<D> {
             head_dim: heads.head_dim,
             blocks,
             block_tokens,
+            values: Values::BesideKeys,
         };
         let mut cache = device.allocate_cache(&shape).unwrap();
         let all: Vec<u32> = (0..blocks as u32).collect();

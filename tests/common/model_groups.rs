@@ -86,6 +86,7 @@ fn logits_of_steps<D: TestDevice>(
         head_dim: model.cache_heads().head_dim,
         blocks: groups.len() * tokens.div_ceil(BLOCK),
         block_tokens: BLOCK,
+        values: model.heads().values,
     };
     let mut cache = device.allocate_cache(&shape).unwrap();
     let mut free: Vec<u32> = (0..shape.blocks as u32).collect();

@@ -51,6 +51,7 @@ impl Layer {
             head_dim: heads.head_dim,
             blocks: 64,
             block_tokens,
+            values: heads.values,
         };
         let cache = device.allocate_cache(&shape).unwrap();
         let rope = device.load_rope(&rope_spec(rotary_dim)).unwrap();
@@ -80,7 +81,7 @@ impl Layer {
         let mut qkv = tensor(&mut self.device, columns, &rows);
         let mut out = self
             .device
-            .allocate(count, self.spec.heads.q_columns(), Precision::Full)
+            .allocate(count, self.spec.heads.out_columns(), Precision::Full)
             .unwrap();
         self.device.stage(&batch).unwrap();
         let norm = self.norm.as_ref().map(|(q, k, per_head)| QkNorm {
@@ -149,6 +150,7 @@ fn reference_with_sinks(
         q_heads,
         kv_heads,
         head_dim,
+        ..
     } = spec.heads;
     let columns = spec.heads.qkv_columns();
     let mut rows: Vec<Vec<f64>> = qkv
@@ -189,7 +191,10 @@ fn reference_with_sinks(
         for head in 0..q_heads {
             let q = &row[head * head_dim..][..head_dim];
             let k_at = (q_heads + head / group) * head_dim;
-            let v_at = k_at + kv_heads * head_dim;
+            let v_at = match spec.heads.values {
+                Values::BesideKeys => k_at + kv_heads * head_dim,
+                Values::InKeys(elements) => k_at + head_dim - elements,
+            };
             let scores: Vec<f64> = rows[first..=position]
                 .iter()
                 .map(|row| {
@@ -205,7 +210,7 @@ fn reference_with_sinks(
             let sink = sinks.get(head);
             let sink = sink.map_or(0.0, |&sink| (f64::from(sink) - largest).exp());
             let sum = sink + weights.iter().sum::<f64>();
-            for d in 0..head_dim {
+            for d in 0..spec.heads.value_dim() {
                 let value: f64 = weights
                     .iter()
                     .zip(&rows[first..])
@@ -223,6 +228,15 @@ pub fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
         q_heads,
         kv_heads,
         head_dim,
+        values: Values::BesideKeys,
+    }
+}
+
+/// Heads whose values are the last elements of their keys.
+fn latent_heads(q_heads: usize, kv_heads: usize, head_dim: usize, elements: usize) -> HeadShape {
+    HeadShape {
+        values: Values::InKeys(elements),
+        ..heads(q_heads, kv_heads, head_dim)
     }
 }
 
@@ -242,6 +256,8 @@ fn specs() -> Vec<(AttentionSpec, usize)> {
         (spec(heads(3, 3, 24), Some(1), None), 8),
         (spec(heads(4, 1, 256), Some(16), None), 256),
         (spec(heads(1, 1, 8), None, None), 8),
+        (spec(latent_heads(5, 1, 48, 32), None, None), 16),
+        (spec(latent_heads(4, 2, 72, 40), Some(20), None), 32),
     ]
 }
 
@@ -443,7 +459,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_ragged_batch() {
                 range: 0..lengths[i],
                 table,
             }]);
-            let row = spec.heads.q_columns();
+            let row = spec.heads.out_columns();
             assert!(
                 bits(&out[0][out[0].len() - row..]) == bits(&last[i]),
                 "{spec:?} {i}"
@@ -614,7 +630,7 @@ fn blocks_slots_positions_and_layers_beyond_the_cache_are_refused() {
     let mut qkv = layer.device.allocate(1, columns, Precision::Full).unwrap();
     let mut out = layer
         .device
-        .allocate(1, spec.heads.q_columns(), Precision::Full)
+        .allocate(1, spec.heads.out_columns(), Precision::Full)
         .unwrap();
     let place = |group, index| CacheLayer {
         group,
@@ -654,6 +670,7 @@ fn unsupported_block_and_head_sizes_are_refused() {
         head_dim: 64,
         blocks: 1,
         block_tokens: 16,
+        values: Values::BesideKeys,
     };
     for bad in [
         CacheShape {
@@ -668,6 +685,14 @@ fn unsupported_block_and_head_sizes_are_refused() {
             head_dim: 12,
             ..shape
         },
+        CacheShape {
+            values: Values::InKeys(72),
+            ..shape
+        },
+        CacheShape {
+            values: Values::InKeys(0),
+            ..shape
+        },
     ] {
         let error = device.allocate_cache(&bad).err();
         assert!(
@@ -677,4 +702,9 @@ fn unsupported_block_and_head_sizes_are_refused() {
     }
     assert!(device.allocate_cache(&shape).is_ok());
     assert_eq!(device.cache_bytes(&shape), 2 * 64 * 2 * 16);
+    let in_keys = CacheShape {
+        values: Values::InKeys(48),
+        ..shape
+    };
+    assert_eq!(device.cache_bytes(&in_keys), 64 * 2 * 16);
 }

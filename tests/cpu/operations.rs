@@ -54,6 +54,7 @@ fn queries_are_scaled_in_stages_of_their_positions() {
         q_heads: 2,
         kv_heads: 1,
         head_dim: 4,
+        values: Values::BesideKeys,
     };
     let columns = heads.qkv_columns();
     let mut d = device(SimdLevel::Auto, 1, Activations::Auto);

@@ -27,6 +27,7 @@ fn case(
         q_heads,
         kv_heads,
         head_dim,
+        values: Values::BesideKeys,
     };
     // Spread the scores so that some keys matter much more than others.
     let scale = 4.0 / (head_dim as f32).sqrt();
@@ -116,6 +117,7 @@ fn reference_with_sinks(
         q_heads,
         kv_heads,
         head_dim,
+        ..
     } = spec.heads;
     let columns = spec.heads.qkv_columns();
     let seen: Vec<&[f32]> = (sees_from(spec, position)..=position)
@@ -729,6 +731,7 @@ fn invalid_attention_arguments_are_refused() {
         head_dim: 48,
         blocks: 1,
         block_tokens: 16,
+        values: Values::BesideKeys,
     };
     let error = device.allocate_cache(&shape).err().unwrap();
     assert!(matches!(error, DeviceError::Unsupported { .. }), "{error}");
@@ -761,6 +764,7 @@ fn invalid_attention_arguments_are_refused() {
             q_heads,
             kv_heads,
             head_dim,
+            values: Values::BesideKeys,
         },
         ..good
     };

@@ -16,6 +16,7 @@ const HEADS: HeadShape = HeadShape {
     q_heads: 2,
     kv_heads: 1,
     head_dim: 16,
+    values: Values::BesideKeys,
 };
 
 fn device() -> CudaDevice {
@@ -29,6 +30,7 @@ fn shape() -> CacheShape {
         head_dim: HEADS.head_dim,
         blocks: BLOCKS,
         block_tokens: BLOCK,
+        values: Values::BesideKeys,
     }
 }
 

@@ -20,6 +20,7 @@ const HEADS: HeadShape = HeadShape {
     q_heads: 2,
     kv_heads: 1,
     head_dim: 32,
+    values: Values::BesideKeys,
 };
 const MODEL: ModelShape = ModelShape {
     layers: 1,
@@ -94,6 +95,7 @@ impl Model {
             head_dim: HEADS.head_dim,
             blocks: 16,
             block_tokens: BLOCK,
+            values: Values::BesideKeys,
         };
         let rope = RopeSpec {
             inverse_frequencies: (0..16).map(|i| 0.7f32.powi(i)).collect(),

@@ -168,5 +168,10 @@ golden! {
     glm4_moe_agrees_in_float16: float16 "glm4-moe",
     minimax_m2_agrees_in_float16: float16 "minimax-m2",
     llama4_agrees_in_float16: float16 "llama4",
+    deepseek_v2_agrees_in_float16: float16 "deepseek-v2",
+    deepseek_v3_agrees_in_float16: float16 "deepseek-v3",
+    glm4_moe_lite_agrees_in_float16: float16 "glm4-moe-lite",
+    deepseek_v3_as_gguf_agrees_in_float16: gguf_in_float16 "deepseek-v3",
+    glm4_moe_lite_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe-lite",
     glm4_moe_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe",
 }

@@ -14,6 +14,7 @@ const HEADS: HeadShape = HeadShape {
     q_heads: 4,
     kv_heads: 2,
     head_dim: 32,
+    values: Values::BesideKeys,
 };
 
 /// Returns random numbers that the type of the activations can hold.

@@ -107,6 +107,7 @@ impl<'d> Layer<'d> {
             head_dim: heads.head_dim,
             blocks,
             block_tokens,
+            values: Values::BesideKeys,
         };
         let mut cache = device.allocate_cache(&shape).unwrap();
         let all: Vec<u32> = (0..blocks as u32).collect();

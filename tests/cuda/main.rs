@@ -10,6 +10,7 @@ mod engine;
 mod experts;
 mod golden_models;
 mod groups;
+mod latent;
 mod linear;
 mod memory;
 mod program;

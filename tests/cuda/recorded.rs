@@ -200,6 +200,7 @@ impl Run {
             q_heads: 4,
             kv_heads: 2,
             head_dim,
+            values: Values::BesideKeys,
         };
         let rope = RopeSpec {
             inverse_frequencies: (0..head_dim / 2).map(|i| 0.9f32.powi(i as i32)).collect(),
@@ -213,6 +214,7 @@ impl Run {
             head_dim,
             blocks: 64,
             block_tokens: BLOCK,
+            values: Values::BesideKeys,
         };
         let mut cache = self.device.allocate_cache(&shape).unwrap();
         let spec = AttentionSpec {

@@ -125,6 +125,7 @@ fn norm_rotation_and_store_agree_with_float64() {
                     q_heads,
                     kv_heads,
                     head_dim,
+                    values: Values::BesideKeys,
                 };
                 let rope = spec(rotary_dim, 1.25);
                 let count = |heads: usize| match norm {
@@ -214,6 +215,7 @@ fn other_rows_change_no_bit_of_a_row() {
         q_heads: 6,
         kv_heads: 2,
         head_dim: 64,
+        values: Values::BesideKeys,
     };
     let columns = heads.qkv_columns();
     let rows: Vec<f32> = random
@@ -250,6 +252,7 @@ fn queries_are_scaled_in_stages_of_their_positions() {
         q_heads: 2,
         kv_heads: 1,
         head_dim: 16,
+        values: Values::BesideKeys,
     };
     let columns = heads.qkv_columns();
     for kind in TYPES {
@@ -314,6 +317,7 @@ fn invalid_rope_arguments_are_refused() {
         q_heads: 2,
         kv_heads: 1,
         head_dim: 16,
+        values: Values::BesideKeys,
     };
     let rows = vec![0.5; 40 * heads.qkv_columns()];
     let mut outcome = |rope: &RopeSpec, position: usize, table: &[u32], norm: usize| {

@@ -399,6 +399,7 @@ fn blocks_of_the_cache_are_poisoned_and_copied_in_every_layer() {
         head_dim: 32,
         blocks: 5,
         block_tokens: 16,
+        values: Values::BesideKeys,
     };
     let elements = 2 * 32 * 16;
     assert_eq!(device.cache_bytes(&shape), 2 * 2 * 3 * 5 * elements);

@@ -183,6 +183,7 @@ fn logits(simd: SimdLevel, size: usize) -> Vec<Vec<u32>> {
         head_dim: config.heads().head_dim,
         blocks: 32 * BLOCKS_EACH,
         block_tokens: BLOCK,
+        values: Values::BesideKeys,
     };
     let mut cache = device.allocate_cache(&shape).unwrap();
     let watched = size / 2;

@@ -279,6 +279,8 @@ macro_rules! converted {
 }
 
 converted! {
+    deepseek_v3_as_converted_by_llama_cpp_agrees_with_transformers: "deepseek-v3",
+    glm4_moe_lite_as_converted_by_llama_cpp_agrees_with_transformers: "glm4-moe-lite",
     glm4_moe_as_converted_by_llama_cpp_agrees_with_transformers: "glm4-moe",
     gpt_oss_as_converted_by_llama_cpp_agrees_with_transformers: "gpt-oss",
     gemma4_as_converted_by_llama_cpp_agrees_with_transformers: "gemma4",

@@ -94,6 +94,8 @@ macro_rules! golden {
 
 golden! {
     cohere2_agrees_with_transformers: "cohere2",
+    deepseek_v2_agrees_with_transformers: "deepseek-v2",
+    deepseek_v3_agrees_with_transformers: "deepseek-v3",
     ernie4_5_agrees_with_transformers: "ernie4.5",
     exaone4_agrees_with_transformers: "exaone4",
     gemma2_agrees_with_transformers: "gemma2",
@@ -104,6 +106,7 @@ golden! {
     gemma4_in_a_model_with_vision_agrees_with_transformers: "gemma4-nested",
     glm4_agrees_with_transformers: "glm4",
     glm4_moe_agrees_with_transformers: "glm4-moe",
+    glm4_moe_lite_agrees_with_transformers: "glm4-moe-lite",
     gpt_oss_agrees_with_transformers: "gpt-oss",
     granite_agrees_with_transformers: "granite",
     granite_with_mamba2_agrees_with_transformers: "granite-hybrid",
@@ -140,6 +143,8 @@ fn every_checkpoint_of_the_fixtures_has_a_test() {
     found.sort();
     let tested = [
         "cohere2",
+        "deepseek-v2",
+        "deepseek-v3",
         "ernie4.5",
         "exaone4",
         "gemma2",
@@ -150,6 +155,7 @@ fn every_checkpoint_of_the_fixtures_has_a_test() {
         "gemma4-nested",
         "glm4",
         "glm4-moe",
+        "glm4-moe-lite",
         "gpt-oss",
         "granite",
         "granite-hybrid",

@@ -5,6 +5,7 @@ mod fuzz_seeds;
 mod golden_gguf;
 mod golden_smollm2;
 mod golden_tiny;
+mod latent;
 mod model_files;
 mod random_weights;
 mod tokenizer;

@@ -49,7 +49,7 @@ impl AttentionOps for CpuDevice {
             false => spec.heads.qkv_columns(),
         };
         require_shape(NAME, "qkv", qkv, (rows, columns))?;
-        require_shape(NAME, "the result", out, (rows, spec.heads.q_columns()))?;
+        require_shape(NAME, "the result", out, (rows, spec.heads.out_columns()))?;
         require_cache(NAME, cache, layer, spec.heads)?;
         require(spec.window != Some(0), NAME, || {
             "the attention window must be at least 1 token".to_owned()

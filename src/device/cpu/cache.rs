@@ -2,15 +2,16 @@
 //!
 //! Each layer of a block, block and head stores its tokens in tiles of sixteen. A tile has the keys first,
 //! transposed to `[head_dim][16 tokens]`, so that sixteen scores are one vector and need no
-//! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`.
-//! Layers that are smaller than the room for one in each block follow each other in it.
+//! horizontal sums. The values follow, `[16 tokens][head_dim, padded to a multiple of 16]`, unless
+//! they are in the keys. Layers that are smaller than the room for one in each block follow each
+//! other in it.
 
 use super::CpuDevice;
 use super::error::{require, require_ok};
 use super::memory::Buffer;
 use super::simd::{LANES, Simd};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, StateShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, StateShape, Values};
 use std::ops::Range;
 
 /// The KV cache. It has one buffer for each layer of a block.
@@ -28,24 +29,36 @@ pub(crate) struct TileShape {
     pub(crate) head_dim: usize,
     /// Number of elements from one value to the next.
     pub(crate) value_stride: usize,
+    /// Where the values are.
+    pub(crate) values: Values,
 }
 
 impl TileShape {
-    pub(crate) fn new(head_dim: usize) -> Self {
+    pub(crate) fn new(head_dim: usize, values: Values) -> Self {
         Self {
             head_dim,
-            value_stride: head_dim.next_multiple_of(LANES),
+            value_stride: values.elements(head_dim).next_multiple_of(LANES),
+            values,
         }
     }
 
-    /// Returns the number of elements of a tile's keys. The values follow them.
+    /// Returns the shape of the tiles of some heads.
+    pub(crate) fn of(heads: HeadShape) -> Self {
+        Self::new(heads.head_dim, heads.values)
+    }
+
+    /// Returns the number of elements of a tile's keys. The values follow them, if they are beside
+    /// the keys.
     pub(crate) fn keys(self) -> usize {
         self.head_dim * LANES
     }
 
     /// Returns the number of elements of a tile.
     pub(crate) fn elements(self) -> usize {
-        (self.head_dim + self.value_stride) * LANES
+        match self.values {
+            Values::BesideKeys => (self.head_dim + self.value_stride) * LANES,
+            Values::InKeys(_) => self.keys(),
+        }
     }
 }
 
@@ -82,7 +95,7 @@ fn unsupported(what: String, expected: &str) -> DeviceError {
 pub(crate) fn block_bytes(shape: &CacheShape, half: bool) -> usize {
     let element = if half { 2 } else { 4 };
     let tiles = shape.block_tokens / LANES * shape.kv_heads * shape.layers;
-    tiles * TileShape::new(shape.head_dim).elements() * element
+    tiles * TileShape::new(shape.head_dim, shape.values).elements() * element
 }
 
 impl CpuCache {
@@ -99,6 +112,12 @@ impl CpuCache {
                 "the number of elements per head must be a multiple of 8, at most 1024",
             ));
         }
+        shape.values.check(shape.head_dim).map_err(|what| {
+            unsupported(
+                what,
+                "a value in a key has from 1 element to all of the key's",
+            )
+        })?;
         let one_layer = CacheShape { layers: 1, ..shape };
         let bytes = block_bytes(&one_layer, half).saturating_mul(shape.blocks);
         let layers = (0..shape.layers).map(|_| Buffer::zeroed(bytes, "the key-value cache"));
@@ -166,8 +185,9 @@ impl CpuCache {
     /// place. [`require_cache`] has checked that it fits.
     pub(crate) fn tiles(&self, heads: HeadShape, part: usize) -> Tiles {
         let in_block = self.shape.block_tokens / LANES;
-        let tile = TileShape::new(heads.head_dim).elements();
-        let room = self.shape.kv_heads * TileShape::new(self.shape.head_dim).elements();
+        let tile = TileShape::of(heads).elements();
+        let largest = TileShape::new(self.shape.head_dim, self.shape.values);
+        let room = self.shape.kv_heads * largest.elements();
         Tiles {
             block: room * in_block,
             first: part * heads.kv_heads * tile * in_block,
@@ -208,8 +228,10 @@ pub(super) fn require_cache(
         q_heads: shape.kv_heads,
         kv_heads: shape.kv_heads,
         head_dim: shape.head_dim,
+        values: shape.values,
     };
     let fits = index < shape.layers
+        && heads.values == shape.values
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.head_dim > 0

@@ -10,6 +10,7 @@ use super::tensor::{CpuTensor, require_shape};
 use super::workers::Workers;
 use crate::device::{
     DeviceError, ExpertOps, LinearOps, LinearSpec, RouterScore, RoutingSpec, SigmoidRouting,
+    SoftmaxRouting,
 };
 
 /// The loaded experts of a layer.
@@ -216,6 +217,11 @@ impl Scratch {
         for (row, logits) in operands.router.chunks_exact(experts).enumerate() {
             let (total, scale) = match routing.score {
                 RouterScore::Softmax => (self.order_softmax(logits), 1.0),
+                RouterScore::GroupedSoftmax(softmax) => {
+                    let total = self.order_softmax(logits);
+                    self.keep_groups(experts / softmax.groups, softmax);
+                    (total, softmax.scale)
+                }
                 RouterScore::Sigmoid(sigmoid) => {
                     self.order_sigmoid(logits, corrections, sigmoid);
                     (1.0, sigmoid.scale)
@@ -241,9 +247,25 @@ impl Scratch {
                 .enumerate(),
         );
         let total: f32 = self.order.iter().map(|(_, weight)| weight).sum();
-        self.order
-            .sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        self.order.sort_by(by_rank);
         total
+    }
+
+    /// Removes the experts from `order` that are not in the best groups of `size` experts.
+    fn keep_groups(&mut self, size: usize, routing: SoftmaxRouting) {
+        // The groups, by their best experts, the best first.
+        self.groups.clear();
+        for &(expert, weight) in &self.order {
+            let group = expert / size;
+            if self.groups.iter().all(|&(other, _)| other != group) {
+                self.groups.push((group, weight));
+            }
+        }
+        self.groups.sort_by(by_rank);
+        self.groups.truncate(routing.top_groups);
+        let groups = &self.groups;
+        self.order
+            .retain(|(expert, _)| groups.iter().any(|&(group, _)| group == expert / size));
     }
 
     /// Puts the experts that may be chosen in `order`, the best first, with the sigmoids of their
@@ -271,7 +293,6 @@ impl Scratch {
         };
         self.groups.clear();
         self.groups.extend((0..routing.groups).map(of_group));
-        let by_rank = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         self.groups.sort_by(by_rank);
         self.order.clear();
         for &(group, _) in self.groups.iter().take(routing.top_groups) {
@@ -284,4 +305,10 @@ impl Scratch {
             *weight = sigmoid(logits[*expert]);
         }
     }
+}
+
+/// Orders experts or groups by their rank, the best first; of equal ones, the one with the lower
+/// index.
+fn by_rank(a: &(usize, f32), b: &(usize, f32)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }

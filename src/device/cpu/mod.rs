@@ -21,6 +21,7 @@ mod error;
 mod experts;
 mod float;
 mod integer;
+mod latent;
 mod layout;
 mod linear;
 mod mamba2;
@@ -44,6 +45,8 @@ mod tensor;
 mod workers;
 
 pub use cache::CpuCache;
+#[cfg(any(test, feature = "internals"))]
+pub use latent::CpuHeads;
 pub use linear::CpuLinear;
 pub use norm::CpuVector;
 pub use options::{Activations, CpuOptions, KvType, SimdLevel};
@@ -72,6 +75,7 @@ pub struct CpuDevice {
     ropes: RopeTables,
     attention: Attention,
     experts: experts::Scratch,
+    latent: latent::Scratch,
     /// Tokens that the last step sampled, for rows of the next step that refer to them.
     sampled: Vec<u32>,
     /// Samples that the caller has read, kept to reuse their memory.
@@ -108,6 +112,7 @@ impl CpuDevice {
             ropes: RopeTables::default(),
             attention: Attention::default(),
             experts: experts::Scratch::default(),
+            latent: latent::Scratch::default(),
             sampled: Vec::new(),
             spare_samples: Samples::default(),
         })

@@ -370,7 +370,7 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
                 rotate(s, head, cosines, sines);
             }
             let slot = slots[row] as usize;
-            let shape = TileShape::new(dim);
+            let shape = TileShape::of(heads);
             for head in 0..heads.kv_heads {
                 let (tile, token) = (self.place)(slot, head);
                 let bytes = size_of::<E>();
@@ -378,7 +378,9 @@ impl<E: KvElement, P: Fn(usize, usize) -> (usize, usize)> Kernel for Rows<'_, E,
                     .cache
                     .pointer(tile * bytes, shape.elements() * bytes)
                     .cast::<E>();
-                let (k, v) = (&k[head * dim..][..dim], &v[head * dim..][..dim]);
+                let k = &k[head * dim..][..dim];
+                // There is none if it is in the key.
+                let v = v.get(head * dim..).and_then(|v| v.get(..dim));
                 // SAFETY: `to` points to a whole tile, and no other row writes this token of
                 // it.
                 unsafe { store_token(s, to, shape, token, k, v) };
@@ -411,7 +413,7 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cosines: &[f32], sines: &[f32]) {
     }
 }
 
-/// Writes the key and value of one token into its tile.
+/// Writes the key of one token into its tile, and the value if it is not in the key.
 ///
 /// # Safety
 /// `tile` must be writable for a whole tile, and nothing else may use this token of it.
@@ -422,7 +424,7 @@ unsafe fn store_token<S: Simd, E: KvElement>(
     shape: TileShape,
     token: usize,
     k: &[f32],
-    v: &[f32],
+    v: Option<&[f32]>,
 ) {
     let mut converted = [E::default(); LANES];
     for at in (0..shape.head_dim).step_by(LANES) {
@@ -438,12 +440,11 @@ unsafe fn store_token<S: Simd, E: KvElement>(
             for (i, &element) in converted[..count].iter().enumerate() {
                 tile.add((at + i) * LANES + token).write(element);
             }
-            let value = s.load_part(v.as_ptr().add(at), count);
-            E::store(
-                s,
-                tile.add(shape.keys() + token * shape.value_stride + at),
-                value,
-            );
+            if let Some(v) = v {
+                let value = s.load_part(v.as_ptr().add(at), count);
+                let to = tile.add(shape.keys() + token * shape.value_stride + at);
+                E::store(s, to, value);
+            }
         }
     }
 }

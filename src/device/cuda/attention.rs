@@ -24,7 +24,7 @@ use super::tensor::{CudaTensor, require_shape};
 use crate::device::attention::rope_then_attend;
 use crate::device::{
     AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
-    RotaryAttention,
+    RotaryAttention, Values,
 };
 
 kernels! {
@@ -129,11 +129,18 @@ impl AttentionKernels {
 
 /// Returns the bytes of the counts of blocks of this many sequences.
 pub(super) fn arrival_bytes(heads: HeadShape, sequences: usize) -> usize {
+    if heads.values != Values::BesideKeys {
+        return 0;
+    }
     sequences * blocks_of_heads(heads) * size_of::<u32>()
 }
 
-/// Returns the bytes of the partial outputs, and of the statistics, of this many units.
+/// Returns the bytes of the partial outputs, and of the statistics, of this many units. Latent
+/// attention has none.
 pub(super) fn partial_bytes(heads: HeadShape, units: usize) -> [usize; 2] {
+    if heads.values != Values::BesideKeys {
+        return [0, 0];
+    }
     let partials = units.saturating_mul(heads.q_heads);
     let out = partials.saturating_mul(heads.head_dim * size_of::<f32>());
     [out, partials.saturating_mul(size_of::<[f32; 2]>())]
@@ -243,6 +250,9 @@ impl AttentionOps for CudaDevice {
         layer: CacheLayer,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
+        if spec.heads.values != Values::BesideKeys {
+            return self.attend_latents(qkv, spec, sinks, (cache, layer), out);
+        }
         let rows = Rows {
             qkv,
             rotary: RopeParameters::default(),
@@ -267,7 +277,9 @@ impl AttentionOps for CudaDevice {
         let norm = rotary.norm.as_ref();
         // A norm over a whole row needs all of its heads in one block.
         let per_head = norm.is_none_or(|norm| norm.per_head);
-        if self.step.has_prefills() || !per_head || rotary.query_scale.is_some() {
+        let is_latent = spec.heads.values != Values::BesideKeys;
+        let is_scaled = rotary.query_scale.is_some();
+        if self.step.has_prefills() || !per_head || is_scaled || is_latent {
             return rope_then_attend(self, qkv, attention, cache, layer, out);
         }
         let rows = Rows {
@@ -507,6 +519,7 @@ mod tests {
                 q_heads,
                 kv_heads,
                 head_dim: 64,
+                values: Values::BesideKeys,
             };
             let spread = unit_spread(heads);
             for rows in [1, 2, 7, 24, 100, 256, 5000] {
@@ -535,6 +548,7 @@ mod tests {
                     q_heads: 32,
                     kv_heads: 8,
                     head_dim: 128,
+                    values: Values::BesideKeys,
                 },
                 ..ModelShape::default()
             },

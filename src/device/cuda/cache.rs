@@ -2,14 +2,14 @@
 //!
 //! Each layer of a block has two arrays, keys and values, of shape
 //! `[blocks][kv_heads][block_tokens][head_dim]` in the activation type. All arrays are stored
-//! one after the other.
+//! one after the other. Where values are in the keys (latent attention), there are only the keys.
 
 use super::CudaDevice;
 use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, Values};
 
 kernels! {
     /// Kernels of `kernels/cache.cu`.
@@ -25,6 +25,10 @@ const ELEMENT: usize = 2;
 /// Head sizes, in elements, for which there are attention kernels.
 pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
 
+/// The largest key, in elements, of attention whose values are in the keys, as in
+/// `kernels/latent.cu`.
+pub(super) const LARGEST_KEY: usize = 576;
+
 /// The KV cache. Layers are counted within a block.
 pub struct CudaCache {
     shape: CacheShape,
@@ -39,12 +43,14 @@ impl CudaCache {
 
     /// Returns the address of the keys of a layer. `layer` must be below `shape().layers`.
     pub(super) fn keys(&self, layer: usize) -> Ptr {
-        self.array(2 * layer)
+        self.array(arrays(&self.shape) * layer)
     }
 
-    /// Returns the address of the values of a layer. `layer` must be below `shape().layers`.
+    /// Returns the address of the values of a layer, which is that of the keys if the values are in
+    /// them. `layer` must be below `shape().layers`.
     pub(super) fn values(&self, layer: usize) -> Ptr {
-        self.array(2 * layer + 1)
+        let arrays = arrays(&self.shape);
+        self.array(arrays * layer + arrays - 1)
     }
 
     fn array(&self, index: usize) -> Ptr {
@@ -56,7 +62,8 @@ impl CudaCache {
     /// address.
     pub(super) fn parts(&self, block: u32) -> (impl Iterator<Item = Ptr>, usize) {
         let bytes = block_bytes(&self.shape);
-        let arrays = (0..2 * self.shape.layers).map(|index| self.array(index));
+        let count = arrays(&self.shape) * self.shape.layers;
+        let arrays = (0..count).map(|index| self.array(index));
         let offset = block as usize * bytes;
         (arrays.map(move |array| array.offset_bytes(offset)), bytes)
     }
@@ -97,11 +104,23 @@ impl CudaCache {
     /// the kernels: blocks per array, and 16-byte vectors per block in an array.
     fn launch(&self, entries: usize) -> (Grid, u32, u32) {
         let grid = Grid::new(
-            [entries as u32, 2 * self.shape.layers as u32, 1],
+            [
+                entries as u32,
+                (arrays(&self.shape) * self.shape.layers) as u32,
+                1,
+            ],
             [256, 1, 1],
         );
         let vectors = block_bytes(&self.shape) / 16;
         (grid, self.shape.blocks as u32, vectors as u32)
+    }
+}
+
+/// Returns the number of arrays of a layer.
+fn arrays(shape: &CacheShape) -> usize {
+    match shape.values {
+        Values::BesideKeys => 2,
+        Values::InKeys(_) => 1,
     }
 }
 
@@ -113,13 +132,13 @@ fn block_bytes(shape: &CacheShape) -> usize {
 /// Returns the bytes of a block in all layers. `shape` must be that of an allocated cache, so
 /// that the result does not overflow.
 pub(super) fn all_layers(shape: &CacheShape) -> usize {
-    2 * shape.layers * block_bytes(shape)
+    arrays(shape) * shape.layers * block_bytes(shape)
 }
 
 /// Returns the bytes of a cache, or `None` if the number overflows.
 fn bytes(shape: &CacheShape) -> Option<usize> {
     [
-        2,
+        arrays(shape),
         shape.layers,
         shape.blocks,
         shape.kv_heads,
@@ -142,6 +161,28 @@ pub(super) fn require_head_dim(head_dim: usize) -> Result<(), DeviceError> {
     ))
 }
 
+/// Returns [`DeviceError::Unsupported`] if there are no attention kernels for these keys and values.
+fn require_keys(shape: &CacheShape) -> Result<(), DeviceError> {
+    let head_dim = shape.head_dim;
+    let Values::InKeys(elements) = shape.values else {
+        return require_head_dim(head_dim);
+    };
+    let fits = shape.kv_heads == 1 && head_dim.is_multiple_of(8) && head_dim <= LARGEST_KEY;
+    if fits && shape.values.check(head_dim).is_ok() {
+        return Ok(());
+    }
+    let heads = shape.kv_heads;
+    Err(unsupported(
+        format!(
+            "latent attention with values of {elements} elements in {heads} keys of {head_dim}"
+        ),
+        format!(
+            "there must be one key, whose number of elements is a multiple of 8 and at most \
+             {LARGEST_KEY}"
+        ),
+    ))
+}
+
 /// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
 pub(super) fn require_heads(
     operation: &'static str,
@@ -152,6 +193,7 @@ pub(super) fn require_heads(
     let shape = cache.shape();
     let fits = heads.kv_heads == shape.kv_heads
         && heads.head_dim == shape.head_dim
+        && heads.values == shape.values
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads)
@@ -186,7 +228,7 @@ impl CacheOps for CudaDevice {
                 "the number of tokens per block must be a multiple of 16",
             ));
         }
-        require_head_dim(shape.head_dim)?;
+        require_keys(shape)?;
         let slots = shape.blocks.checked_mul(shape.block_tokens);
         let countable = slots.is_some_and(|slots| slots < u32::MAX as usize)
             && shape.layers <= 1 << 14

@@ -13,7 +13,7 @@ use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
     Activation, ActivationOps, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision,
-    RouterScore, RoutingSpec,
+    RouterScore, RoutingSpec, SoftmaxRouting,
 };
 
 kernels! {
@@ -21,7 +21,7 @@ kernels! {
     pub(super) struct ExpertKernels in "experts" {
         route(
             pair_expert: Ptr, pair_weight: Ptr, router: Ptr, rows: u32, experts: u32, top_k: u32,
-            normalize: u32
+            normalize: u32, scale: f32, groups: u32, top_groups: u32
         );
         group_pairs(
             tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
@@ -49,6 +49,13 @@ const MAX_EXPERTS: usize = 256;
 const MAX_TOP_K: usize = 32;
 /// Maximum number of groups of experts, as in `kernels/experts.cu`.
 const MAX_GROUPS: usize = 32;
+
+/// A softmax over all experts.
+const PLAIN: SoftmaxRouting = SoftmaxRouting {
+    scale: 1.0,
+    groups: 1,
+    top_groups: 1,
+};
 
 /// The loaded experts of one layer.
 pub struct CudaExperts {
@@ -472,6 +479,31 @@ impl CudaDevice {
         )
     }
 
+    /// Enqueues the choice of each row's experts by a softmax.
+    fn route_softmax(
+        &mut self,
+        places: &Pairs,
+        router: &CudaTensor,
+        routing: RoutingSpec,
+        softmax: SoftmaxRouting,
+        (rows, count): (u32, u32),
+    ) -> Result<(), DeviceError> {
+        self.experts.route(
+            &self.context,
+            Grid::new([rows, 1, 1], [32, 1, 1]),
+            places.expert,
+            places.weight,
+            router.ptr(),
+            rows,
+            count,
+            routing.top_k as u32,
+            routing.normalize.into(),
+            softmax.scale,
+            softmax.groups as u32,
+            softmax.top_groups as u32,
+        )
+    }
+
     /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.
     fn route(
         &mut self,
@@ -483,23 +515,23 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let (rows, count, top_k) = (rows as u32, count as u32, routing.top_k as u32);
         let grid = Grid::new([rows, 1, 1], [32, 1, 1]);
+        let groups = match routing.score {
+            RouterScore::Softmax => 1,
+            RouterScore::GroupedSoftmax(softmax) => softmax.groups,
+            RouterScore::Sigmoid(sigmoid) => sigmoid.groups,
+        };
+        if groups > MAX_GROUPS {
+            return Err(unsupported(
+                format!("{groups} groups of experts"),
+                format!("at most {MAX_GROUPS} are supported"),
+            ));
+        }
         match routing.score {
-            RouterScore::Softmax => self.experts.route(
-                &self.context,
-                grid,
-                places.expert,
-                places.weight,
-                router.ptr(),
-                rows,
-                count,
-                top_k,
-                routing.normalize.into(),
-            )?,
-            RouterScore::Sigmoid(sigmoid) if sigmoid.groups > MAX_GROUPS => {
-                return Err(unsupported(
-                    format!("{} groups of experts", sigmoid.groups),
-                    format!("at most {MAX_GROUPS} are supported"),
-                ));
+            RouterScore::Softmax => {
+                self.route_softmax(places, router, routing, PLAIN, (rows, count))?
+            }
+            RouterScore::GroupedSoftmax(softmax) => {
+                self.route_softmax(places, router, routing, softmax, (rows, count))?;
             }
             RouterScore::Sigmoid(sigmoid) => self.experts.route_sigmoid(
                 &self.context,

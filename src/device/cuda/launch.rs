@@ -359,8 +359,8 @@ mod tests {
     use crate::device::cuda::{
         CudaActivations, activation::ActivationKernels, attention::AttentionKernels,
         cache::CacheKernels, embedding::EmbeddingKernels, experts::ExpertKernels, images,
-        linear::LinearKernels, linear::QuantKernels, norm::NormKernels, rope::RopeKernels,
-        sampling::SamplingKernels,
+        latent::LatentKernels, linear::LinearKernels, linear::QuantKernels, norm::NormKernels,
+        rope::RopeKernels, sampling::SamplingKernels,
     };
     use std::collections::BTreeSet;
 
@@ -370,6 +370,7 @@ mod tests {
         (CacheKernels::FILE, CacheKernels::SIGNATURES),
         (EmbeddingKernels::FILE, EmbeddingKernels::SIGNATURES),
         (ExpertKernels::FILE, ExpertKernels::SIGNATURES),
+        (LatentKernels::FILE, LatentKernels::SIGNATURES),
         (LinearKernels::FILE, LinearKernels::SIGNATURES),
         (NormKernels::FILE, NormKernels::SIGNATURES),
         (QuantKernels::FILE, QuantKernels::SIGNATURES),

@@ -26,6 +26,7 @@ mod experts;
 mod graphs;
 mod handle;
 mod images;
+mod latent;
 mod launch;
 mod linear;
 mod load;
@@ -56,6 +57,8 @@ mod weights;
 pub use cache::CudaCache;
 #[cfg(any(test, feature = "internals"))]
 pub use experts::CudaExperts;
+#[cfg(any(test, feature = "internals"))]
+pub use latent::CudaHeads;
 pub use norm::CudaVector;
 pub use options::{CudaActivations, CudaOptions};
 #[cfg(any(test, feature = "internals"))]
@@ -74,6 +77,7 @@ use embedding::EmbeddingKernels;
 use experts::{ExpertKernels, ExpertScratch};
 use graphs::Graphs;
 use images::Modules;
+use latent::LatentKernels;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use pooling::Pooler;
@@ -96,6 +100,7 @@ pub struct CudaDevice {
     embedding: EmbeddingKernels,
     expert_scratch: ExpertScratch,
     experts: ExpertKernels,
+    latent: LatentKernels,
     linear: LinearKernels,
     /// Short lists of blocks for the kernels that are enqueued next.
     lists: Uploads,
@@ -182,6 +187,7 @@ impl CudaDevice {
             embedding: EmbeddingKernels::load(&modules)?,
             expert_scratch: ExpertScratch::default(),
             experts: ExpertKernels::load(&modules)?,
+            latent: LatentKernels::load(&modules)?,
             linear: LinearKernels::load(&modules)?,
             lists: Uploads::outside_graphs("a list"),
             norm: NormKernels::load(&modules)?,

@@ -21,12 +21,13 @@ mod tests {
     use super::*;
     use crate::device::cuda::images::portable;
 
-    const FILES: [&str; 10] = [
+    const FILES: [&str; 11] = [
         "activation",
         "attention",
         "cache",
         "embedding",
         "experts",
+        "latent",
         "linear",
         "linear_quant",
         "norm",

@@ -13,7 +13,7 @@ use super::signature::Signature;
 use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{
-    CacheLayer, DeviceError, HeadShape, Precision, QkNorm, QueryScale, RopeOps, RopeSpec,
+    CacheLayer, DeviceError, HeadShape, Precision, QkNorm, QueryScale, RopeOps, RopeSpec, Values,
 };
 use std::rc::{Rc, Weak};
 
@@ -174,6 +174,12 @@ impl RopeOps for CudaDevice {
         let columns = heads.qkv_columns();
         require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
         let parameters = self.rope_parameters(heads, norm, rope, cache, layer)?;
+        if heads.values != Values::BesideKeys {
+            require(norm.is_none() && heads.kv_heads == 1, NAME, || {
+                "values in keys need a single key-value head without a norm".to_owned()
+            })?;
+            return self.store_latents(qkv, heads, &parameters, cache, layer);
+        }
         // A warp per head. A norm over whole rows needs all of a row in one block.
         const WARPS: usize = 8;
         let blocks = match parameters.norm_mode {

@@ -132,6 +132,8 @@ pub(super) struct StepInputs {
     rows: usize,
     padded_rows: usize,
     samples: usize,
+    /// Number of sequences, padding included.
+    sequence_count: usize,
     /// Range of entries of the decode list, per launch.
     decodes: Vec<Range<usize>>,
     max_units: usize,
@@ -314,6 +316,7 @@ impl StepInputs {
             rows: 0,
             padded_rows: 0,
             samples: 0,
+            sequence_count: 0,
             decodes: Vec::new(),
             max_units: 0,
             decode_units: 0,
@@ -389,6 +392,12 @@ impl StepInputs {
     /// the table are correct.
     pub(super) fn sequences(&self, group: usize) -> Ptr {
         self.at(self.layout.sequences.of(group))
+    }
+
+    /// Returns the number of sequences, padding included. In a step that is recorded, it is the
+    /// number of rows.
+    pub(super) fn sequence_count(&self) -> usize {
+        self.sequence_count
     }
 
     /// Returns the block tables of all groups: `u32` per entry, one table after the other.
@@ -694,6 +703,7 @@ impl StepInputs {
         for sequence in batch.sequences.len()..batch.sequences.len() + padding.len() {
             decodes.push(sequence as u32, 0);
         }
+        self.sequence_count = batch.sequences.len() + padding.len();
         self.max_units = decodes.longest.next_power_of_two();
         self.decode_units = decodes.most;
         let decode_list = append(words, decodes.words);

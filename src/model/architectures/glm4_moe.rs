@@ -86,7 +86,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
-    let common = without_prediction_layers(metadata)?;
+    let common = without_prediction_layers(metadata, metadata.hyperparameters()?)?;
     let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     Ok(Hyperparameters {
         dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
@@ -96,12 +96,11 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-/// The numbers of a model without the layers that predict further tokens, which the metadata
-/// counts with the others.
+/// The numbers without the layers that predict further tokens, which are counted with the others.
 pub(super) fn without_prediction_layers(
     metadata: &Metadata<'_>,
+    common: Hyperparameters,
 ) -> Result<Hyperparameters, ModelError> {
-    let common = metadata.hyperparameters()?;
     let key = "nextn_predict_layers";
     let prediction_layers = metadata.size(key)?.unwrap_or(0);
     let layers = common.layers.checked_sub(prediction_layers);

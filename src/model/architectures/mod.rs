@@ -7,6 +7,8 @@
 //! architecture.
 
 mod cohere2;
+mod deepseek_v2;
+mod deepseek_v3;
 mod ernie4_5;
 mod exaone4;
 mod gemma2;
@@ -15,6 +17,7 @@ mod gemma3n;
 mod gemma4;
 mod glm4;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
 mod granitemoehybrid;
@@ -82,6 +85,9 @@ static ALL: &[&Architecture] = &[
     &qwen3_next::ARCHITECTURE,
     &qwen3_5::ARCHITECTURE,
     &qwen3_5_moe::ARCHITECTURE,
+    &deepseek_v2::ARCHITECTURE,
+    &deepseek_v3::ARCHITECTURE,
+    &glm4_moe_lite::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.

@@ -15,7 +15,8 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "qwen35",
         read: |metadata| {
-            let common = glm4_moe::without_prediction_layers(metadata)?;
+            let common =
+                glm4_moe::without_prediction_layers(metadata, metadata.hyperparameters()?)?;
             with_delta(metadata, common, DeltaOrder::Tiled)
         },
         settings: &["nextn_predict_layers"],

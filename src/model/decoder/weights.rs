@@ -1,6 +1,7 @@
 //! A layer's weights on a device.
 
 use super::gated_delta::GatedDeltaWeights;
+use super::latent::LatentWeights;
 use super::mamba2::Mamba2LayerWeights;
 use super::short_conv::ShortConvWeights;
 use super::streams::{LayerStreams, SidePath};
@@ -36,6 +37,7 @@ pub(super) struct LayerInputWeights<D: Device> {
 /// The weights of a layer's mixer.
 pub(super) enum MixerWeights<D: Device> {
     Attention(AttentionWeights<D>),
+    Latent(LatentWeights<D>),
     ShortConv(ShortConvWeights<D>),
     GatedDelta(GatedDeltaWeights<D>),
     Mamba2(Mamba2LayerWeights<D>),
@@ -165,6 +167,10 @@ impl<D: Device> LayerWeights<D> {
         )?;
         let mixer = match spec.mixer {
             Mixer::Attention(attention) => MixerWeights::Attention(loader.attention(attention)?),
+            Mixer::Latent(latent) => {
+                let device = &mut *loader.device;
+                MixerWeights::Latent(LatentWeights::load(source, device, layer, latent)?)
+            }
             Mixer::ShortConv(conv) => {
                 let device = &mut *loader.device;
                 MixerWeights::ShortConv(ShortConvWeights::load(source, device, layer, conv)?)
@@ -229,7 +235,7 @@ impl<D: Device> Loader<'_, D> {
             false => (source.qkv(layer, &spec)?, None),
         };
         let qkv = self.device.load_linear(&qkv.spec())?;
-        let out = source.attention_out(layer, heads)?;
+        let out = source.attention_out(layer, heads.out_columns())?;
         Ok(AttentionWeights {
             spec,
             qkv,

@@ -2,6 +2,7 @@
 
 use super::StepLimits;
 use super::gated_delta::GatedDeltaSpace;
+use super::latent::LatentWorkspace;
 use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
 use crate::device::{Activation, Device, DeviceError, Precision};
@@ -16,6 +17,8 @@ pub(super) struct Workspace<T> {
     pub(super) normed: T,
     /// For each shape of attention.
     pub(super) attentions: Vec<AttentionSpace<T>>,
+    /// Activations of latent attention, if there is some.
+    pub(super) latent: Option<LatentWorkspace<T>>,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
     /// Activations of layers with a gated delta net, if there are some.
@@ -210,6 +213,13 @@ impl<T> Workspace<T> {
             dense,
             inputs,
             streams,
+            latent: match config.latent() {
+                Some(spec) => {
+                    let make = |columns, precision| make(rows, columns, precision);
+                    Some(LatentWorkspace::make(spec, make)?)
+                }
+                None => None,
+            },
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             delta: make(rows, config.hidden, activation)?,

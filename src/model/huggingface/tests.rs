@@ -43,6 +43,7 @@ fn gemma3_with_vision_gets_what_its_configuration_leaves_out() {
         q_heads,
         kv_heads,
         head_dim,
+        ..
     } = config.heads();
     assert_eq!((q_heads, kv_heads, head_dim), (8, 4, 256));
     assert_eq!(attention(&config, 0).scale, 1.0 / 16.0);
@@ -193,6 +194,7 @@ fn what_a_configuration_leaves_out_is_as_in_the_configuration_class() {
             q_heads,
             kv_heads,
             head_dim,
+            ..
         } = config.heads();
         let experts = config.experts().map(|experts| experts.width);
         let width = config.dense_width().or(experts).unwrap();
@@ -666,7 +668,7 @@ fn a_name_with_vision_is_read_as_the_text_model_that_it_holds() {
 fn mixtures_of_sigmoids_read_how_their_routers_choose() {
     let sigmoid = |config: &ModelConfig| match config.experts().unwrap().routing.score {
         RouterScore::Sigmoid(sigmoid) => sigmoid,
-        RouterScore::Softmax => panic!("not a sigmoid"),
+        RouterScore::Softmax | RouterScore::GroupedSoftmax(_) => panic!("not a sigmoid"),
     };
     let glm = |changes| {
         read(&with(

@@ -77,10 +77,10 @@ impl Attend<'_> {
     ) {
         let (heads, group) = (self.spec.heads, self.group());
         for (index, row) in item.rows.clone().enumerate() {
-            let to = row * heads.q_columns() + head * group * heads.head_dim;
+            let to = row * heads.out_columns() + head * group * heads.value_dim();
             // SAFETY: the outputs of this row and these heads belong to this item.
-            let out = unsafe { out.range(to, group * heads.head_dim) };
-            for (g, out) in out.chunks_exact_mut(heads.head_dim).enumerate() {
+            let out = unsafe { out.range(to, group * heads.value_dim()) };
+            for (g, out) in out.chunks_exact_mut(heads.value_dim()).enumerate() {
                 total.finish(s, index * group + g, out);
             }
         }
@@ -98,6 +98,8 @@ struct State {
     decay: Vec<f32>,
     /// First and last position that each query attends to.
     sees: Vec<(usize, usize)>,
+    /// Values of the current tile, if they are in the keys.
+    values: Vec<f32>,
     /// Softmax of the current span.
     span: Vec<f32>,
     /// Softmax of all spans so far.
@@ -167,6 +169,7 @@ impl<E: KvElement> Kernel for GatherFrom<'_, E> {
             weights,
             decay,
             sees,
+            values,
             span: span_memory,
             total: own,
         } = state;
@@ -197,7 +200,7 @@ impl<E: KvElement> Kernel for GatherFrom<'_, E> {
             };
             let seen = item.sees.start.max(span * SPAN)..item.sees.end.min((span + 1) * SPAN);
             for tile in seen.start / LANES..seen.end.div_ceil(LANES) {
-                let tile = Tile::<E>::of(attend, item, head, tile);
+                let tile = Tile::<E>::of(attend, item, head, tile, values);
                 tile.prefetch_next(s);
                 tile.add_all(s, attend.spec, &mut block);
             }

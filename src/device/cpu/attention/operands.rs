@@ -70,7 +70,7 @@ impl Attend<'_> {
         };
         SoftmaxShape {
             queries: padded,
-            stride: TileShape::new(self.spec.heads.head_dim).value_stride,
+            stride: TileShape::of(self.spec.heads).value_stride,
         }
     }
 }

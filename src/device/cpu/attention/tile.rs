@@ -2,9 +2,9 @@
 
 use super::operands::{Attend, Item};
 use super::softmax::Softmax;
-use crate::device::AttentionSpec;
 use crate::device::cpu::cache::{KvElement, TileShape};
 use crate::device::cpu::simd::{LANES, Simd, unroll};
+use crate::device::{AttentionSpec, Values};
 use std::ops::Range;
 
 /// Queries that share tiles, and the state that they have accumulated.
@@ -19,8 +19,10 @@ pub(crate) struct Block<'a> {
 
 /// Keys and values of sixteen tokens of one head.
 pub(crate) struct Tile<E> {
-    /// The keys and values, `shape.elements()` elements.
+    /// The keys, and the values if they are beside them: `shape.elements()` elements.
     elements: *const E,
+    /// Sixteen values, each `shape.value_stride` elements after the one before it.
+    values: *const E,
     /// Address of the next sixteen tokens, or null.
     next: *const u8,
     shape: TileShape,
@@ -31,11 +33,18 @@ pub(crate) struct Tile<E> {
 }
 
 impl<E: KvElement> Tile<E> {
-    /// Returns tile `tile` of the item's sequence.
+    /// Returns tile `tile` of the item's sequence. Values that are in the keys are copied to
+    /// `copied`, which must not change while the tile is in use.
     #[inline(always)]
-    pub(crate) fn of(attend: &Attend<'_>, item: &Item, head: usize, tile: usize) -> Self {
+    pub(crate) fn of(
+        attend: &Attend<'_>,
+        item: &Item,
+        head: usize,
+        tile: usize,
+        copied: &mut Vec<f32>,
+    ) -> Self {
         let cache = attend.cache;
-        let shape = TileShape::new(attend.spec.heads.head_dim);
+        let shape = TileShape::of(attend.spec.heads);
         let group = attend.group_tables;
         let table = &group.tables[item.sequence];
         let (first, blocks) = (table.first, &group.entries[table.entries.clone()]);
@@ -53,8 +62,31 @@ impl<E: KvElement> Tile<E> {
         // Slots outside this range may never have been written for this sequence. They may hold
         // anything, and 0 · NaN would not be 0.
         let tokens = item.sees.start.saturating_sub(start)..(item.sees.end - start).min(LANES);
+        let elements = elements.as_ptr().cast::<E>();
         Self {
-            elements: elements.as_ptr().cast(),
+            elements,
+            values: match shape.values {
+                // The values follow the keys, in the same tile.
+                Values::BesideKeys => elements.wrapping_add(shape.keys()),
+                Values::InKeys(count) => {
+                    // An element of the cache is at most as large as one of `copied`.
+                    copied.resize(LANES * shape.value_stride, 0.0);
+                    let to = copied.as_mut_ptr().cast::<E>();
+                    let first = shape.head_dim - count;
+                    for element in 0..count {
+                        for token in 0..LANES {
+                            // SAFETY: a tile has `head_dim` rows of sixteen elements, and `copied`
+                            // has room for sixteen values of `value_stride` elements, which is at
+                            // least `count`.
+                            unsafe {
+                                let from = elements.add((first + element) * LANES + token);
+                                to.add(token * shape.value_stride + element).write(*from);
+                            }
+                        }
+                    }
+                    to
+                }
+            },
             next: at(tile + 1).map_or(std::ptr::null(), <[u8]>::as_ptr),
             shape,
             positions: start..start + LANES,
@@ -207,10 +239,9 @@ impl<E: KvElement> Tile<E> {
         let results = &mut block.softmax.results[first * value_stride..][..M * value_stride];
         let weights = &block.weights[first * LANES..][..M * LANES];
         let decay = &block.decay[first..][..M];
-        let values = self.shape.keys();
         for at in (0..value_stride).step_by(LANES) {
             // SAFETY: `results` holds `M` rows of `value_stride` elements, a multiple of 16.
-            // The tile holds sixteen values after its keys, and `tokens` is within 0..16.
+            // There are sixteen values, and `tokens` is within 0..16.
             unsafe {
                 let results = results.as_mut_ptr().add(at);
                 let mut sums = [s.splat(0.0); M];
@@ -221,7 +252,7 @@ impl<E: KvElement> Tile<E> {
                     }
                 });
                 for token in self.tokens.clone() {
-                    let v = E::load(s, self.elements.add(values + token * value_stride + at));
+                    let v = E::load(s, self.values.add(token * value_stride + at));
                     let weights = weights.as_ptr().add(token);
                     unroll!(m < M => {
                         sums[m] = s.fma(s.splat(*weights.add(m * LANES)), v, sums[m]);
