@@ -48,4 +48,13 @@ pub trait ActivationOps: LinearOps {
 
     /// Applies `x → cap · tanh(x / cap)` in place.
     fn softcap(&mut self, x: &mut Self::Tensor, cap: f32, rows: usize) -> Result<(), DeviceError>;
+
+    /// Multiplies `x` by `sigmoid(gate)` in place. `gate` has as many columns as `x`, or fewer: each
+    /// then applies to the same number of adjacent columns of `x`.
+    fn sigmoid_gate(
+        &mut self,
+        x: &mut Self::Tensor,
+        gate: &Self::Tensor,
+        rows: usize,
+    ) -> Result<(), DeviceError>;
 }

@@ -30,6 +30,7 @@ mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod delta;
 mod embedding;
 mod error;
 mod experts;
@@ -48,6 +49,7 @@ pub use activation::{Activation, ActivationOps};
 pub use attention::{ATTENTION_SPAN, AttentionOps, AttentionSpec, HeadShape, RotaryAttention};
 pub use batch::{Batch, BatchGroup, BatchSequence, Feedback};
 pub use cache::{CacheLayer, CacheOps, CacheShape};
+pub use delta::{DELTA_EPSILON, DeltaHeads, DeltaInput, DeltaOps, DeltaOrder};
 pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
 pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
@@ -101,6 +103,7 @@ pub trait Device:
     + PoolingOps
     + CacheOps
     + RecurrentOps
+    + DeltaOps
     + SwapOps
 {
     /// Returns a description of this device.

@@ -1,7 +1,9 @@
 //! Everything about a model but its weights.
 
 use super::architectures::Architecture;
-use super::layer::{Attention, Experts, FeedForward, LayerSpec, NormKind, NormPlacement};
+use super::layer::{
+    Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+};
 use super::{ModelError, RopeConfig};
 use crate::device::{HeadShape, StatePart};
 use std::fmt::Debug;
@@ -146,6 +148,14 @@ impl ModelConfig {
         self.experts()?.shared
     }
 
+    /// The gated delta net of the layers that have one.
+    pub fn gated_delta(&self) -> Option<GatedDelta> {
+        self.layers.iter().find_map(|layer| match layer.mixer {
+            Mixer::GatedDelta(delta) => Some(delta),
+            _ => None,
+        })
+    }
+
     /// Checks that the layers fit the memory that they share: the cache has one shape for
     /// all of them, and so have the intermediates of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
@@ -158,11 +168,17 @@ impl ModelConfig {
             ));
         }
         let (heads, dense, experts) = (self.heads(), self.dense_width(), self.experts());
+        let delta = self.gated_delta();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(attention) = layer.attention()
                 && attention.heads != heads
             {
                 return Err(uneven(index, "heads", attention.heads, heads));
+            }
+            if let Mixer::GatedDelta(own) = layer.mixer
+                && Some(own) != delta
+            {
+                return Err(uneven(index, "gated delta net", own, delta));
             }
             let has_norms_after =
                 layer.mixer_norms.is_after() || layer.feed_forward_norms.is_after();
@@ -213,7 +229,6 @@ fn uneven(layer: usize, what: &str, found: impl Debug, expected: impl Debug) -> 
 mod tests {
     use super::*;
     use crate::model::huggingface;
-    use crate::model::layer::Mixer;
     use serde_json::json;
 
     #[test]

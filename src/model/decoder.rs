@@ -1,5 +1,6 @@
 //! The decoder: a list of layers, computed over any device.
 
+mod gated_delta;
 mod layer_step;
 mod short_conv;
 mod weights;
@@ -185,6 +186,9 @@ impl<D: Device> Decoder<D> {
                 }
                 MixerWeights::ShortConv(weights) => {
                     step.short_conv(device, workspace, weights, cache)?;
+                }
+                MixerWeights::GatedDelta(weights) => {
+                    step.gated_delta(device, workspace, weights, cache)?;
                 }
             }
             pending = step.output(device, workspace, norms.after.as_ref())?;

@@ -17,8 +17,12 @@ impl ModelSource {
         expert: usize,
         width: usize,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        if let Some(stacked) = self.transposed_experts() {
-            return self.transposed_expert(layer, expert, width, stacked);
+        match self.stacked_experts(layer) {
+            Some(stacked) if stacked.is_transposed => {
+                return self.transposed_expert(layer, expert, width, stacked);
+            }
+            Some(stacked) => return self.stacked_expert(layer, expert, width, stacked),
+            None => {}
         }
         let hidden = self.config().hidden;
         let gate_up = [
@@ -44,6 +48,19 @@ impl ModelSource {
         Ok((gate_up, down))
     }
 
+    /// The projection to the gate of the dense part beside the experts: one row.
+    pub(super) fn shared_gate(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
+        let tensor = self.tensor(&self.name(layer, Part::SharedGateOut))?;
+        let row = [1, self.config().hidden];
+        // GGUF files may store it as a vector.
+        let shape: &[usize] = match tensor.shape == &row[1..] {
+            true => &row,
+            false => tensor.shape,
+        };
+        let rows = self.rows(&TensorView { shape, ..tensor }, row[0], row[1])?;
+        Ok(StoredLinear::new(vec![rows]))
+    }
+
     /// What is added to the experts' weights to choose.
     pub(super) fn corrections(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Corrections), count)
@@ -57,7 +74,7 @@ impl ModelSource {
         count: usize,
         part: fn(usize) -> Part,
     ) -> Vec<String> {
-        if let Some(stacked) = self.transposed_experts() {
+        if let Some(stacked) = self.stacked_experts(layer) {
             let name = match part(0) {
                 Part::ExpertDown(_) => stacked.down,
                 _ => stacked.gate_up,
@@ -74,18 +91,39 @@ impl ModelSource {
 
     /// The name of the bias that belongs to a tensor of experts.
     pub(super) fn expert_bias_name(&self, weight: &str) -> String {
-        match self.transposed_experts() {
-            Some(_) => format!("{weight}_bias"),
-            None => names::bias(weight),
+        match weight.ends_with(".weight") {
+            true => names::bias(weight),
+            false => format!("{weight}_bias"),
         }
     }
 
     /// How the experts of a layer are stacked in Hugging Face checkpoints, if they are.
-    fn transposed_experts(&self) -> Option<StackedExperts> {
-        match self.naming() {
+    fn stacked_experts(&self, layer: usize) -> Option<StackedExperts> {
+        let stacked = match self.naming() {
             Naming::Gguf => None,
             Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
-        }
+        };
+        stacked.filter(|stacked| {
+            stacked.is_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
+        })
+    }
+
+    /// One expert of a checkpoint that stacks them.
+    fn stacked_expert(
+        &self,
+        layer: usize,
+        expert: usize,
+        width: usize,
+        stacked: StackedExperts,
+    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
+        let hidden = self.config().hidden;
+        let matrix = |name: &str, rows: usize, columns: usize| {
+            let name = self.layer_prefix(layer) + name;
+            let entry = self.entry(&name, expert, &[rows, columns])?;
+            Ok::<_, ModelError>(StoredLinear::new(vec![self.rows(&entry, rows, columns)?]))
+        };
+        let gate_up = matrix(stacked.gate_up, 2 * width, hidden)?;
+        Ok((gate_up, matrix(stacked.down, hidden, width)?))
     }
 
     /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the

@@ -124,6 +124,13 @@ impl<'a> Metadata<'a> {
         self.optional(key, "true or false", Value::as_bool)
     }
 
+    /// A list of flags.
+    pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>, ModelError> {
+        self.optional(key, "a list of true and false", |value| {
+            value.as_bools().map(<[bool]>::to_vec)
+        })
+    }
+
     fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
         self.optional(key, "a string", Value::as_str)
     }
@@ -174,6 +181,8 @@ impl<'a> Metadata<'a> {
             windows: self.windows(self.window(None)?, 0)?,
             experts: None,
             dense_layers: HashSet::new(),
+            gated_delta: None,
+            recurrent: HashSet::new(),
             biases: Biases::AS_STORED,
             prediction_layers: 0,
             end_tokens: Vec::new(),
@@ -277,6 +286,7 @@ impl<'a> Metadata<'a> {
             },
             has_corrections: false,
             shared: None,
+            has_shared_gate: false,
         }))
     }
 

@@ -128,6 +128,8 @@ impl<'a> Config<'a> {
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
+            gated_delta: None,
+            recurrent: HashSet::new(),
             biases: Biases::NONE,
             prediction_layers: 0,
             end_tokens: self.end_tokens()?,

@@ -3,7 +3,9 @@
 
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
-use super::layer::{Attention, Experts, FeedForward, LayerSpec, Mixer, NormKind, NormPlacement};
+use super::layer::{
+    Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
+};
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
 use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
 use std::collections::HashSet;
@@ -49,6 +51,10 @@ pub(super) struct Hyperparameters {
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
+    /// The gated delta net of the recurrent layers.
+    pub(super) gated_delta: Option<GatedDelta>,
+    /// Layers that are recurrent: they have no attention.
+    pub(super) recurrent: HashSet<usize>,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -119,6 +125,7 @@ impl Hyperparameters {
             query_scale: self.query_scale,
             qk_norm: None,
             softcap: self.attention_softcap,
+            has_gate: false,
         }
     }
 
@@ -153,6 +160,9 @@ impl Hyperparameters {
         }
         if let Some(experts) = self.experts {
             self.check_experts(experts)?;
+        }
+        if let Some(delta) = self.gated_delta {
+            self.check_delta(delta)?;
         }
         self.rope.validate(self.heads.head_dim, &self.names)?;
         self.sliding_rope.validate(self.heads.head_dim, &self.names)
@@ -223,6 +233,28 @@ impl Hyperparameters {
         positive(|keys| keys.logit_softcap, cap)?;
         positive(|keys| keys.logit_scale, self.logit_scale)?;
         positive(|keys| keys.embedding_scale, self.embedding_scale)
+    }
+
+    fn check_delta(&self, GatedDelta { heads, taps }: GatedDelta) -> Result<(), ModelError> {
+        self.check_size(|keys| keys.delta_key_heads, heads.key_heads, 1 << 14)?;
+        self.check_size(|keys| keys.delta_value_heads, heads.value_heads, 1 << 14)?;
+        if !heads.value_heads.is_multiple_of(heads.key_heads) {
+            let expected = format!("a multiple of the {} key heads", heads.key_heads);
+            return Err(self.refused(|keys| keys.delta_value_heads, heads.value_heads, expected));
+        }
+        let check_dim = |key, dim: usize| {
+            self.check_size(key, dim, 1 << 12)?;
+            match dim.is_multiple_of(16) {
+                true => Ok(()),
+                false => Err(self.refused(key, dim, "a multiple of 16 per head")),
+            }
+        };
+        check_dim(|keys| keys.delta_key_dim, heads.key_dim)?;
+        check_dim(|keys| keys.delta_value_dim, heads.value_dim)?;
+        if !(2..=8).contains(&taps) {
+            return Err(self.refused(|keys| keys.delta_taps, taps, "from 2 to 8"));
+        }
+        Ok(())
     }
 
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {

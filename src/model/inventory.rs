@@ -8,8 +8,9 @@ use super::{ModelError, ModelSource};
 use std::collections::HashSet;
 
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
-/// sound with their projectors, and the heads of reward models.
-const OTHER_MODELS: [&str; 15] = [
+/// sound with their projectors, layers that predict further tokens, and the heads of reward
+/// models.
+const OTHER_MODELS: [&str; 16] = [
     "audio_tower.",
     "mm_projector.",
     "model.audio_tower.",
@@ -17,6 +18,7 @@ const OTHER_MODELS: [&str; 15] = [
     "model.vision_model.",
     "model.vision_tower.",
     "model.visual.",
+    "mtp.",
     "multi_modal_projector.",
     "v_head.",
     "vision_model.",
@@ -137,6 +139,7 @@ impl Inventory<'_> {
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
+            Mixer::GatedDelta(_) => self.gated_delta(layer)?,
         }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
@@ -152,7 +155,10 @@ impl Inventory<'_> {
                         self.linear(layer, part)?;
                     }
                 }
-                Ok(())
+                match experts.has_shared_gate {
+                    true => self.linear(layer, Part::SharedGateOut),
+                    false => Ok(()),
+                }
             }
             FeedForward::Dense { .. } => {
                 let gate_up: &[Part] = match self.source.config().architecture.storage.fuses_gate_up
@@ -193,6 +199,22 @@ impl Inventory<'_> {
             true => self.require(bias),
             false => Ok(()),
         }
+    }
+
+    fn gated_delta(&mut self, layer: usize) -> Result<(), ModelError> {
+        for part in self.source.delta_projections(layer) {
+            self.linear(layer, part)?;
+        }
+        let others = [
+            Part::Convolution,
+            Part::DeltaDecay,
+            Part::DeltaBias,
+            Part::DeltaNorm,
+        ];
+        for part in others {
+            self.require(self.source.name(layer, part))?;
+        }
+        Ok(())
     }
 
     /// A projection, with its bias if it has one.

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, HeadShape, QueryScale, RoutingSpec};
+use crate::device::{Activation, DeltaHeads, HeadShape, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -27,6 +27,18 @@ pub enum Mixer {
     Attention(Attention),
     /// A gated convolution over the last few tokens.
     ShortConv(ShortConv),
+    /// The gated delta rule: linear attention with a state of one matrix per head.
+    GatedDelta(GatedDelta),
+}
+
+/// The gated delta net of a layer (Qwen 3 Next): queries, keys and values go through a convolution
+/// over the last few tokens and SiLU, and the results of each head through a gated RMSNorm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GatedDelta {
+    /// The heads.
+    pub heads: DeltaHeads,
+    /// Number of tokens that take part in a result of the convolution, its own included.
+    pub taps: usize,
 }
 
 /// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
@@ -60,6 +72,9 @@ pub struct Attention {
     pub qk_norm: Option<QkNormKind>,
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
     pub softcap: Option<f32>,
+    /// Whether the output is multiplied by the sigmoid of a gate, which is projected from the
+    /// input beside the queries.
+    pub has_gate: bool,
 }
 
 /// The feed-forward part of a layer.
@@ -90,6 +105,9 @@ pub struct Experts {
     /// Width of a dense part beside the experts, which computes every token; `None` if there is
     /// none.
     pub shared: Option<usize>,
+    /// Whether the output of the dense part is multiplied by the sigmoid of a number that is
+    /// projected from the input.
+    pub has_shared_gate: bool,
 }
 
 /// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
@@ -154,6 +172,10 @@ impl LayerSpec {
         match self.mixer {
             Mixer::Attention(_) => [0, 0],
             Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
+            Mixer::GatedDelta(GatedDelta { heads, taps }) => [
+                heads.qkv_columns() * taps.saturating_sub(1),
+                heads.state_elements(),
+            ],
         }
     }
 }

@@ -9,6 +9,7 @@
 mod architectures;
 mod config;
 mod decoder;
+mod delta;
 mod error;
 mod experts;
 mod gguf;

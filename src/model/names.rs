@@ -27,6 +27,8 @@ pub(super) enum Part {
     SharedGate,
     SharedUp,
     SharedDown,
+    /// The projection to the gate of the dense part beside the experts.
+    SharedGateOut,
     /// The sinks of the attention's heads.
     Sinks,
     /// The projection before a convolution.
@@ -35,12 +37,31 @@ pub(super) enum Part {
     Convolution,
     /// The projection after a convolution.
     ConvOutput,
+    /// Queries, keys and values of a gated delta net.
+    DeltaQkv,
+    /// The gate of the outputs of a gated delta net.
+    DeltaGate,
+    /// Both of these, by head of keys.
+    DeltaFused,
+    /// What the strengths of the updates come from.
+    DeltaBeta,
+    /// What the decays come from.
+    DeltaAlpha,
+    /// Both of these, by head of keys.
+    DeltaFusedBetaAlpha,
+    /// Factors of the decays.
+    DeltaDecay,
+    /// What is added to what the decays come from.
+    DeltaBias,
+    DeltaNorm,
+    DeltaOut,
 }
 
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections => ".bias",
+        Part::Corrections | Part::DeltaBias => ".bias",
+        Part::DeltaDecay => "",
         _ => ".weight",
     }
 }
@@ -48,7 +69,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks => "",
+        Part::Corrections | Part::Sinks | Part::DeltaDecay | Part::DeltaBias => "",
         _ => ".weight",
     }
 }
@@ -79,10 +100,21 @@ pub(super) fn gguf(part: Part) -> String {
         Part::SharedGate => "ffn_gate_shexp",
         Part::SharedUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
+        Part::SharedGateOut => "ffn_gate_inp_shexp",
         Part::Sinks => "attn_sinks",
         Part::ConvInput => "shortconv.in_proj",
         Part::Convolution => "shortconv.conv",
         Part::ConvOutput => "shortconv.out_proj",
+        Part::DeltaQkv => "attn_qkv",
+        Part::DeltaGate => "attn_gate",
+        Part::DeltaFused => "ssm_in",
+        Part::DeltaBeta => "ssm_beta",
+        Part::DeltaAlpha => "ssm_alpha",
+        Part::DeltaFusedBetaAlpha => "ssm_ba",
+        Part::DeltaDecay => "ssm_a",
+        Part::DeltaBias => "ssm_dt",
+        Part::DeltaNorm => "ssm_norm",
+        Part::DeltaOut => "ssm_out",
     };
     name.to_owned()
 }
@@ -125,10 +157,21 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::SharedGate => "mlp.shared_experts.gate_proj",
         Part::SharedUp => "mlp.shared_experts.up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
+        Part::SharedGateOut => "mlp.shared_expert_gate",
         Part::Sinks => "self_attn.sinks",
         Part::ConvInput => "conv.in_proj",
         Part::Convolution => "conv.conv",
         Part::ConvOutput => "conv.out_proj",
+        Part::DeltaQkv => "linear_attn.in_proj_qkv",
+        Part::DeltaGate => "linear_attn.in_proj_z",
+        Part::DeltaFused => "linear_attn.in_proj_qkvz",
+        Part::DeltaBeta => "linear_attn.in_proj_b",
+        Part::DeltaAlpha => "linear_attn.in_proj_a",
+        Part::DeltaFusedBetaAlpha => "linear_attn.in_proj_ba",
+        Part::DeltaDecay => "linear_attn.A_log",
+        Part::DeltaBias => "linear_attn.dt_bias",
+        Part::DeltaNorm => "linear_attn.norm",
+        Part::DeltaOut => "linear_attn.out_proj",
     };
     name.to_owned()
 }

@@ -1,7 +1,7 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::{Attention, FeedForward, Mixer, ShortConv};
+use super::layer::{Attention, FeedForward, GatedDelta, Mixer, ShortConv};
 use super::names::{self, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
@@ -58,6 +58,7 @@ impl List<'_> {
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
+            Mixer::GatedDelta(delta) => self.gated_delta(layer, delta),
         }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
@@ -79,12 +80,12 @@ impl List<'_> {
                 self.part(layer, Part::Router, experts.count, hidden);
                 self.bias(layer, Part::Router, experts.count, bias);
                 match config.architecture.storage.stacked_experts {
-                    Some(stacked) => {
+                    Some(stacked) if stacked.is_transposed => {
                         let gate_up = (stacked.gate_up, [hidden, 2 * width]);
                         self.stacked(layer, experts.count, gate_up);
                         self.stacked(layer, experts.count, (stacked.down, [width, hidden]));
                     }
-                    None => {
+                    _ => {
                         for expert in 0..experts.count {
                             self.part(layer, Part::ExpertGate(expert), width, hidden);
                             self.part(layer, Part::ExpertUp(expert), width, hidden);
@@ -99,6 +100,9 @@ impl List<'_> {
                     self.part(layer, Part::SharedGate, shared, hidden);
                     self.part(layer, Part::SharedUp, shared, hidden);
                     self.part(layer, Part::SharedDown, hidden, shared);
+                }
+                if experts.has_shared_gate {
+                    self.part(layer, Part::SharedGateOut, 1, hidden);
                 }
             }
             FeedForward::Dense { width, .. } => {
@@ -125,9 +129,30 @@ impl List<'_> {
         if conv.has_bias {
             self.vector(names::bias(&convolution), hidden, 0.0);
         }
+        self.convolution(layer, hidden, conv.taps);
+    }
+
+    fn gated_delta(&mut self, layer: usize, GatedDelta { heads, taps }: GatedDelta) {
+        let (hidden, values) = (self.config.hidden, heads.value_columns());
+        self.part(layer, Part::DeltaQkv, heads.qkv_columns(), hidden);
+        self.part(layer, Part::DeltaGate, values, hidden);
+        self.part(layer, Part::DeltaBeta, heads.value_heads, hidden);
+        self.part(layer, Part::DeltaAlpha, heads.value_heads, hidden);
+        self.part(layer, Part::DeltaOut, hidden, values);
+        self.convolution(layer, heads.qkv_columns(), taps);
+        for (part, length, value) in [
+            (Part::DeltaDecay, heads.value_heads, 0.0),
+            (Part::DeltaBias, heads.value_heads, 0.0),
+            (Part::DeltaNorm, heads.value_dim, 1.0),
+        ] {
+            self.vector(self.name(layer, part), length, value);
+        }
+    }
+
+    fn convolution(&mut self, layer: usize, channels: usize, taps: usize) {
         self.tensors.push(RandomTensor {
-            name: convolution,
-            shape: vec![hidden, 1, conv.taps],
+            name: self.name(layer, Part::Convolution),
+            shape: vec![channels, 1, taps],
             content: RandomContent::Weights,
         });
     }
@@ -139,7 +164,8 @@ impl List<'_> {
         if config.architecture.storage.fuses_qkv {
             self.part(layer, Part::FusedQkv, q + 2 * kv, hidden);
         } else {
-            for (part, rows) in [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)] {
+            let queries = if attention.has_gate { 2 * q } else { q };
+            for (part, rows) in [(Part::Query, queries), (Part::Key, kv), (Part::Value, kv)] {
                 self.part(layer, part, rows, hidden);
                 self.bias(layer, part, rows, config.biases.qkv);
             }

@@ -43,6 +43,39 @@ impl<'a> StoredLinear<'a> {
         }
     }
 
+    /// These of the rows of a layer that is stored as one part, in this order.
+    pub(super) fn select(&self, rows: &[usize]) -> StoredLinear<'static> {
+        let part = &self.parts[0];
+        let size = part.data.len() / part.rows;
+        let mut data = Vec::with_capacity(rows.len() * size);
+        for &row in rows {
+            data.extend_from_slice(&part.data[row * size..(row + 1) * size]);
+        }
+        let bias = self.bias.as_ref();
+        let part = StoredRows {
+            dtype: part.dtype,
+            rows: rows.len(),
+            columns: part.columns,
+            data: Cow::Owned(data),
+            order: part.order,
+        };
+        StoredLinear::new(vec![part])
+            .with_bias(bias.map(|bias| rows.iter().map(|&row| bias[row]).collect()))
+    }
+
+    /// The rows of this layer, and those of another one after them.
+    pub(super) fn stack(mut self, other: Self) -> Self {
+        let count = |linear: &Self| linear.parts.iter().map(|part| part.rows).sum::<usize>();
+        let (own, others) = (count(&self), count(&other));
+        if self.bias.is_some() || other.bias.is_some() {
+            let mut bias = self.bias.unwrap_or_else(|| vec![0.0; own]);
+            bias.extend(other.bias.unwrap_or_else(|| vec![0.0; others]));
+            self.bias = Some(bias);
+        }
+        self.parts.extend(other.parts);
+        self
+    }
+
     /// The layer as a device takes it.
     pub(super) fn spec(&self) -> LinearSpec<'_> {
         let parts = self.parts.iter().map(|part| WeightRows {
@@ -57,6 +90,20 @@ impl<'a> StoredLinear<'a> {
             bias: self.bias.clone(),
         }
     }
+}
+
+/// The indices of rows that are stored as groups of parts of these widths, part after part.
+pub(super) fn ungrouped(groups: usize, widths: &[usize]) -> Vec<usize> {
+    let size: usize = widths.iter().sum();
+    let mut rows = Vec::with_capacity(groups * size);
+    let mut first = 0;
+    for width in widths {
+        for group in 0..groups {
+            rows.extend(group * size + first..group * size + first + width);
+        }
+        first += width;
+    }
+    rows
 }
 
 fn reorder(values: &mut [f32], order: RowOrder) {

@@ -3,7 +3,7 @@
 use super::architectures::RopeRows;
 use super::names::{self, Part};
 use super::stored::{StoredLinear, StoredRows};
-use super::{ModelConfig, ModelError, gguf, huggingface, inventory};
+use super::{ModelConfig, ModelError, gguf, huggingface, inventory, stored};
 use crate::device::{HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
@@ -227,6 +227,22 @@ impl ModelSource {
             qkv.order_first(2, order);
         }
         Ok(qkv)
+    }
+
+    /// Query, key and value of a layer whose attention has a gate, stacked, and that gate. Files
+    /// hold the rows of each head of queries together with those of its gate.
+    pub(super) fn gated_qkv(
+        &self,
+        layer: usize,
+        heads: HeadShape,
+    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
+        let hidden = self.config.hidden;
+        let (q, kv) = (heads.q_columns(), heads.kv_heads * heads.head_dim);
+        let both = self.linear(layer, &[(Part::Query, 2 * q)], hidden)?;
+        let rows = stored::ungrouped(heads.q_heads, &[heads.head_dim; 2]);
+        let others = self.linear(layer, &[(Part::Key, kv), (Part::Value, kv)], hidden)?;
+        let qkv = both.select(&rows[..q]).stack(others);
+        Ok((qkv, both.select(&rows[q..])))
     }
 
     /// The order in which the rows of queries and keys of a layer are stored, unless it is that

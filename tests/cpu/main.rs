@@ -1,6 +1,7 @@
 //! The CPU device, operation by operation, against plain reference code.
 
 mod attention;
+mod delta;
 mod groups;
 mod linear;
 mod operations;

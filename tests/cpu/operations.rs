@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 7), (1, 576), (40, 64), (65, 129)];
 
-fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+pub fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(out.len(), expected.len(), "{what}");
     for (i, (out, expected)) in out.iter().zip(expected).enumerate() {
         let error = (f64::from(*out) - expected).abs();
@@ -24,7 +24,7 @@ fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     }
 }
 
-fn wide(values: &[f32]) -> Vec<f64> {
+pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| f64::from(v)).collect()
 }
 

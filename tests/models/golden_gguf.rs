@@ -287,6 +287,9 @@ converted! {
     granite_as_converted_by_llama_cpp_agrees_with_transformers: "granite",
     ministral3_as_converted_by_llama_cpp_agrees_with_transformers: "mistral4",
     olmo3_as_converted_by_llama_cpp_agrees_with_transformers: "olmo3",
+    qwen3_next_as_converted_by_llama_cpp_agrees_with_transformers: "qwen3-next",
+    qwen3_5_as_converted_by_llama_cpp_agrees_with_transformers: "qwen3.5",
+    qwen3_5_moe_as_converted_by_llama_cpp_agrees_with_transformers: "qwen3.5-moe",
     seed_oss_as_converted_by_llama_cpp_agrees_with_transformers: "seed-oss",
     smollm3_as_converted_by_llama_cpp_agrees_with_transformers: "smollm3",
 }

@@ -115,6 +115,10 @@ golden! {
     qwen2_agrees_with_transformers: "qwen2",
     qwen3_agrees_with_transformers: "qwen3",
     qwen3_moe_agrees_with_transformers: "qwen3-moe",
+    qwen3_next_agrees_with_transformers: "qwen3-next",
+    qwen3_5_agrees_with_transformers: "qwen3.5",
+    qwen3_5_moe_agrees_with_transformers: "qwen3.5-moe",
+    qwen3_5_with_vision_agrees_with_transformers: "qwen3.5-nested",
     seed_oss_agrees_with_transformers: "seed-oss",
     smollm3_agrees_with_transformers: "smollm3",
 }
@@ -149,6 +153,10 @@ fn every_checkpoint_of_the_fixtures_has_a_test() {
         "qwen2",
         "qwen3",
         "qwen3-moe",
+        "qwen3-next",
+        "qwen3.5",
+        "qwen3.5-moe",
+        "qwen3.5-nested",
         "seed-oss",
         "smollm3",
     ];

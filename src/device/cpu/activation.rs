@@ -1,6 +1,7 @@
 //! Element-wise non-linearities.
 
 use super::CpuDevice;
+use super::error::require;
 use super::rowwise::{load, store, vectors};
 use super::simd::{Kernel, Simd};
 use super::tensor::{CpuTensor, require_shape};
@@ -46,6 +47,30 @@ impl ActivationOps for CpuDevice {
         let weight = 4 * columns;
         self.rowwise("softcap", (rows, weight), x.leading_mut(rows), |_, x| {
             Softcap { x, cap }
+        })
+    }
+
+    fn sigmoid_gate(
+        &mut self,
+        x: &mut CpuTensor,
+        gate: &CpuTensor,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "sigmoid_gate";
+        let (columns, gates) = (x.columns(), gate.columns());
+        require(gates > 0 && columns.is_multiple_of(gates), NAME, || {
+            format!("{gates} gates do not divide {columns} columns")
+        })?;
+        require_shape(NAME, "x", x, (rows, columns))?;
+        require_shape(NAME, "the gate", gate, (rows, gates))?;
+        let gate = gate.leading(rows);
+        let weight = 4 * columns;
+        self.rowwise(NAME, (rows, weight), x.leading_mut(rows), |range, x| {
+            SigmoidGate {
+                x,
+                gate: &gate[range.start * gates..range.end * gates],
+                width: columns / gates,
+            }
         })
     }
 }
@@ -137,6 +162,44 @@ impl Kernel for Softcap<'_> {
                     s.mul(cap, s.tanh(s.div(x, cap))),
                     count,
                 );
+            }
+        }
+    }
+}
+
+/// `x → x · sigmoid(gate)`, with a gate for each `width` elements.
+struct SigmoidGate<'a> {
+    x: &'a mut [f32],
+    gate: &'a [f32],
+    width: usize,
+}
+
+impl Kernel for SigmoidGate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let one = s.splat(1.0);
+        if self.width > 1 {
+            for (x, &gate) in self.x.chunks_exact_mut(self.width).zip(self.gate) {
+                let divisor = s.add(one, s.exp(s.splat(-gate)));
+                for (at, count) in vectors(x.len()) {
+                    // SAFETY: `vectors` stays inside the slice.
+                    unsafe {
+                        let gated = s.div(load(s, x.as_ptr().add(at), count), divisor);
+                        store(s, x.as_mut_ptr().add(at), gated, count);
+                    }
+                }
+            }
+            return;
+        }
+        for (at, count) in vectors(self.x.len().min(self.gate.len())) {
+            // SAFETY: `vectors` stays inside the shorter of the two.
+            unsafe {
+                let gate = load(s, self.gate.as_ptr().add(at), count);
+                let divisor = s.add(one, s.exp(s.sub(s.splat(0.0), gate)));
+                let gated = s.div(load(s, self.x.as_ptr().add(at), count), divisor);
+                store(s, self.x.as_mut_ptr().add(at), gated, count);
             }
         }
     }

@@ -15,6 +15,7 @@
 mod activation;
 mod attention;
 mod cache;
+mod delta;
 mod embedding;
 mod error;
 mod experts;

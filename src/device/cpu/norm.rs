@@ -124,7 +124,7 @@ impl NormOps for CpuDevice {
 
 /// Returns `1 / √(mean square + ε)`.
 #[inline(always)]
-fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
+pub(super) fn inverse_rms<S: Simd>(s: S, x: &[f32], epsilon: f32) -> f32 {
     let mut sum = s.splat(0.0);
     for (at, count) in vectors(x.len()) {
         // SAFETY: `vectors` stays inside the row.

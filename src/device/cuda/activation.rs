@@ -92,4 +92,18 @@ impl ActivationOps for CudaDevice {
         self.activation
             .softcap(&self.context, grid, x.ptr(), cap, count as u32)
     }
+
+    /// Not computed yet: only recurrent models have such gates.
+    fn sigmoid_gate(
+        &mut self,
+        _: &mut CudaTensor,
+        _: &CudaTensor,
+        _: usize,
+    ) -> Result<(), DeviceError> {
+        Err(DeviceError::Unsupported {
+            device: "cuda",
+            what: "sigmoid_gate, which gates the output of attention".to_owned(),
+            expected: "models without such a gate; the CPU device computes others".to_owned(),
+        })
+    }
 }

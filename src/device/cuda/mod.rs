@@ -19,6 +19,7 @@ mod cache;
 mod capture;
 mod context;
 mod cublaslt;
+mod delta;
 mod embedding;
 mod error;
 mod experts;

@@ -6,7 +6,7 @@ use super::norm::CudaVector;
 use super::tensor::CudaTensor;
 use crate::device::{ConvSpec, DeviceError, RecurrentOps, StatePart, StateShape};
 
-fn unsupported() -> DeviceError {
+pub(super) fn unsupported() -> DeviceError {
     DeviceError::Unsupported {
         device: "cuda",
         what: "recurrent layers".to_owned(),

@@ -68,6 +68,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: true,
         shared: (shared > 0).then_some(width.saturating_mul(shared)),
+        has_shared_gate: false,
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
     Ok(Hyperparameters {
@@ -84,22 +85,32 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = without_prediction_layers(metadata)?;
+    let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
+    Ok(Hyperparameters {
+        dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
+        experts: metadata.sigmoid_experts()?,
+        has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
+        ..common
+    })
+}
+
+/// The numbers of a model without the layers that predict further tokens, which the metadata
+/// counts with the others.
+pub(super) fn without_prediction_layers(
+    metadata: &Metadata<'_>,
+) -> Result<Hyperparameters, ModelError> {
     let common = metadata.hyperparameters()?;
     let key = "nextn_predict_layers";
     let prediction_layers = metadata.size(key)?.unwrap_or(0);
-    // The layers that predict further tokens are counted with the others.
     let layers = common.layers.checked_sub(prediction_layers);
     let layers = layers.ok_or_else(|| {
         let expected = format!("at most the {} layers", common.layers);
         metadata.refused(key, prediction_layers, expected)
     })?;
-    let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     Ok(Hyperparameters {
         layers,
         windows: common.windows[..layers.min(common.windows.len())].to_vec(),
-        dense_layers: (0..dense.min(layers).min(1 << 16)).collect(),
-        experts: metadata.sigmoid_experts()?,
-        has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
         prediction_layers,
         ..common
     })

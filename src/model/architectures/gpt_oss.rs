@@ -40,6 +40,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         stacked_experts: Some(StackedExperts {
             gate_up: "mlp.experts.gate_up_proj",
             down: "mlp.experts.down_proj",
+            is_transposed: true,
             alternates: true,
         }),
         ..Storage::COMMON
@@ -66,6 +67,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: None,
+        has_shared_gate: false,
     };
     let rope = match config.rope_parameters() {
         Some(_) => common.rope.clone(),

@@ -37,6 +37,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         stacked_experts: Some(StackedExperts {
             gate_up: "feed_forward.experts.gate_up_proj",
             down: "feed_forward.experts.down_proj",
+            is_transposed: true,
             alternates: false,
         }),
         ..Storage::COMMON
@@ -69,6 +70,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: Some(common.intermediate),
+        has_shared_gate: false,
     };
     let sparse = sparse_layers(config, common.layers)?;
     let mut numbers = Hyperparameters {

@@ -54,6 +54,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: true,
         shared: None,
+        has_shared_gate: false,
     };
     let mut numbers = Hyperparameters {
         experts: Some(experts),

@@ -37,6 +37,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: None,
+        has_shared_gate: false,
     };
     let mut names = common.names.clone();
     names.keys.expert_width = names.keys.intermediate;

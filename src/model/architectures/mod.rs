@@ -26,7 +26,10 @@ mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_5;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod seed_oss;
 mod smollm3;
 #[cfg(test)]
@@ -64,6 +67,9 @@ static ALL: &[&Architecture] = &[
     &glm4_moe::ARCHITECTURE,
     &minimax_m2::ARCHITECTURE,
     &llama4::ARCHITECTURE,
+    &qwen3_next::ARCHITECTURE,
+    &qwen3_5::ARCHITECTURE,
+    &qwen3_5_moe::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -119,18 +125,21 @@ pub(super) struct Storage {
     /// How the rows of queries and keys are stored.
     pub(super) rope_rows: RopeRows,
     /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
-    /// each expert has its own.
+    /// each expert always has its own.
     pub(super) stacked_experts: Option<StackedExperts>,
 }
 
-/// Tensors of all experts of a layer, whose matrices are transposed. Biases, if there are some, are
-/// in tensors of these names with `_bias` behind them.
+/// Tensors of all experts of a layer. Biases, if there are some, are in tensors of these names
+/// with `_bias` behind them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StackedExperts {
-    /// Gates and ups, `[experts, hidden, 2 · width]`.
+    /// Gates and ups, `[experts, hidden, 2 · width]` if they are transposed.
     pub(super) gate_up: &'static str,
-    /// `[experts, width, hidden]`.
+    /// `[experts, width, hidden]` if they are transposed.
     pub(super) down: &'static str,
+    /// Whether the matrices are transposed. Where they are not, a checkpoint may also have tensors
+    /// for each expert, and none of these.
+    pub(super) is_transposed: bool,
     /// Whether gates and ups alternate. Otherwise, all gates come first.
     pub(super) alternates: bool,
 }

@@ -41,6 +41,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         },
         has_corrections: false,
         shared: None,
+        has_shared_gate: false,
     };
     Ok(Hyperparameters {
         windows: config.same_windows(qwen2::switched_window(config)?)?,
@@ -53,7 +54,10 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 
 /// The layers without experts: those that `mlp_only_layers` lists, and all but each
 /// `decoder_sparse_step`th.
-fn dense_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
+pub(super) fn dense_layers(
+    config: &Config<'_>,
+    layers: usize,
+) -> Result<HashSet<usize>, ModelError> {
     let key = "decoder_sparse_step";
     let step = config.settings.size_or(key, 1)?;
     if step == 0 {

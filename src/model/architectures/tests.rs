@@ -64,7 +64,7 @@ fn a_name_that_nobody_has_is_refused_with_the_names_that_there_are() {
     assert!(error.contains("'gemma9'") && error.contains("mistral, mixtral, qwen2, "));
     let error = Architecture::from_gguf_name("gemma3_text").unwrap_err();
     let error = error.to_string();
-    assert!(error.ends_with("gemma2, gemma3, phi3, olmo2, granite, smollm3, seed_oss, ernie4_5, exaone4, glm4, cohere2, mistral3, gpt-oss, glm4moe"));
+    assert!(error.ends_with("gemma2, gemma3, phi3, olmo2, granite, smollm3, seed_oss, ernie4_5, exaone4, glm4, cohere2, mistral3, gpt-oss, glm4moe, qwen3next, qwen35, qwen35moe"));
 }
 
 #[test]

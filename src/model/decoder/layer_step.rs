@@ -13,7 +13,7 @@ use crate::model::layer::{LayerSpec, NormKind, QkNormKind};
 pub(super) struct Norm {
     kind: NormKind,
     /// Added to the mean square, or the variance.
-    epsilon: f32,
+    pub(super) epsilon: f32,
 }
 
 impl Norm {
@@ -116,6 +116,7 @@ impl LayerStep<'_> {
             normed,
             qkv,
             attention,
+            attention_gate,
             delta,
             ..
         } = workspace;
@@ -148,6 +149,10 @@ impl LayerStep<'_> {
             sinks: weights.sinks.as_ref(),
         };
         device.rope_attend(qkv, &rotary_attention, cache, self.place, attention)?;
+        if let Some((weight, gate)) = weights.gate.as_ref().zip(attention_gate.as_mut()) {
+            device.linear(input, weight, self.rows, gate)?;
+            device.sigmoid_gate(attention, gate, self.rows)?;
+        }
         device.linear(attention, &weights.out, self.rows, delta)
     }
 
@@ -166,6 +171,7 @@ impl LayerStep<'_> {
             router,
             shared_gate_up,
             shared_hidden,
+            shared_gate,
             ..
         } = workspace;
         let input = match self.spec.feed_forward_norms.reads_residual() {
@@ -208,6 +214,11 @@ impl LayerStep<'_> {
                 device.add(residual, delta, self.rows)?;
                 let (rows, activation) = (self.rows, routing.activation);
                 device.gated_linear(normed, &shared.gate_up, activation, rows, gate_up, hidden)?;
+                if let Some((weight, gate)) = shared.gate.as_ref().zip(shared_gate.as_mut()) {
+                    // A factor on the output of a projection without a bias is one on its input.
+                    device.linear(normed, weight, rows, gate)?;
+                    device.sigmoid_gate(hidden, gate, rows)?;
+                }
                 device.linear(hidden, &shared.down, rows, delta)
             }
             _ => unreachable!("the workspace is allocated for the layers that there are"),

@@ -1,5 +1,6 @@
 //! A layer's weights on a device.
 
+use super::gated_delta::GatedDeltaWeights;
 use super::short_conv::ShortConvWeights;
 use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
@@ -18,6 +19,7 @@ pub(super) struct LayerWeights<D: Device> {
 pub(super) enum MixerWeights<D: Device> {
     Attention(AttentionWeights<D>),
     ShortConv(ShortConvWeights<D>),
+    GatedDelta(GatedDeltaWeights<D>),
 }
 
 /// The weights of attention.
@@ -28,6 +30,8 @@ pub(super) struct AttentionWeights<D: Device> {
     pub(super) qk_norm: QkNormWeights<D>,
     /// The sinks of the heads.
     pub(super) sinks: Option<D::Vector>,
+    /// The projection to the gate of the output, if there is one.
+    pub(super) gate: Option<D::Linear>,
     pub(super) out: D::Linear,
 }
 
@@ -60,6 +64,8 @@ pub(super) enum FeedForwardWeights<D: Device> {
 pub(super) struct Shared<D: Device> {
     pub(super) gate_up: D::Linear,
     pub(super) down: D::Linear,
+    /// The projection to the gate of the output, if there is one.
+    pub(super) gate: Option<D::Linear>,
 }
 
 /// Loads the parts of one layer.
@@ -97,6 +103,10 @@ impl<D: Device> LayerWeights<D> {
                 let device = &mut *loader.device;
                 MixerWeights::ShortConv(ShortConvWeights::load(source, device, layer, conv)?)
             }
+            Mixer::GatedDelta(delta) => {
+                let device = &mut *loader.device;
+                MixerWeights::GatedDelta(GatedDeltaWeights::load(source, device, layer, delta)?)
+            }
         };
         Ok(Self {
             mixer_norms,
@@ -133,13 +143,21 @@ impl<D: Device> Loader<'_, D> {
             true => Some(self.device.load_vector(&source.sinks(layer, heads)?)?),
             false => None,
         };
-        let qkv = self.device.load_linear(&source.qkv(layer, heads)?.spec())?;
+        let (qkv, gate) = match spec.has_gate {
+            true => {
+                let (qkv, gate) = source.gated_qkv(layer, heads)?;
+                (qkv, Some(self.device.load_linear(&gate.spec())?))
+            }
+            false => (source.qkv(layer, heads)?, None),
+        };
+        let qkv = self.device.load_linear(&qkv.spec())?;
         let out = source.attention_out(layer, heads)?;
         Ok(AttentionWeights {
             spec,
             qkv,
             qk_norm,
             sinks,
+            gate,
             out: self.device.load_linear(&out.spec())?,
         })
     }
@@ -200,15 +218,23 @@ impl<D: Device> Loader<'_, D> {
             experts: loaded,
             routing: spec.routing,
             shared: match spec.shared {
-                Some(width) => Some(self.shared(width)?),
+                Some(width) => Some(self.shared(width, spec.has_shared_gate)?),
                 None => None,
             },
         })
     }
 
-    fn shared(&mut self, width: usize) -> Result<Shared<D>, ModelError> {
+    fn shared(&mut self, width: usize, has_gate: bool) -> Result<Shared<D>, ModelError> {
         let (gate_up, down) = self.source.shared_expert(self.layer, width)?;
+        let gate = match has_gate {
+            true => {
+                let gate = self.source.shared_gate(self.layer)?;
+                Some(self.device.load_linear(&gate.spec())?)
+            }
+            false => None,
+        };
         Ok(Shared {
+            gate,
             gate_up: self.device.load_linear(&gate_up.spec())?,
             down: self.device.load_linear(&down.spec())?,
         })

@@ -1,8 +1,9 @@
 //! The intermediates of a step.
 
 use super::StepLimits;
+use super::gated_delta::GatedDeltaSpace;
 use super::short_conv::ShortConvSpace;
-use crate::device::{Device, DeviceError, Precision};
+use crate::device::{DeltaHeads, Device, DeviceError, Precision};
 use crate::model::ModelConfig;
 use crate::model::layer::Mixer;
 
@@ -14,8 +15,12 @@ pub(super) struct Workspace<T> {
     pub(super) normed: T,
     pub(super) qkv: T,
     pub(super) attention: T,
+    /// What the gate of the attention's output comes from, if a layer has one.
+    pub(super) attention_gate: Option<T>,
     /// Activations of layers with a gated convolution, if there are some.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
+    /// Activations of layers with a gated delta net, if there are some.
+    pub(super) gated_delta: Option<GatedDeltaSpace<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -23,6 +28,8 @@ pub(super) struct Workspace<T> {
     pub(super) router: Option<T>,
     pub(super) shared_gate_up: Option<T>,
     pub(super) shared_hidden: Option<T>,
+    /// One column.
+    pub(super) shared_gate: Option<T>,
     /// The rows that are sampled.
     pub(super) gathered: T,
     pub(super) logits: T,
@@ -54,14 +61,33 @@ impl<T> Workspace<T> {
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
+        let gated = config.experts().filter(|experts| experts.has_shared_gate);
         let experts = config.experts().map(|experts| experts.count);
+        let is_gated = config.attentions().any(|attention| attention.has_gate);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
         let convolves = mixers.any(|mixer| matches!(mixer, Mixer::ShortConv(_)));
         let convolved = convolves.then_some(config.hidden);
         let conv_input = optional(convolved.map(|channels| 3 * channels), activation)?;
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
+        let delta = config.gated_delta().map(|delta| delta.heads);
+        let delta_columns = |columns: fn(DeltaHeads) -> usize| delta.map(columns);
+        let fused = delta_columns(|heads| heads.qkv_columns() + heads.value_columns());
+        let delta_input = optional(fused, activation)?;
+        let delta_qkv = optional(delta_columns(|heads| heads.qkv_columns()), activation)?;
+        let delta_gates = optional(delta_columns(|heads| 2 * heads.value_heads), full)?;
+        let delta_output = optional(delta_columns(|heads| heads.value_columns()), activation)?;
+        let gated_delta = delta_input.zip(delta_qkv);
+        let gated_delta = gated_delta.zip(delta_gates.zip(delta_output));
         Ok(Self {
+            attention_gate: optional(is_gated.then(|| heads.q_columns()), activation)?,
+            shared_gate: optional(gated.map(|_| 1), full)?,
+            gated_delta: gated_delta.map(|((input, qkv), (gates, output))| GatedDeltaSpace {
+                input,
+                qkv,
+                gates,
+                output,
+            }),
             gate_up: optional(dense.map(|width| 2 * width), activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,

@@ -50,12 +50,20 @@ impl Config<'_> {
         window: Option<usize>,
         slides: impl Fn(usize) -> bool,
     ) -> Result<Vec<Option<usize>>, ModelError> {
-        let slides = match self.layer_types()? {
+        let slides = self.local_layers(slides)?.into_iter();
+        Ok(slides.map(|slides| window.filter(|_| slides)).collect())
+    }
+
+    /// Whether each layer is of the class's other kind than full attention, as `layer_types` lists
+    /// them or else as `is_local` has it.
+    pub(in crate::model) fn local_layers(
+        &self,
+        is_local: impl Fn(usize) -> bool,
+    ) -> Result<Vec<bool>, ModelError> {
+        Ok(match self.layer_types()? {
             Some(listed) => listed,
-            None => (0..self.layers()?.min(MOST_LAYERS)).map(slides).collect(),
-        };
-        let windows = slides.into_iter().map(|slides| window.filter(|_| slides));
-        Ok(windows.collect())
+            None => (0..self.layers()?.min(MOST_LAYERS)).map(is_local).collect(),
+        })
     }
 
     /// The windows of layers of which all but each `period`th slide, unless `layer_types` lists

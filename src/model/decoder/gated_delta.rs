@@ -1,0 +1,106 @@
+//! Layers whose mixer is a gated delta net.
+
+use super::layer_step::LayerStep;
+use super::workspace::Workspace;
+use crate::device::{ConvInput, ConvSpec, DeltaInput, Device, DeviceError};
+use crate::model::layer::GatedDelta;
+use crate::model::names::Part;
+use crate::model::{ModelError, ModelSource};
+
+/// The weights of a gated delta net.
+pub(super) struct GatedDeltaWeights<D: Device> {
+    spec: GatedDelta,
+    /// `[queries | keys | values | gate]`.
+    input: D::Linear,
+    taps: D::Vector,
+    /// What the strengths of the updates and the decays come from.
+    gates: D::Linear,
+    decay: D::Vector,
+    bias: D::Vector,
+    norm: D::Vector,
+    output: D::Linear,
+}
+
+/// Activations of a gated delta net.
+pub(super) struct GatedDeltaSpace<T> {
+    /// Queries, keys and values before the convolution, and the gate of the outputs.
+    pub(super) input: T,
+    /// Queries, keys and values after the convolution.
+    pub(super) qkv: T,
+    /// Two columns for each head of values.
+    pub(super) gates: T,
+    pub(super) output: T,
+}
+
+impl<D: Device> GatedDeltaWeights<D> {
+    pub(super) fn load(
+        source: &ModelSource,
+        device: &mut D,
+        layer: usize,
+        spec: GatedDelta,
+    ) -> Result<Self, ModelError> {
+        let (heads, hidden) = (spec.heads, source.config().hidden);
+        let input = source.delta_projection(layer, heads)?;
+        let input = device.load_linear(&input.spec())?;
+        let gates = source.delta_gates(layer, heads)?;
+        let output = source.linear(layer, &[(Part::DeltaOut, hidden)], heads.value_columns())?;
+        let taps = source.convolution(layer, heads.qkv_columns(), spec.taps)?;
+        let vector = |part: Part, length: usize| source.vector(&source.name(layer, part), length);
+        Ok(Self {
+            spec,
+            input,
+            taps: device.load_vector(&taps)?,
+            gates: device.load_linear(&gates.spec())?,
+            decay: device.load_vector(&source.delta_decay(layer, heads)?)?,
+            bias: device.load_vector(&vector(Part::DeltaBias, heads.value_heads)?)?,
+            norm: device.load_vector(&vector(Part::DeltaNorm, heads.value_dim)?)?,
+            output: device.load_linear(&output.spec())?,
+        })
+    }
+}
+
+impl LayerStep<'_> {
+    pub(super) fn gated_delta<D: Device>(
+        &self,
+        device: &mut D,
+        workspace: &mut Workspace<D::Tensor>,
+        weights: &GatedDeltaWeights<D>,
+        cache: &mut D::Cache,
+    ) -> Result<(), DeviceError> {
+        let Workspace {
+            normed,
+            delta,
+            gated_delta: Some(space),
+            ..
+        } = workspace
+        else {
+            unreachable!("the workspace is allocated for the layers that there are")
+        };
+        let GatedDelta { heads, taps } = weights.spec;
+        let GatedDeltaSpace {
+            input,
+            qkv,
+            gates,
+            output,
+        } = space;
+        let [conv_state, state] = self.state;
+        device.linear(normed, &weights.input, self.rows, input)?;
+        device.linear(normed, &weights.gates, self.rows, gates)?;
+        let conv = ConvSpec {
+            channels: heads.qkv_columns(),
+            taps,
+            input: ConvInput::Columns(0),
+            silu: true,
+        };
+        device.short_conv(input, &conv, &weights.taps, None, cache, conv_state, qkv)?;
+        let operands = DeltaInput {
+            qkv,
+            decay: &weights.decay,
+            bias: &weights.bias,
+        };
+        device.gated_delta(&operands, gates, &heads, cache, state, output)?;
+        let (gate, epsilon) = ((&*input, heads.qkv_columns()), self.norm.epsilon);
+        device.gated_rms_norm(output, gate, &weights.norm, epsilon, self.rows)?;
+        device.linear(output, &weights.output, self.rows, delta)
+    }
+}

@@ -1,0 +1,78 @@
+//! The tensors of a gated delta net.
+
+use super::names::Part;
+use super::stored::{StoredLinear, ungrouped};
+use super::tensors::Naming;
+use super::{ModelError, ModelSource};
+use crate::device::DeltaHeads;
+
+impl ModelSource {
+    /// The projections to queries, keys, values and the gate of the outputs, stacked.
+    pub(super) fn delta_projection(
+        &self,
+        layer: usize,
+        heads: DeltaHeads,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let hidden = self.config().hidden;
+        let (qkv, gate) = (heads.qkv_columns(), heads.value_columns());
+        if !self.fuses(layer, Part::DeltaFused) {
+            return self.linear(
+                layer,
+                &[(Part::DeltaQkv, qkv), (Part::DeltaGate, gate)],
+                hidden,
+            );
+        }
+        let values = gate / heads.key_heads;
+        let widths = [heads.key_dim, heads.key_dim, values, values];
+        let fused = self.linear(layer, &[(Part::DeltaFused, qkv + gate)], hidden)?;
+        Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
+    }
+
+    /// The projections to what the strengths of the updates and the decays come from, stacked.
+    pub(super) fn delta_gates(
+        &self,
+        layer: usize,
+        heads: DeltaHeads,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let (hidden, count) = (self.config().hidden, heads.value_heads);
+        if !self.fuses(layer, Part::DeltaFusedBetaAlpha) {
+            let parts = [(Part::DeltaBeta, count), (Part::DeltaAlpha, count)];
+            return self.linear(layer, &parts, hidden);
+        }
+        let fused = self.linear(layer, &[(Part::DeltaFusedBetaAlpha, 2 * count)], hidden)?;
+        let widths = [count / heads.key_heads; 2];
+        Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
+    }
+
+    /// Factors of the decays. Hugging Face checkpoints have the logarithms of their magnitudes.
+    pub(super) fn delta_decay(
+        &self,
+        layer: usize,
+        heads: DeltaHeads,
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut decay = self.vector(&self.name(layer, Part::DeltaDecay), heads.value_heads)?;
+        if self.naming() != Naming::Gguf {
+            decay.iter_mut().for_each(|value| *value = -value.exp());
+        }
+        Ok(decay)
+    }
+
+    /// The tensors of the projections of a gated delta net, as the file has them.
+    pub(super) fn delta_projections(&self, layer: usize) -> Vec<Part> {
+        let mut parts = match self.fuses(layer, Part::DeltaFused) {
+            true => vec![Part::DeltaFused],
+            false => vec![Part::DeltaQkv, Part::DeltaGate],
+        };
+        match self.fuses(layer, Part::DeltaFusedBetaAlpha) {
+            true => parts.push(Part::DeltaFusedBetaAlpha),
+            false => parts.extend([Part::DeltaBeta, Part::DeltaAlpha]),
+        }
+        parts.push(Part::DeltaOut);
+        parts
+    }
+
+    /// Whether the file has this tensor, which stands for two others.
+    fn fuses(&self, layer: usize, part: Part) -> bool {
+        self.holds(&self.name(layer, part))
+    }
+}
