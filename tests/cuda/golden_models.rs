@@ -147,4 +147,12 @@ golden! {
     minimax_m2_agrees_in_float16: float16 "minimax-m2",
     llama4_agrees_in_float16: float16 "llama4",
     glm4_moe_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe",
+    qwen3_next_agrees_in_float16: float16 "qwen3-next",
+    qwen3_5_agrees_in_float16: float16 "qwen3.5",
+    qwen3_5_moe_agrees_in_float16: float16 "qwen3.5-moe",
+    qwen3_5_with_vision_agrees_in_float16: float16 "qwen3.5-nested",
+    qwen3_5_agrees_in_bfloat16: bfloat16 "qwen3.5",
+    qwen3_next_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3-next",
+    qwen3_5_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3.5",
+    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3.5-moe",
 }

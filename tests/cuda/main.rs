@@ -14,6 +14,7 @@ mod linear;
 mod memory;
 mod program;
 mod recorded;
+mod recurrent;
 mod rope;
 mod rowwise;
 mod sampling;

@@ -15,6 +15,8 @@ kernels! {
     pub(super) struct ActivationKernels in "activation" {
         gated_activation(out: Ptr, gate_up: Ptr, rows: u32, columns: u32, gelu: u32);
         softcap(x: Ptr, cap: f32, count: u32);
+        sigmoid_gate(x: Ptr, gates: Ptr, count: u32);
+        sigmoid_gates(x: Ptr, gates: Ptr, count: u32, width: u32);
     }
 }
 
@@ -93,17 +95,37 @@ impl ActivationOps for CudaDevice {
             .softcap(&self.context, grid, x.ptr(), cap, count as u32)
     }
 
-    /// Not computed yet: only recurrent models have such gates.
+    /// A gate that is in the activation type has as many columns as `x`; in a float32 one, each
+    /// column applies to a multiple of eight columns of `x`.
     fn sigmoid_gate(
         &mut self,
-        _: &mut CudaTensor,
-        _: &CudaTensor,
-        _: usize,
+        x: &mut CudaTensor,
+        gate: &CudaTensor,
+        rows: usize,
     ) -> Result<(), DeviceError> {
-        Err(DeviceError::Unsupported {
-            device: "cuda",
-            what: "sigmoid_gate, which gates the output of attention".to_owned(),
-            expected: "models without such a gate; the CPU device computes others".to_owned(),
-        })
+        const NAME: &str = "sigmoid_gate";
+        let rows = self.step.padded(rows);
+        let (columns, gates) = (x.columns(), gate.columns());
+        require_shape(NAME, "x", x, (rows, columns), Precision::Activation)?;
+        let (context, count) = (&self.context, rows * columns);
+        let grid = vector_grid(count);
+        if gate.precision() == Precision::Activation {
+            let shape = (rows, columns);
+            require_shape(NAME, "the gate", gate, shape, Precision::Activation)?;
+            return self
+                .activation
+                .sigmoid_gate(context, grid, x.ptr(), gate.ptr(), count as u32);
+        }
+        let fits = gate.rows() >= rows && gates > 0 && columns.is_multiple_of(8 * gates);
+        require(fits, NAME, || {
+            let has_rows = gate.rows();
+            format!(
+                "{has_rows} × {gates} gates do not divide {rows} × {columns} numbers into parts \
+                 of a multiple of 8 columns"
+            )
+        })?;
+        let width = (columns / gates) as u32;
+        self.activation
+            .sigmoid_gates(context, grid, x.ptr(), gate.ptr(), count as u32, width)
     }
 }

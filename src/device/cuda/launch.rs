@@ -359,8 +359,8 @@ mod tests {
     use crate::device::cuda::{
         CudaActivations, activation::ActivationKernels, attention::AttentionKernels,
         cache::CacheKernels, embedding::EmbeddingKernels, experts::ExpertKernels, images,
-        linear::LinearKernels, linear::QuantKernels, norm::NormKernels, rope::RopeKernels,
-        sampling::SamplingKernels,
+        linear::LinearKernels, linear::QuantKernels, norm::NormKernels,
+        recurrent::RecurrentKernels, rope::RopeKernels, sampling::SamplingKernels,
     };
     use std::collections::BTreeSet;
 
@@ -373,6 +373,7 @@ mod tests {
         (LinearKernels::FILE, LinearKernels::SIGNATURES),
         (NormKernels::FILE, NormKernels::SIGNATURES),
         (QuantKernels::FILE, QuantKernels::SIGNATURES),
+        (RecurrentKernels::FILE, RecurrentKernels::SIGNATURES),
         (RopeKernels::FILE, RopeKernels::SIGNATURES),
         (SamplingKernels::FILE, SamplingKernels::SIGNATURES),
     ];

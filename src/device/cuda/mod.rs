@@ -75,6 +75,7 @@ use images::Modules;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use pooling::Pooler;
+use recurrent::RecurrentKernels;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
@@ -101,6 +102,7 @@ pub struct CudaDevice {
     pooler: Pooler,
     products: Products,
     quant: QuantKernels,
+    recurrent: RecurrentKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
     sampler: Sampler,
@@ -186,6 +188,7 @@ impl CudaDevice {
             pooler: Pooler::new(),
             products: Products::new(&context, options, found.room())?,
             quant: QuantKernels::load(&modules)?,
+            recurrent: RecurrentKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
             sampler: Sampler::new(),
