@@ -44,6 +44,8 @@ mod transfer;
 pub use fence::Fence;
 pub use layout::{CacheLayout, EmptyWindow, GroupKind};
 pub use pool::{BlockId, BlockState, Pool};
+pub use prefix::Miss;
+pub use reuse::PrefixHit;
 pub use states::{StateSlot, StepState};
 pub use table::{BlockTable, GroupBlocks};
 pub use transfer::{HostBlockId, HostBlocks, Transfers};

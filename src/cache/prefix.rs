@@ -14,7 +14,8 @@
 use super::states::StateSlot;
 use super::{BlockId, CacheLayout, GroupKind};
 use foldhash::fast::RandomState;
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
@@ -49,6 +50,8 @@ struct Node {
     parent: u32,
     children: u32,
     generation: u32,
+    /// Whether a snapshot after its tokens was evicted.
+    had_state: bool,
     /// Salt of the sequences that begin with the node. Other nodes have `None` here: they share
     /// the salt of the first one.
     salt: Option<Arc<str>>,
@@ -60,6 +63,54 @@ impl Node {
             Predecessor::Node(parent) => self.parent == parent.index,
             Predecessor::Salt(salt) => self.parent == NONE && self.salt.as_ref() == salt,
         }
+    }
+}
+
+/// Why tokens are not found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Miss {
+    /// Nobody has computed them after these tokens, or it is long ago.
+    #[default]
+    Unknown,
+    /// Their blocks were evicted.
+    Evicted,
+    /// A sequence with another salt begins with them.
+    OtherSalt,
+}
+
+/// Hashes of the nodes that were forgotten last. They only serve to say why something is not
+/// found.
+#[derive(Debug)]
+struct Forgotten {
+    chains: HashSet<u64, RandomState>,
+    /// The same, the oldest first.
+    order: VecDeque<u64>,
+    most: usize,
+}
+
+impl Forgotten {
+    fn new(most: usize) -> Self {
+        Self {
+            chains: HashSet::default(),
+            order: VecDeque::new(),
+            most,
+        }
+    }
+
+    fn contains(&self, chain: u64) -> bool {
+        self.chains.contains(&chain)
+    }
+
+    fn insert(&mut self, chain: u64) {
+        if !self.chains.insert(chain) {
+            return;
+        }
+        if self.order.len() >= self.most
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.chains.remove(&oldest);
+        }
+        self.order.push_back(chain);
     }
 }
 
@@ -83,6 +134,10 @@ pub(super) struct PrefixCache {
     node_of_state: Vec<u32>,
     /// Snapshots that were forgotten with the block of their node.
     useless_states: Vec<StateSlot>,
+    /// Number of nodes that begin a sequence with these tokens, whatever their salts, by the hash
+    /// of the tokens.
+    beginnings: HashMap<u64, u32, RandomState>,
+    forgotten: Forgotten,
     /// Whether each group needs all tokens.
     full: Vec<bool>,
     block_tokens: usize,
@@ -112,6 +167,8 @@ impl PrefixCache {
             states: Vec::with_capacity(blocks),
             node_of_state: Vec::new(),
             useless_states: Vec::new(),
+            beginnings: HashMap::default(),
+            forgotten: Forgotten::new(blocks),
             full,
             block_tokens,
             hasher: RandomState::default(),
@@ -149,7 +206,26 @@ impl PrefixCache {
         let index = std::mem::replace(&mut self.node_of_state[slot.index()], NONE);
         if index != NONE {
             self.states[index as usize] = NONE;
+            self.nodes[index as usize].had_state = true;
             self.remove_unused(index);
+        }
+    }
+
+    /// Returns whether a node had a snapshot that was evicted.
+    pub fn had_state(&self, node: NodeId) -> bool {
+        self.nodes[node.index as usize].had_state
+    }
+
+    /// Returns why [`PrefixCache::find`] does not find these tokens.
+    pub fn why_missing(&self, after: Predecessor<'_>, tokens: &[u32]) -> Miss {
+        if self.forgotten.contains(self.chain(after, tokens)) {
+            return Miss::Evicted;
+        }
+        let elsewhere = self.chain(Predecessor::Salt(None), tokens);
+        let begins = matches!(after, Predecessor::Salt(_));
+        match begins && self.beginnings.contains_key(&elsewhere) {
+            true => Miss::OtherSalt,
+            false => Miss::Unknown,
         }
     }
 
@@ -236,11 +312,16 @@ impl PrefixCache {
             Predecessor::Node(parent) => (parent.index, None),
             Predecessor::Salt(salt) => (NONE, salt.cloned()),
         };
+        if parent == NONE {
+            let beginning = self.chain(Predecessor::Salt(None), tokens);
+            *self.beginnings.entry(beginning).or_default() += 1;
+        }
         if let Some(parent) = self.nodes.get_mut(parent as usize) {
             parent.children += 1;
         }
         let node = &mut self.nodes[index as usize];
         (node.chain, node.parent, node.salt) = (chain, parent, salt);
+        node.had_state = false;
         self.by_chain.insert(chain, index);
         Some(self.id(index))
     }
@@ -257,6 +338,7 @@ impl PrefixCache {
             parent: NONE,
             children: 0,
             generation: 0,
+            had_state: false,
             salt: None,
         });
         let nodes = self.nodes.len();
@@ -285,6 +367,7 @@ impl PrefixCache {
         if let Some(group) = blocks.iter().position(|other| *other == block.0) {
             blocks[group] = NONE;
             if self.full[group] {
+                self.forgotten.insert(self.nodes[index as usize].chain);
                 for other in blocks.iter_mut().filter(|other| **other != NONE) {
                     self.node_of[*other as usize] = NONE;
                     useless.push(BlockId(*other));
@@ -313,7 +396,19 @@ impl PrefixCache {
             node.generation = node.generation.wrapping_add(1);
             node.salt = None;
             self.by_chain.remove(&node.chain);
+            if node.parent == NONE {
+                let tokens = &self.tokens[index as usize * self.block_tokens..];
+                let tokens = &tokens[..self.block_tokens];
+                let beginning = self.chain(Predecessor::Salt(None), tokens);
+                if let Entry::Occupied(mut count) = self.beginnings.entry(beginning) {
+                    *count.get_mut() -= 1;
+                    if *count.get() == 0 {
+                        count.remove();
+                    }
+                }
+            }
             self.unused.push(index);
+            let node = &mut self.nodes[index as usize];
             index = std::mem::replace(&mut node.parent, NONE);
             if let Some(parent) = self.nodes.get_mut(index as usize) {
                 parent.children -= 1;

@@ -3,7 +3,7 @@
 
 use super::prefix::{NodeId, Predecessor};
 use super::table::Group;
-use super::{BlockCache, BlockId, BlockState, BlockTable, CacheLayout, StateSlot};
+use super::{BlockCache, BlockId, BlockState, BlockTable, CacheLayout, Miss, StateSlot};
 use crate::id::StepId;
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,6 +22,10 @@ pub struct PrefixHit {
     pub matched: usize,
     /// How many snapshots that nobody holds are needed.
     pub cached_states: usize,
+    /// Whether there was a snapshot after `tokens` tokens that was evicted.
+    pub lost_state: bool,
+    /// Why no more blocks are known, if there are more tokens.
+    pub miss: Miss,
 }
 
 /// From which block on a group is needed to begin with known blocks.
@@ -53,6 +57,9 @@ struct Longest {
     node: Option<NodeId>,
     /// The same number, if a snapshot of the state were not needed.
     matched: usize,
+    /// Whether a later node had a snapshot.
+    lost_state: bool,
+    miss: Miss,
 }
 
 impl BlockCache {
@@ -81,10 +88,18 @@ impl BlockCache {
         limit: usize,
         needed: Needed<'_>,
     ) -> PrefixHit {
-        let Longest { end, node, matched } = self.longest(salt, tokens, limit, needed);
+        let Longest {
+            end,
+            node,
+            matched,
+            lost_state,
+            miss,
+        } = self.longest(salt, tokens, limit, needed);
         let mut hit = PrefixHit {
             tokens: end * self.block_tokens,
             matched: matched * self.block_tokens,
+            lost_state,
+            miss,
             ..PrefixHit::default()
         };
         if let Some(slot) = self.known_state(node, needed) {
@@ -127,6 +142,7 @@ impl BlockCache {
         for (index, chunk) in whole.enumerate() {
             let node = prefix.find(after, chunk);
             let Some(node) = node.filter(|node| prefix.has_full_groups(*node)) else {
+                best.miss = prefix.why_missing(after, chunk);
                 break;
             };
             after = Predecessor::Node(node);
@@ -145,8 +161,10 @@ impl BlockCache {
             let lacks_state = self.states.is_some()
                 && matches!(needed, Needed::Window)
                 && prefix.state(node).is_none();
+            best.lost_state |= lacks_state && prefix.had_state(node);
             if continues && !lacks_state {
                 (best.end, best.node) = (end, Some(node));
+                best.lost_state = false;
             } else if let Needed::From(_) = needed {
                 break;
             }

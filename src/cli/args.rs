@@ -123,6 +123,11 @@ pub struct RunArgs {
     /// leave].
     #[arg(long, value_name = "MIB")]
     kv_cache_mib: Option<usize>,
+    /// Number of slots for the states of recurrent layers: one for each running sequence and one
+    /// for each kept snapshot [default: as many as half of the KV cache's memory holds, at most
+    /// four for each sequence that may run].
+    #[arg(long, value_name = "N")]
+    state_slots: Option<usize>,
     /// Maximum number of tokens per step, decode tokens and prompt chunks together [default:
     /// 512 on the CPU; on a GPU 8192, or less if memory is short].
     #[arg(long, value_name = "N")]
@@ -270,6 +275,7 @@ impl RunArgs {
         }
         Ok(EngineConfig {
             kv_cache_bytes: self.kv_cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
+            state_slots: self.state_slots,
             max_batch_tokens: self.max_batch_tokens,
             max_context: self.context,
             prefix_cache: !self.no_prefix_cache,

@@ -2,7 +2,7 @@
 
 use super::{DeviceError, LinearOps};
 
-/// Non-linearity of a gated feed-forward layer, `act(gate) · up` unless it says otherwise.
+/// Non-linearity of a feed-forward layer, `act(gate) · up` unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// SiLU, `x · sigmoid(x)`.
@@ -17,10 +17,35 @@ pub enum Activation {
         /// Positive.
         limit: f32,
     },
+    /// `max(x, 0)²`, without a gate: where others have `[gate | up]`, there is only `up`.
+    SquaredRelu,
+}
+
+impl Activation {
+    /// Returns whether there is a gate.
+    pub fn is_gated(self) -> bool {
+        self != Self::SquaredRelu
+    }
+
+    /// Returns the number of columns of `[gate | up]` for this many results.
+    pub fn gate_up_columns(self, columns: usize) -> usize {
+        match self.is_gated() {
+            true => columns.saturating_mul(2),
+            false => columns,
+        }
+    }
 }
 
 /// The part of a [`Device`](super::Device) that computes element-wise non-linearities.
 pub trait ActivationOps: LinearOps {
+    /// Checks that this device computes an activation, before layers with it are loaded.
+    ///
+    /// # Errors
+    /// Returns [`DeviceError::Unsupported`] if it does not.
+    fn check_activation(&self, _: Activation) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Computes `out = activation(gate) · up`, where `[gate | up]` is `weight` times `x`. `gate_up`
     /// is scratch memory for `[gate | up]`: a device may leave it unused, and its contents are
     /// unspecified afterwards. The result has the same bits either way.
@@ -37,7 +62,8 @@ pub trait ActivationOps: LinearOps {
         self.gated_activation(gate_up, activation, rows, out)
     }
 
-    /// Computes `out = activation(gate) · up`, where a row of `gate_up` is `[gate | up]`.
+    /// Computes `out = activation(gate) · up`, where a row of `gate_up` is `[gate | up]`, or only
+    /// `up` if the activation is not gated.
     fn gated_activation(
         &mut self,
         gate_up: &Self::Tensor,

@@ -9,9 +9,9 @@ pub struct DeltaHeads {
     pub key_heads: usize,
     /// Number of heads of values; a multiple of `key_heads`.
     pub value_heads: usize,
-    /// Number of elements per head of a query and of a key; a multiple of 16.
+    /// Number of elements per head of a query and of a key; a multiple of [`DeltaHeads::DIM`].
     pub key_dim: usize,
-    /// Number of elements per head of a value; a multiple of 16.
+    /// Number of elements per head of a value; a multiple of [`DeltaHeads::DIM`].
     pub value_dim: usize,
     /// The head of queries and keys that a head of values belongs to.
     pub order: DeltaOrder,
@@ -27,6 +27,9 @@ pub enum DeltaOrder {
 }
 
 impl DeltaHeads {
+    /// The sizes of heads are multiples of this.
+    pub const DIM: usize = 16;
+
     /// Returns the number of columns of a row's queries, and of its keys.
     pub fn key_columns(&self) -> usize {
         self.key_heads * self.key_dim

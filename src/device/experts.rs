@@ -87,7 +87,7 @@ pub trait ExpertOps: DeviceTypes {
     type Experts;
 
     /// Loads the experts of one layer. Entry `e` of both lists is expert `e`. In `gate_up`, the
-    /// rows of the gate come first. If there are corrections, one per expert, they are added to
+    /// rows of the gate come first, if there are some. If there are corrections, one per expert, they are added to
     /// the weights to choose experts, see [`SigmoidRouting`].
     fn load_experts(
         &mut self,

@@ -35,6 +35,7 @@ mod embedding;
 mod error;
 mod experts;
 mod linear;
+mod mamba2;
 mod norm;
 mod pooling;
 mod recurrent;
@@ -54,6 +55,7 @@ pub use embedding::EmbeddingOps;
 pub use error::DeviceError;
 pub use experts::{ExpertOps, RouterScore, RoutingSpec, SigmoidRouting};
 pub use linear::{LinearOps, LinearSpec, RowOrder, WeightRows};
+pub use mamba2::{Mamba2Ops, Mamba2Spec, Mamba2Weights};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
 pub use recurrent::{
@@ -104,6 +106,7 @@ pub trait Device:
     + CacheOps
     + RecurrentOps
     + DeltaOps
+    + Mamba2Ops
     + SwapOps
 {
     /// Returns a description of this device.

@@ -7,6 +7,7 @@
 //! without being copied.
 
 use super::{CacheOps, DeviceError};
+use std::ops::RangeInclusive;
 
 /// Where the recurrent layers of a step find and leave the state of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +61,10 @@ pub struct StatePart {
 /// A causal convolution of each channel on its own, over the last few tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvSpec {
-    /// Number of channels; a multiple of 16.
+    /// Number of channels; a multiple of [`ConvSpec::CHANNELS`].
     pub channels: usize,
-    /// Number of tokens that take part in a result, its own included; at least 2. The state has
-    /// the inputs of one token less.
+    /// Number of tokens that take part in a result, its own included; one of [`ConvSpec::TAPS`].
+    /// The state has the inputs of one token less.
     pub taps: usize,
     /// What the channels are read from and multiplied by.
     pub input: ConvInput,
@@ -82,6 +83,11 @@ pub enum ConvInput {
 }
 
 impl ConvSpec {
+    /// The number of channels is a multiple of this.
+    pub const CHANNELS: usize = 16;
+    /// Possible numbers of tokens that take part in a result.
+    pub const TAPS: RangeInclusive<usize> = 2..=8;
+
     /// Returns the number of elements of the state.
     pub fn state_elements(&self) -> usize {
         self.channels * (self.taps - 1)

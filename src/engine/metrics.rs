@@ -101,8 +101,8 @@ pub(crate) struct EngineMetrics {
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
-    /// Those without a block, and those without a snapshot.
-    prefix_misses: [Counter; 2],
+    /// Misses of the prefix cache, by reason.
+    prefix_misses: [Counter; 4],
     /// Slots of states that are free, active, cached and deferred.
     states: [Gauge; 4],
     prompt_tokens: Counter,
@@ -162,7 +162,7 @@ impl EngineMetrics {
             preemptions: counter!("quell_num_preemptions_total", base.clone()),
             prefix_queries: counter!("quell_prefix_cache_queries_total", base.clone()),
             prefix_hits: counter!("quell_prefix_cache_hits_total", base.clone()),
-            prefix_misses: ["no_block", "no_snapshot"]
+            prefix_misses: ["no_block", "no_snapshot", "evicted", "salt"]
                 .map(|reason| counter!("quell_prefix_cache_misses_total", with("reason", reason))),
             states: ["free", "active", "cached", "deferred"]
                 .map(|state| gauge!("quell_state_slots", with("state", state))),
@@ -227,7 +227,12 @@ impl EngineMetrics {
         catch_up(&self.prefix_hits, now.prefix_hits, before.prefix_hits);
         let misses = |stats: &EngineStats| {
             let misses = stats.prefix_misses;
-            [misses.no_block, misses.no_snapshot]
+            [
+                misses.no_block,
+                misses.no_snapshot,
+                misses.evicted,
+                misses.salt,
+            ]
         };
         let misses = misses(now).into_iter().zip(misses(before));
         for (counter, (now, before)) in self.prefix_misses.iter().zip(misses) {

@@ -5,7 +5,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
 };
 use super::{ModelError, RopeConfig};
-use crate::device::{HeadShape, StatePart};
+use crate::device::{Activation, HeadShape, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -17,6 +17,8 @@ pub struct Biases {
     pub attention_out: Option<bool>,
     /// The feed-forward layers' projections.
     pub feed_forward: Option<bool>,
+    /// The projections of recurrent mixers.
+    pub recurrent: Option<bool>,
 }
 
 impl Biases {
@@ -25,6 +27,7 @@ impl Biases {
         qkv: None,
         attention_out: None,
         feed_forward: None,
+        recurrent: None,
     };
 
     /// None at all.
@@ -32,6 +35,7 @@ impl Biases {
         qkv: Some(false),
         attention_out: Some(false),
         feed_forward: Some(false),
+        recurrent: Some(false),
     };
 }
 
@@ -118,6 +122,13 @@ impl ModelConfig {
         layout
     }
 
+    /// The number of layers that keep a state.
+    pub fn recurrent_layers(&self) -> usize {
+        let layers = self.layers.iter();
+        let states = layers.map(|layer| layer.state_elements(self.hidden));
+        states.filter(|parts| *parts != [0, 0]).count()
+    }
+
     /// The sliding window of the layers that have one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
@@ -130,7 +141,16 @@ impl ModelConfig {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
             FeedForward::Dense { width, .. } => Some(width),
-            FeedForward::Experts(_) => None,
+            FeedForward::Experts(_) | FeedForward::None => None,
+        })
+    }
+
+    /// The activation of the dense feed-forward parts, if there are any.
+    pub(super) fn dense_activation(&self) -> Option<Activation> {
+        let mut layers = self.layers.iter();
+        layers.find_map(|layer| match layer.feed_forward {
+            FeedForward::Dense { activation, .. } => Some(activation),
+            FeedForward::Experts(_) | FeedForward::None => None,
         })
     }
 
@@ -138,7 +158,7 @@ impl ModelConfig {
     pub fn experts(&self) -> Option<Experts> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
-            FeedForward::Dense { .. } => None,
+            FeedForward::Dense { .. } | FeedForward::None => None,
             FeedForward::Experts(experts) => Some(experts),
         })
     }
@@ -192,10 +212,15 @@ impl ModelConfig {
                 ));
             }
             match layer.feed_forward {
-                FeedForward::Dense { width, .. } => {
+                FeedForward::None => {}
+                FeedForward::Dense { width, activation } => {
                     let first = dense.unwrap_or(width);
                     if width != first {
                         return Err(uneven(index, "feed-forward size", width, first));
+                    }
+                    let first = self.dense_activation().unwrap_or(activation);
+                    if activation.is_gated() != first.is_gated() {
+                        return Err(uneven(index, "activation", activation, first));
                     }
                 }
                 FeedForward::Experts(own) => {

@@ -2,10 +2,12 @@
 
 mod gated_delta;
 mod layer_step;
+mod mamba2;
 mod short_conv;
 mod weights;
 mod workspace;
 
+use super::layer::{FeedForward, Mixer};
 use super::{ModelConfig, ModelError, ModelSource};
 use crate::device::{
     Batch, CacheLayer, Device, DeviceError, Finished, RopeSpec, Staged, StatePart,
@@ -176,26 +178,34 @@ impl<D: Device> Decoder<D> {
                 rows,
             };
             let workspace = &mut self.workspace;
-            let norms = &layer.mixer_norms;
-            step.input(device, workspace, norms.before.as_ref(), pending)?;
-            match &layer.mixer {
-                MixerWeights::Attention(weights) => {
-                    let rope = spec.attention().and_then(|attention| attention.rope);
-                    let rope = &self.ropes[rope.unwrap_or(self.config.ropes.len())];
-                    step.attention(device, workspace, weights, rope, cache)?;
+            if spec.mixer != Mixer::None {
+                let norms = &layer.mixer_norms;
+                step.input(device, workspace, norms.before.as_ref(), pending)?;
+                match &layer.mixer {
+                    MixerWeights::Attention(weights) => {
+                        let rope = spec.attention().and_then(|attention| attention.rope);
+                        let rope = &self.ropes[rope.unwrap_or(self.config.ropes.len())];
+                        step.attention(device, workspace, weights, rope, cache)?;
+                    }
+                    MixerWeights::ShortConv(weights) => {
+                        step.short_conv(device, workspace, weights, cache)?;
+                    }
+                    MixerWeights::Mamba2(weights) => {
+                        step.mamba2(device, workspace, weights, cache)?;
+                    }
+                    MixerWeights::GatedDelta(weights) => {
+                        step.gated_delta(device, workspace, weights, cache)?;
+                    }
+                    MixerWeights::None => {}
                 }
-                MixerWeights::ShortConv(weights) => {
-                    step.short_conv(device, workspace, weights, cache)?;
-                }
-                MixerWeights::GatedDelta(weights) => {
-                    step.gated_delta(device, workspace, weights, cache)?;
-                }
+                pending = step.output(device, workspace, norms.after.as_ref())?;
             }
-            pending = step.output(device, workspace, norms.after.as_ref())?;
-            let norms = &layer.feed_forward_norms;
-            step.input(device, workspace, norms.before.as_ref(), pending)?;
-            step.feed_forward(device, workspace, layer)?;
-            pending = step.output(device, workspace, norms.after.as_ref())?;
+            if spec.feed_forward != FeedForward::None {
+                let norms = &layer.feed_forward_norms;
+                step.input(device, workspace, norms.before.as_ref(), pending)?;
+                step.feed_forward(device, workspace, layer)?;
+                pending = step.output(device, workspace, norms.after.as_ref())?;
+            }
         }
         if pending {
             device.add(&mut self.workspace.residual, &self.workspace.delta, rows)?;

@@ -2,7 +2,6 @@
 
 use super::names::Part;
 use super::stored::{StoredLinear, ungrouped};
-use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::device::DeltaHeads;
 
@@ -15,7 +14,7 @@ impl ModelSource {
     ) -> Result<StoredLinear<'_>, ModelError> {
         let hidden = self.config().hidden;
         let (qkv, gate) = (heads.qkv_columns(), heads.value_columns());
-        if !self.fuses(layer, Part::DeltaFused) {
+        if !self.fuses(layer, Part::RecurrentInput) {
             return self.linear(
                 layer,
                 &[(Part::DeltaQkv, qkv), (Part::DeltaGate, gate)],
@@ -24,7 +23,7 @@ impl ModelSource {
         }
         let values = gate / heads.key_heads;
         let widths = [heads.key_dim, heads.key_dim, values, values];
-        let fused = self.linear(layer, &[(Part::DeltaFused, qkv + gate)], hidden)?;
+        let fused = self.linear(layer, &[(Part::RecurrentInput, qkv + gate)], hidden)?;
         Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
     }
 
@@ -44,30 +43,17 @@ impl ModelSource {
         Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
     }
 
-    /// Factors of the decays. Hugging Face checkpoints have the logarithms of their magnitudes.
-    pub(super) fn delta_decay(
-        &self,
-        layer: usize,
-        heads: DeltaHeads,
-    ) -> Result<Vec<f32>, ModelError> {
-        let mut decay = self.vector(&self.name(layer, Part::DeltaDecay), heads.value_heads)?;
-        if self.naming() != Naming::Gguf {
-            decay.iter_mut().for_each(|value| *value = -value.exp());
-        }
-        Ok(decay)
-    }
-
     /// The tensors of the projections of a gated delta net, as the file has them.
     pub(super) fn delta_projections(&self, layer: usize) -> Vec<Part> {
-        let mut parts = match self.fuses(layer, Part::DeltaFused) {
-            true => vec![Part::DeltaFused],
+        let mut parts = match self.fuses(layer, Part::RecurrentInput) {
+            true => vec![Part::RecurrentInput],
             false => vec![Part::DeltaQkv, Part::DeltaGate],
         };
         match self.fuses(layer, Part::DeltaFusedBetaAlpha) {
             true => parts.push(Part::DeltaFusedBetaAlpha),
             false => parts.extend([Part::DeltaBeta, Part::DeltaAlpha]),
         }
-        parts.push(Part::DeltaOut);
+        parts.push(Part::RecurrentOutput);
         parts
     }
 

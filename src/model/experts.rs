@@ -1,48 +1,53 @@
 //! The tensors of a mixture of experts.
 
 use super::architectures::StackedExperts;
-use super::names::{self, Part};
+use super::layer::Experts;
+use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
-use crate::device::RowOrder;
+use crate::device::{Activation, RowOrder};
 use crate::weights::TensorView;
 use std::borrow::Cow;
 
 impl ModelSource {
-    /// Gate and up projection of one expert, stacked, and its down projection.
+    /// Gate and up projection of one expert, stacked, or the latter alone, and its down
+    /// projection.
     pub(super) fn expert(
         &self,
         layer: usize,
         expert: usize,
-        width: usize,
+        spec: &Experts,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        match self.stacked_experts(layer) {
-            Some(stacked) if stacked.is_transposed => {
+        let (hidden, width) = (self.config().hidden, spec.width);
+        if let Some(stacked) = self.stacked_experts(layer) {
+            if stacked.are_transposed {
                 return self.transposed_expert(layer, expert, width, stacked);
             }
-            Some(stacked) => return self.stacked_expert(layer, expert, width, stacked),
-            None => {}
+            let entry = |name, rows, columns| self.expert_entry(layer, name, expert, rows, columns);
+            let gate_up = entry(stacked.gate_up, 2 * width, hidden)?;
+            return Ok((gate_up, entry(stacked.down, hidden, width)?));
         }
-        let hidden = self.config().hidden;
         let gate_up = [
             (Part::ExpertGate(expert), width),
             (Part::ExpertUp(expert), width),
         ];
-        let gate_up = self.expert_linear(layer, expert, &gate_up, hidden)?;
+        let first = usize::from(!spec.routing.activation.is_gated());
+        let gate_up = self.expert_linear(layer, expert, &gate_up[first..], hidden)?;
         let down = [(Part::ExpertDown(expert), hidden)];
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
-    /// Gate and up projection of the dense part beside the experts, stacked, and its down
-    /// projection.
+    /// Gate and up projection of the dense part beside the experts, stacked, or the latter alone,
+    /// and its down projection.
     pub(super) fn shared_expert(
         &self,
         layer: usize,
         width: usize,
+        activation: Activation,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config().hidden;
-        let gate_up = [(Part::SharedGate, width), (Part::SharedUp, width)];
+        let gate_up = self.gate_up_parts(layer, GateUp::SHARED, activation, width);
         let gate_up = self.linear(layer, &gate_up, hidden)?;
         let down = self.linear(layer, &[(Part::SharedDown, hidden)], width)?;
         Ok((gate_up, down))
@@ -104,26 +109,8 @@ impl ModelSource {
             Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
         };
         stacked.filter(|stacked| {
-            stacked.is_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
+            stacked.are_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
         })
-    }
-
-    /// One expert of a checkpoint that stacks them.
-    fn stacked_expert(
-        &self,
-        layer: usize,
-        expert: usize,
-        width: usize,
-        stacked: StackedExperts,
-    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        let hidden = self.config().hidden;
-        let matrix = |name: &str, rows: usize, columns: usize| {
-            let name = self.layer_prefix(layer) + name;
-            let entry = self.entry(&name, expert, &[rows, columns])?;
-            Ok::<_, ModelError>(StoredLinear::new(vec![self.rows(&entry, rows, columns)?]))
-        };
-        let gate_up = matrix(stacked.gate_up, 2 * width, hidden)?;
-        Ok((gate_up, matrix(stacked.down, hidden, width)?))
     }
 
     /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the
@@ -168,6 +155,25 @@ impl ModelSource {
             found: tensor.shape.to_vec(),
             expected: [&[index + 1][..], shape].concat(),
         })
+    }
+
+    /// The rows of one expert in a stacked tensor of a layer, with its bias, if there is one.
+    fn expert_entry(
+        &self,
+        layer: usize,
+        name: &str,
+        expert: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Result<StoredLinear<'_>, ModelError> {
+        let name = self.layer_prefix(layer) + name;
+        let stored = self.rows(&self.entry(&name, expert, &[rows, columns])?, rows, columns)?;
+        let bias_name = self.expert_bias_name(&name);
+        let bias = match self.has_bias(Part::ExpertDown(expert), &bias_name) {
+            true => Some(self.numbers(&self.entry(&bias_name, expert, &[rows])?, rows)?),
+            false => None,
+        };
+        Ok(StoredLinear::new(vec![stored]).with_bias(bias))
     }
 
     /// One expert of a checkpoint that stacks them transposed.

@@ -89,11 +89,22 @@ impl<'a> Metadata<'a> {
     /// A number that some files give once and some for each layer; quell needs it
     /// to be the same for all.
     fn uniform_size(&self, key: &str) -> Result<Option<usize>, ModelError> {
-        let all = self.optional(key, "a whole number", |value| match value {
+        match self.sizes(key)? {
+            Some(all) => self.uniform(key, &all),
+            None => Ok(None),
+        }
+    }
+
+    /// A number that some files give once and some for each layer.
+    fn sizes(&self, key: &str) -> Result<Option<Vec<u64>>, ModelError> {
+        self.optional(key, "a whole number", |value| match value {
             Value::Array(_) => value.as_u64s(),
             single => Some(vec![single.as_u64()?]),
-        })?;
-        let Some(all) = all else { return Ok(None) };
+        })
+    }
+
+    /// The number that all of these are.
+    fn uniform(&self, key: &str, all: &[u64]) -> Result<Option<usize>, ModelError> {
         match all.first() {
             Some(&first) if all.iter().all(|&value| value == first) => {
                 Ok(usize::try_from(first).ok())
@@ -181,8 +192,10 @@ impl<'a> Metadata<'a> {
             windows: self.windows(self.window(None)?, 0)?,
             experts: None,
             dense_layers: HashSet::new(),
-            gated_delta: None,
-            recurrent: HashSet::new(),
+            recurrent: None,
+            recurrent_layers: self.layers_without_heads()?,
+            without_mixer: HashSet::new(),
+            without_feed_forward: HashSet::new(),
             biases: Biases::AS_STORED,
             prediction_layers: 0,
             end_tokens: Vec::new(),
@@ -212,12 +225,34 @@ impl<'a> Metadata<'a> {
             let expected = format!("{head_dim}, the key length");
             return Err(self.refused(key, value_dim, expected));
         }
-        let kv_heads = self.uniform_size("attention.head_count_kv")?;
+        let kv_heads = self.kv_heads()?;
         Ok(HeadShape {
             q_heads,
             kv_heads: kv_heads.unwrap_or(q_heads),
             head_dim,
         })
+    }
+
+    /// The key-value heads of the layers that have some, which must be the same number.
+    fn kv_heads(&self) -> Result<Option<usize>, ModelError> {
+        let Some(mut all) = self.sizes("attention.head_count_kv")? else {
+            return Ok(None);
+        };
+        if all.iter().any(|&heads| heads > 0) {
+            all.retain(|&heads| heads > 0);
+        }
+        self.uniform("attention.head_count_kv", &all)
+    }
+
+    /// The layers that have no key-value heads, because they have no attention.
+    fn layers_without_heads(&self) -> Result<HashSet<usize>, ModelError> {
+        let heads = self.sizes("attention.head_count_kv")?.unwrap_or_default();
+        if heads.iter().all(|&heads| heads == 0) {
+            return Ok(HashSet::new());
+        }
+        let layers = heads.iter().enumerate();
+        let without = layers.filter(|(_, heads)| **heads == 0);
+        Ok(without.map(|(layer, _)| layer).collect())
     }
 
     fn vocabulary(&self) -> Result<usize, ModelError> {

@@ -128,8 +128,10 @@ impl<'a> Config<'a> {
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
-            gated_delta: None,
-            recurrent: HashSet::new(),
+            recurrent: None,
+            recurrent_layers: HashSet::new(),
+            without_mixer: HashSet::new(),
+            without_feed_forward: HashSet::new(),
             biases: Biases::NONE,
             prediction_layers: 0,
             end_tokens: self.end_tokens()?,
@@ -202,6 +204,7 @@ impl<'a> Config<'a> {
         let activation = self.class().activation;
         let expected: &[&str] = match activation {
             Activation::Silu | Activation::ClampedSwiGlu { .. } => &["silu", "swish"],
+            Activation::SquaredRelu => &["relu2"],
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_fast", "gelu_new"],
         };
         let key = if self.settings.get("hidden_activation").is_some() {

@@ -7,7 +7,9 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, LayerSpec, Mixer, NormKind, NormPlacement,
 };
 use super::{Biases, ModelConfig, ModelError, RopeConfig};
-use crate::device::{Activation, HeadShape, QueryScale, RouterScore};
+use crate::device::{
+    Activation, ConvSpec, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RouterScore,
+};
 use std::collections::HashSet;
 
 /// The numbers of a model, from `config.json` or GGUF metadata.
@@ -51,10 +53,14 @@ pub(super) struct Hyperparameters {
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
-    /// The gated delta net of the recurrent layers.
-    pub(super) gated_delta: Option<GatedDelta>,
-    /// Layers that are recurrent: they have no attention.
-    pub(super) recurrent: HashSet<usize>,
+    /// The mixer of the recurrent layers, in architectures that have some.
+    pub(super) recurrent: Option<Mixer>,
+    /// Layers that have it instead of attention.
+    pub(super) recurrent_layers: HashSet<usize>,
+    /// Layers that are only a feed-forward part.
+    pub(super) without_mixer: HashSet<usize>,
+    /// Layers that are only a mixer.
+    pub(super) without_feed_forward: HashSet<usize>,
     pub(super) biases: Biases,
     /// Layers after the others that predict further tokens, and are not computed.
     pub(super) prediction_layers: usize,
@@ -102,11 +108,25 @@ impl Hyperparameters {
     /// A layer as the numbers alone tell it: norms on the inputs, and no norms on queries
     /// and keys.
     pub(super) fn layer(&self, index: usize) -> LayerSpec {
+        let norms_before = |part_is_there| match part_is_there {
+            true => NormPlacement::Before,
+            false => NormPlacement::BesideMixer,
+        };
+        let mixer = self.mixer(index);
+        let feed_forward = self.feed_forward(index);
         LayerSpec {
-            mixer: Mixer::Attention(self.attention(index)),
-            mixer_norms: NormPlacement::Before,
-            feed_forward: self.feed_forward(index),
-            feed_forward_norms: NormPlacement::Before,
+            mixer,
+            mixer_norms: norms_before(mixer != Mixer::None),
+            feed_forward,
+            feed_forward_norms: norms_before(feed_forward != FeedForward::None),
+        }
+    }
+
+    fn mixer(&self, index: usize) -> Mixer {
+        match self.recurrent {
+            _ if self.without_mixer.contains(&index) => Mixer::None,
+            Some(mixer) if self.recurrent_layers.contains(&index) => mixer,
+            _ => Mixer::Attention(self.attention(index)),
         }
     }
 
@@ -138,6 +158,7 @@ impl Hyperparameters {
 
     fn feed_forward(&self, index: usize) -> FeedForward {
         match self.experts {
+            _ if self.without_feed_forward.contains(&index) => FeedForward::None,
             Some(experts) if !self.dense_layers.contains(&index) => FeedForward::Experts(experts),
             _ => FeedForward::Dense {
                 width: self.intermediate,
@@ -158,11 +179,9 @@ impl Hyperparameters {
             let found = format!("{} entries long", self.windows.len());
             return Err(self.refused(|keys| keys.layer_types, found, expected));
         }
+        self.check_recurrent()?;
         if let Some(experts) = self.experts {
             self.check_experts(experts)?;
-        }
-        if let Some(delta) = self.gated_delta {
-            self.check_delta(delta)?;
         }
         self.rope.validate(self.heads.head_dim, &self.names)?;
         self.sliding_rope.validate(self.heads.head_dim, &self.names)
@@ -214,6 +233,89 @@ impl Hyperparameters {
         Ok(())
     }
 
+    fn check_recurrent(&self) -> Result<(), ModelError> {
+        let Some(mixer) = self.recurrent else {
+            return match self.recurrent_layers.is_empty() {
+                true => Ok(()),
+                false => Err(self.refused(|keys| keys.kv_heads, 0, "at least 1 in every layer")),
+            };
+        };
+        match mixer {
+            Mixer::Attention(_) | Mixer::None => Ok(()),
+            Mixer::ShortConv(conv) => {
+                if !self.hidden.is_multiple_of(ConvSpec::CHANNELS) {
+                    let expected = format!("a multiple of {}", ConvSpec::CHANNELS);
+                    return Err(self.refused(|keys| keys.hidden, self.hidden, expected));
+                }
+                self.check_taps(conv.taps)
+            }
+            Mixer::Mamba2(spec) => {
+                self.check_recurrence(spec.recurrence)?;
+                self.check_taps(spec.taps)
+            }
+            Mixer::GatedDelta(GatedDelta { heads, taps }) => {
+                self.check_delta(heads)?;
+                self.check_taps(taps)
+            }
+        }
+    }
+
+    fn check_recurrence(&self, spec: Mamba2Spec) -> Result<(), ModelError> {
+        self.check_size(|keys| keys.recurrent_heads, spec.heads, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_head_dim, spec.head_dim, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_groups, spec.groups, 1 << 14)?;
+        self.check_size(|keys| keys.state_size, spec.state_size, 1 << 14)?;
+        if !spec.head_dim.is_multiple_of(Mamba2Spec::HEAD_DIM) {
+            let expected = format!(
+                "such that heads have a multiple of {} columns",
+                Mamba2Spec::HEAD_DIM
+            );
+            return Err(self.refused(|keys| keys.recurrent_head_dim, spec.head_dim, expected));
+        }
+        if !spec.heads.is_multiple_of(spec.groups) {
+            let expected = format!("a divisor of the {} heads", spec.heads);
+            return Err(self.refused(|keys| keys.recurrent_groups, spec.groups, expected));
+        }
+        if !spec.state_size.is_multiple_of(Mamba2Spec::STATE_SIZE) {
+            let expected = format!("a multiple of {}", Mamba2Spec::STATE_SIZE);
+            return Err(self.refused(|keys| keys.state_size, spec.state_size, expected));
+        }
+        Ok(())
+    }
+
+    fn check_delta(&self, heads: DeltaHeads) -> Result<(), ModelError> {
+        let (key_heads, value_heads) = (heads.key_heads, heads.value_heads);
+        self.check_size(|keys| keys.recurrent_groups, key_heads, 1 << 14)?;
+        self.check_size(|keys| keys.recurrent_heads, value_heads, 1 << 14)?;
+        if !value_heads.is_multiple_of(key_heads) {
+            let expected = format!("a multiple of the {key_heads} key heads");
+            return Err(self.refused(|keys| keys.recurrent_heads, value_heads, expected));
+        }
+        let check_dim = |key, dim: usize| {
+            self.check_size(key, dim, 1 << 12)?;
+            match dim.is_multiple_of(DeltaHeads::DIM) {
+                true => Ok(()),
+                false => {
+                    let expected = format!("a multiple of {}", DeltaHeads::DIM);
+                    Err(self.refused(key, dim, expected))
+                }
+            }
+        };
+        check_dim(|keys| keys.state_size, heads.key_dim)?;
+        check_dim(|keys| keys.recurrent_head_dim, heads.value_dim)
+    }
+
+    fn check_taps(&self, taps: usize) -> Result<(), ModelError> {
+        match ConvSpec::TAPS.contains(&taps) {
+            true => Ok(()),
+            false => {
+                let (least, most) = (ConvSpec::TAPS.start(), ConvSpec::TAPS.end());
+                let expected = format!("from {least} to {most}");
+                Err(self.refused(|keys| keys.taps, taps, expected))
+            }
+        }
+    }
+
     fn check_factors(&self) -> Result<(), ModelError> {
         let positive = |key, value: f32| match value.is_finite() && value > 0.0 {
             true => Ok(()),
@@ -233,28 +335,6 @@ impl Hyperparameters {
         positive(|keys| keys.logit_softcap, cap)?;
         positive(|keys| keys.logit_scale, self.logit_scale)?;
         positive(|keys| keys.embedding_scale, self.embedding_scale)
-    }
-
-    fn check_delta(&self, GatedDelta { heads, taps }: GatedDelta) -> Result<(), ModelError> {
-        self.check_size(|keys| keys.delta_key_heads, heads.key_heads, 1 << 14)?;
-        self.check_size(|keys| keys.delta_value_heads, heads.value_heads, 1 << 14)?;
-        if !heads.value_heads.is_multiple_of(heads.key_heads) {
-            let expected = format!("a multiple of the {} key heads", heads.key_heads);
-            return Err(self.refused(|keys| keys.delta_value_heads, heads.value_heads, expected));
-        }
-        let check_dim = |key, dim: usize| {
-            self.check_size(key, dim, 1 << 12)?;
-            match dim.is_multiple_of(16) {
-                true => Ok(()),
-                false => Err(self.refused(key, dim, "a multiple of 16 per head")),
-            }
-        };
-        check_dim(|keys| keys.delta_key_dim, heads.key_dim)?;
-        check_dim(|keys| keys.delta_value_dim, heads.value_dim)?;
-        if !(2..=8).contains(&taps) {
-            return Err(self.refused(|keys| keys.delta_taps, taps, "from 2 to 8"));
-        }
-        Ok(())
     }
 
     fn check_experts(&self, experts: Experts) -> Result<(), ModelError> {

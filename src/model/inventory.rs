@@ -1,10 +1,11 @@
 //! Every tensor of a file is either used or known to be harmless; any other is refused by
 //! its name, since a model that is computed without some of its weights answers nonsense.
 
-use super::layer::{Attention, FeedForward, LayerSpec, Mixer, ShortConv};
-use super::names::{self, Part};
+use super::layer::{Attention, FeedForward, LayerSpec, Mamba2, Mixer, ShortConv};
+use super::names::{self, GateUp, Part};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
+use crate::device::Activation;
 use std::collections::HashSet;
 
 /// Beginnings of the names of tensors that are not the text model's: towers for images and
@@ -139,39 +140,48 @@ impl Inventory<'_> {
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention)?,
             Mixer::ShortConv(conv) => self.short_conv(layer, conv)?,
+            Mixer::Mamba2(spec) => self.mamba2(layer, spec)?,
             Mixer::GatedDelta(_) => self.gated_delta(layer)?,
+            Mixer::None => {}
         }
         match spec.feed_forward {
             FeedForward::Experts(experts) => {
                 self.linear(layer, Part::Router)?;
-                for part in [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown] {
-                    self.experts(layer, experts.count, part)?;
+                let activation = experts.routing.activation;
+                let first = usize::from(!activation.is_gated());
+                let parts = [Part::ExpertGate, Part::ExpertUp, Part::ExpertDown];
+                for part in &parts[first..] {
+                    self.experts(layer, experts.count, *part)?;
                 }
                 if experts.has_corrections {
                     self.require(self.source.name(layer, Part::Corrections))?;
                 }
-                if experts.shared.is_some() {
-                    for part in [Part::SharedGate, Part::SharedUp, Part::SharedDown] {
-                        self.linear(layer, part)?;
-                    }
+                if experts.has_shared_gate {
+                    self.linear(layer, Part::SharedGateOut)?;
                 }
-                match experts.has_shared_gate {
-                    true => self.linear(layer, Part::SharedGateOut),
-                    false => Ok(()),
+                match experts.shared {
+                    Some(_) => self.dense(layer, GateUp::SHARED, activation, Part::SharedDown),
+                    None => Ok(()),
                 }
             }
-            FeedForward::Dense { .. } => {
-                let gate_up: &[Part] = match self.source.config().architecture.storage.fuses_gate_up
-                {
-                    true => &[Part::FusedGateUp],
-                    false => &[Part::Gate, Part::Up],
-                };
-                for &part in gate_up {
-                    self.linear(layer, part)?;
-                }
-                self.linear(layer, Part::Down)
+            FeedForward::Dense { activation, .. } => {
+                self.dense(layer, GateUp::DENSE, activation, Part::Down)
             }
+            FeedForward::None => Ok(()),
         }
+    }
+
+    fn dense(
+        &mut self,
+        layer: usize,
+        gate_up: GateUp,
+        activation: Activation,
+        down: Part,
+    ) -> Result<(), ModelError> {
+        for (part, _) in self.source.gate_up_parts(layer, gate_up, activation, 0) {
+            self.linear(layer, part)?;
+        }
+        self.linear(layer, down)
     }
 
     fn attention(&mut self, layer: usize, attention: &Attention) -> Result<(), ModelError> {
@@ -192,29 +202,41 @@ impl Inventory<'_> {
     fn short_conv(&mut self, layer: usize, conv: ShortConv) -> Result<(), ModelError> {
         self.linear(layer, Part::ConvInput)?;
         self.linear(layer, Part::ConvOutput)?;
+        self.convolution(layer, conv.has_bias)
+    }
+
+    fn convolution(&mut self, layer: usize, has_bias: bool) -> Result<(), ModelError> {
         let weight = self.source.name(layer, Part::Convolution);
         let bias = names::bias(&weight);
         self.require(weight)?;
-        match conv.has_bias {
+        match has_bias {
             true => self.require(bias),
             false => Ok(()),
         }
+    }
+
+    fn mamba2(&mut self, layer: usize, spec: Mamba2) -> Result<(), ModelError> {
+        self.linear(layer, Part::RecurrentInput)?;
+        self.linear(layer, Part::RecurrentOutput)?;
+        for part in [
+            Part::DecayRates,
+            Part::StepBiases,
+            Part::Skips,
+            Part::RecurrentNorm,
+        ] {
+            self.require(self.source.name(layer, part))?;
+        }
+        self.convolution(layer, spec.has_conv_bias)
     }
 
     fn gated_delta(&mut self, layer: usize) -> Result<(), ModelError> {
         for part in self.source.delta_projections(layer) {
             self.linear(layer, part)?;
         }
-        let others = [
-            Part::Convolution,
-            Part::DeltaDecay,
-            Part::DeltaBias,
-            Part::DeltaNorm,
-        ];
-        for part in others {
+        for part in [Part::DecayRates, Part::StepBiases, Part::RecurrentNorm] {
             self.require(self.source.name(layer, part))?;
         }
-        Ok(())
+        self.convolution(layer, false)
     }
 
     /// A projection, with its bias if it has one.

@@ -4,7 +4,7 @@
 //! them, the inventory and the random weights follow from them, and nothing else needs to
 //! know which architecture they came from.
 
-use crate::device::{Activation, DeltaHeads, HeadShape, QueryScale, RoutingSpec};
+use crate::device::{Activation, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RoutingSpec};
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
 /// works on each token alone. The output of each is added to the residual stream.
@@ -27,8 +27,35 @@ pub enum Mixer {
     Attention(Attention),
     /// A gated convolution over the last few tokens.
     ShortConv(ShortConv),
+    /// A Mamba-2 recurrence.
+    Mamba2(Mamba2),
     /// The gated delta rule: linear attention with a state of one matrix per head.
     GatedDelta(GatedDelta),
+    /// They do not: the layer is only a feed-forward part. Its mixer's norms are nowhere.
+    None,
+}
+
+/// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShortConv {
+    /// Number of tokens that take part in a result, its own included.
+    pub taps: usize,
+    /// Whether the convolution has a bias.
+    pub has_bias: bool,
+}
+
+/// The Mamba-2 recurrence of a layer: a projection, a convolution with SiLU, the recurrence, and
+/// a gated norm in as many groups as the recurrence has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mamba2 {
+    /// The dimensions of the recurrence.
+    pub recurrence: Mamba2Spec,
+    /// Number of tokens that take part in a result of the convolution, its own included.
+    pub taps: usize,
+    /// Whether the convolution has a bias.
+    pub has_conv_bias: bool,
+    /// Added to the mean square in the gated norm.
+    pub norm_epsilon: f32,
 }
 
 /// The gated delta net of a layer (Qwen 3 Next): queries, keys and values go through a convolution
@@ -39,15 +66,6 @@ pub struct GatedDelta {
     pub heads: DeltaHeads,
     /// Number of tokens that take part in a result of the convolution, its own included.
     pub taps: usize,
-}
-
-/// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShortConv {
-    /// Number of tokens that take part in a result, its own included.
-    pub taps: usize,
-    /// Whether the convolution has a bias, and so have the projections before and after it.
-    pub has_bias: bool,
 }
 
 /// The attention of a layer.
@@ -80,7 +98,8 @@ pub struct Attention {
 /// The feed-forward part of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum FeedForward {
-    /// `down(activation(gate(x)) · up(x))`.
+    /// `down(activation(gate(x)) · up(x))`, or `down(activation(up(x)))` if the activation has no
+    /// gate.
     Dense {
         /// Rows of `gate` and of `up`.
         width: usize,
@@ -89,6 +108,8 @@ pub enum FeedForward {
     },
     /// A mixture of such parts, of which a router chooses some for each token.
     Experts(Experts),
+    /// Nothing: the layer is only a mixer. The norms of its feed-forward part are nowhere.
+    None,
 }
 
 /// The mixture of experts of a layer.
@@ -128,8 +149,9 @@ pub enum NormPlacement {
     After,
     /// On both.
     BeforeAndAfter,
-    /// Nowhere. A feed-forward part with this placement computes beside the mixer: it reads
-    /// the mixer's normalised input, and both outputs are added to the residual stream.
+    /// Nowhere. A feed-forward part with this placement computes beside the mixer, if there are
+    /// both: it reads the mixer's normalised input, and both outputs are added to the residual
+    /// stream.
     BesideMixer,
 }
 
@@ -170,8 +192,14 @@ impl LayerSpec {
     /// `hidden` is the width of the residual stream.
     pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
         match self.mixer {
-            Mixer::Attention(_) => [0, 0],
+            Mixer::Attention(_) | Mixer::None => [0, 0],
             Mixer::ShortConv(ShortConv { taps, .. }) => [hidden * taps.saturating_sub(1), 0],
+            Mixer::Mamba2(Mamba2 {
+                recurrence, taps, ..
+            }) => {
+                let convolution = recurrence.channels() * taps.saturating_sub(1);
+                [convolution, recurrence.state_elements()]
+            }
             Mixer::GatedDelta(GatedDelta { heads, taps }) => [
                 heads.qkv_columns() * taps.saturating_sub(1),
                 heads.state_elements(),

@@ -1,5 +1,7 @@
 //! The names of tensors, as most architectures have them.
 
+use crate::device::Activation;
+
 /// A tensor of a layer, by its role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -26,6 +28,7 @@ pub(super) enum Part {
     Corrections,
     SharedGate,
     SharedUp,
+    FusedSharedGateUp,
     SharedDown,
     /// The projection to the gate of the dense part beside the experts.
     SharedGateOut,
@@ -41,27 +44,71 @@ pub(super) enum Part {
     DeltaQkv,
     /// The gate of the outputs of a gated delta net.
     DeltaGate,
-    /// Both of these, by head of keys.
-    DeltaFused,
-    /// What the strengths of the updates come from.
+    /// What the strengths of the updates of a gated delta net come from.
     DeltaBeta,
-    /// What the decays come from.
+    /// What the decays of a gated delta net come from.
     DeltaAlpha,
-    /// Both of these, by head of keys.
+    /// Both of these, with rows that are grouped by head of keys.
     DeltaFusedBetaAlpha,
-    /// Factors of the decays.
-    DeltaDecay,
-    /// What is added to what the decays come from.
-    DeltaBias,
-    DeltaNorm,
-    DeltaOut,
+    /// The projection before a recurrence. That of a gated delta net stands for `DeltaQkv` and
+    /// `DeltaGate`, and its rows are grouped by head of keys.
+    RecurrentInput,
+    /// The logarithms of the rates at which a state decays, or in GGUF files the negated rates.
+    DecayRates,
+    /// What is added to the lengths of a recurrence's steps.
+    StepBiases,
+    /// Factors on the inputs that bypass a state.
+    Skips,
+    /// The norm after a recurrence.
+    RecurrentNorm,
+    /// The projection after a recurrence.
+    RecurrentOutput,
+}
+
+/// The parts that may hold the gate and the up projection of a feed-forward part.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GateUp {
+    pub(super) gate: Part,
+    pub(super) up: Part,
+    /// Both in one tensor.
+    pub(super) fused: Part,
+}
+
+impl GateUp {
+    /// Those of a dense feed-forward part.
+    pub(super) const DENSE: Self = Self {
+        gate: Part::Gate,
+        up: Part::Up,
+        fused: Part::FusedGateUp,
+    };
+
+    /// Those of a dense part beside experts.
+    pub(super) const SHARED: Self = Self {
+        gate: Part::SharedGate,
+        up: Part::SharedUp,
+        fused: Part::FusedSharedGateUp,
+    };
+
+    /// Returns the parts that there are, with their rows, for an activation of `width` results.
+    pub(super) fn parts(
+        self,
+        activation: Activation,
+        width: usize,
+        are_fused: bool,
+    ) -> Vec<(Part, usize)> {
+        match (activation.is_gated(), are_fused) {
+            (false, _) => vec![(self.up, width)],
+            (true, true) => vec![(self.fused, 2 * width)],
+            (true, false) => vec![(self.gate, width), (self.up, width)],
+        }
+    }
 }
 
 /// What follows the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::DeltaBias => ".bias",
-        Part::DeltaDecay => "",
+        Part::Corrections | Part::StepBiases => ".bias",
+        Part::DecayRates | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -69,7 +116,8 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
 /// What follows the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
-        Part::Corrections | Part::Sinks | Part::DeltaDecay | Part::DeltaBias => "",
+        Part::Corrections | Part::Sinks => "",
+        Part::DecayRates | Part::StepBiases | Part::Skips => "",
         _ => ".weight",
     }
 }
@@ -98,7 +146,7 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ExpertDown(expert) => return format!("ffn_down.{expert}"),
         Part::Corrections => "exp_probs_b",
         Part::SharedGate => "ffn_gate_shexp",
-        Part::SharedUp => "ffn_up_shexp",
+        Part::SharedUp | Part::FusedSharedGateUp => "ffn_up_shexp",
         Part::SharedDown => "ffn_down_shexp",
         Part::SharedGateOut => "ffn_gate_inp_shexp",
         Part::Sinks => "attn_sinks",
@@ -107,14 +155,15 @@ pub(super) fn gguf(part: Part) -> String {
         Part::ConvOutput => "shortconv.out_proj",
         Part::DeltaQkv => "attn_qkv",
         Part::DeltaGate => "attn_gate",
-        Part::DeltaFused => "ssm_in",
         Part::DeltaBeta => "ssm_beta",
         Part::DeltaAlpha => "ssm_alpha",
         Part::DeltaFusedBetaAlpha => "ssm_ba",
-        Part::DeltaDecay => "ssm_a",
-        Part::DeltaBias => "ssm_dt",
-        Part::DeltaNorm => "ssm_norm",
-        Part::DeltaOut => "ssm_out",
+        Part::RecurrentInput => "ssm_in",
+        Part::DecayRates => "ssm_a",
+        Part::StepBiases => "ssm_dt",
+        Part::Skips => "ssm_d",
+        Part::RecurrentNorm => "ssm_norm",
+        Part::RecurrentOutput => "ssm_out",
     };
     name.to_owned()
 }
@@ -156,6 +205,7 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::Corrections => "mlp.gate.e_score_correction_bias",
         Part::SharedGate => "mlp.shared_experts.gate_proj",
         Part::SharedUp => "mlp.shared_experts.up_proj",
+        Part::FusedSharedGateUp => "mlp.shared_experts.gate_up_proj",
         Part::SharedDown => "mlp.shared_experts.down_proj",
         Part::SharedGateOut => "mlp.shared_expert_gate",
         Part::Sinks => "self_attn.sinks",
@@ -164,14 +214,15 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::ConvOutput => "conv.out_proj",
         Part::DeltaQkv => "linear_attn.in_proj_qkv",
         Part::DeltaGate => "linear_attn.in_proj_z",
-        Part::DeltaFused => "linear_attn.in_proj_qkvz",
         Part::DeltaBeta => "linear_attn.in_proj_b",
         Part::DeltaAlpha => "linear_attn.in_proj_a",
         Part::DeltaFusedBetaAlpha => "linear_attn.in_proj_ba",
-        Part::DeltaDecay => "linear_attn.A_log",
-        Part::DeltaBias => "linear_attn.dt_bias",
-        Part::DeltaNorm => "linear_attn.norm",
-        Part::DeltaOut => "linear_attn.out_proj",
+        Part::RecurrentInput => "mamba.in_proj",
+        Part::DecayRates => "mamba.A_log",
+        Part::StepBiases => "mamba.dt_bias",
+        Part::Skips => "mamba.D",
+        Part::RecurrentNorm => "mamba.norm",
+        Part::RecurrentOutput => "mamba.out_proj",
     };
     name.to_owned()
 }

@@ -1,8 +1,8 @@
 //! A model of any size with random weights, described by a `config.json`: speed does
 //! not depend on what the weights are.
 
-use super::layer::{Attention, FeedForward, GatedDelta, Mixer, ShortConv};
-use super::names::{self, Part};
+use super::layer::{Attention, FeedForward, GatedDelta, Mamba2, Mixer, ShortConv};
+use super::names::{self, GateUp, Part};
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -14,11 +14,14 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
         tensors: Vec::new(),
     };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden);
-    list.matrix(format!("{prefix}embed_tokens.weight"), vocabulary, hidden);
+    let storage = config.architecture.storage;
+    let embedding = storage.embedding;
+    list.matrix(format!("{prefix}{embedding}.weight"), vocabulary, hidden);
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
-    list.norm(format!("{prefix}norm.weight"), hidden);
+    let norm = storage.final_norm.huggingface;
+    list.norm(format!("{prefix}{norm}.weight"), hidden);
     if !tied {
         list.matrix("lm_head.weight".to_owned(), vocabulary, hidden);
     }
@@ -58,7 +61,9 @@ impl List<'_> {
         match spec.mixer {
             Mixer::Attention(attention) => self.attention(layer, &attention),
             Mixer::ShortConv(conv) => self.short_conv(layer, conv),
+            Mixer::Mamba2(spec) => self.mamba2(layer, spec),
             Mixer::GatedDelta(delta) => self.gated_delta(layer, delta),
+            Mixer::None => {}
         }
         for (part, is_there) in [
             (Part::AttentionNorm, spec.mixer_norms.is_before()),
@@ -80,14 +85,21 @@ impl List<'_> {
                 self.part(layer, Part::Router, experts.count, hidden);
                 self.bias(layer, Part::Router, experts.count, bias);
                 match config.architecture.storage.stacked_experts {
-                    Some(stacked) if stacked.is_transposed => {
-                        let gate_up = (stacked.gate_up, [hidden, 2 * width]);
-                        self.stacked(layer, experts.count, gate_up);
-                        self.stacked(layer, experts.count, (stacked.down, [width, hidden]));
+                    Some(stacked) => {
+                        let shape = |outputs, inputs| match stacked.are_transposed {
+                            true => [inputs, outputs],
+                            false => [outputs, inputs],
+                        };
+                        let gate_up = (stacked.gate_up, shape(2 * width, hidden));
+                        self.stacked(layer, experts.count, gate_up, 2 * width);
+                        let down = (stacked.down, shape(hidden, width));
+                        self.stacked(layer, experts.count, down, hidden);
                     }
-                    _ => {
+                    None => {
                         for expert in 0..experts.count {
-                            self.part(layer, Part::ExpertGate(expert), width, hidden);
+                            if experts.routing.activation.is_gated() {
+                                self.part(layer, Part::ExpertGate(expert), width, hidden);
+                            }
                             self.part(layer, Part::ExpertUp(expert), width, hidden);
                             self.part(layer, Part::ExpertDown(expert), hidden, width);
                         }
@@ -97,23 +109,24 @@ impl List<'_> {
                     self.vector(self.name(layer, Part::Corrections), experts.count, 0.0);
                 }
                 if let Some(shared) = experts.shared {
-                    self.part(layer, Part::SharedGate, shared, hidden);
-                    self.part(layer, Part::SharedUp, shared, hidden);
+                    let fuses = config.architecture.storage.fuses_gate_up;
+                    let activation = experts.routing.activation;
+                    for (part, rows) in GateUp::SHARED.parts(activation, shared, fuses) {
+                        self.part(layer, part, rows, hidden);
+                    }
                     self.part(layer, Part::SharedDown, hidden, shared);
                 }
                 if experts.has_shared_gate {
                     self.part(layer, Part::SharedGateOut, 1, hidden);
                 }
             }
-            FeedForward::Dense { width, .. } => {
+            FeedForward::None => {}
+            FeedForward::Dense { width, activation } => {
                 let bias = config.biases.feed_forward;
-                if config.architecture.storage.fuses_gate_up {
-                    self.part(layer, Part::FusedGateUp, 2 * width, hidden);
-                } else {
-                    self.part(layer, Part::Gate, width, hidden);
-                    self.part(layer, Part::Up, width, hidden);
-                    self.bias(layer, Part::Gate, width, bias);
-                    self.bias(layer, Part::Up, width, bias);
+                let fuses = config.architecture.storage.fuses_gate_up;
+                for (part, rows) in GateUp::DENSE.parts(activation, width, fuses) {
+                    self.part(layer, part, rows, hidden);
+                    self.bias(layer, part, rows, bias);
                 }
                 self.part(layer, Part::Down, hidden, width);
                 self.bias(layer, Part::Down, hidden, bias);
@@ -123,13 +136,24 @@ impl List<'_> {
 
     fn short_conv(&mut self, layer: usize, conv: ShortConv) {
         let hidden = self.config.hidden;
+        let bias = self.config.biases.recurrent;
         self.part(layer, Part::ConvInput, 3 * hidden, hidden);
+        self.bias(layer, Part::ConvInput, 3 * hidden, bias);
         self.part(layer, Part::ConvOutput, hidden, hidden);
-        let convolution = self.name(layer, Part::Convolution);
-        if conv.has_bias {
-            self.vector(names::bias(&convolution), hidden, 0.0);
+        self.bias(layer, Part::ConvOutput, hidden, bias);
+        self.convolution(layer, hidden, conv.taps, conv.has_bias);
+    }
+
+    fn convolution(&mut self, layer: usize, channels: usize, taps: usize, has_bias: bool) {
+        let name = self.name(layer, Part::Convolution);
+        if has_bias {
+            self.vector(names::bias(&name), channels, 0.0);
         }
-        self.convolution(layer, hidden, conv.taps);
+        self.tensors.push(RandomTensor {
+            name,
+            shape: vec![channels, 1, taps],
+            content: RandomContent::Weights,
+        });
     }
 
     fn gated_delta(&mut self, layer: usize, GatedDelta { heads, taps }: GatedDelta) {
@@ -138,23 +162,30 @@ impl List<'_> {
         self.part(layer, Part::DeltaGate, values, hidden);
         self.part(layer, Part::DeltaBeta, heads.value_heads, hidden);
         self.part(layer, Part::DeltaAlpha, heads.value_heads, hidden);
-        self.part(layer, Part::DeltaOut, hidden, values);
-        self.convolution(layer, heads.qkv_columns(), taps);
+        self.part(layer, Part::RecurrentOutput, hidden, values);
+        self.convolution(layer, heads.qkv_columns(), taps, false);
         for (part, length, value) in [
-            (Part::DeltaDecay, heads.value_heads, 0.0),
-            (Part::DeltaBias, heads.value_heads, 0.0),
-            (Part::DeltaNorm, heads.value_dim, 1.0),
+            (Part::DecayRates, heads.value_heads, 0.0),
+            (Part::StepBiases, heads.value_heads, 0.0),
+            (Part::RecurrentNorm, heads.value_dim, 1.0),
         ] {
             self.vector(self.name(layer, part), length, value);
         }
     }
 
-    fn convolution(&mut self, layer: usize, channels: usize, taps: usize) {
-        self.tensors.push(RandomTensor {
-            name: self.name(layer, Part::Convolution),
-            shape: vec![channels, 1, taps],
-            content: RandomContent::Weights,
-        });
+    fn mamba2(&mut self, layer: usize, spec: Mamba2) {
+        let (hidden, bias) = (self.config.hidden, self.config.biases.recurrent);
+        let recurrence = spec.recurrence;
+        let (columns, projected) = (recurrence.columns(), recurrence.projected());
+        self.part(layer, Part::RecurrentInput, projected, hidden);
+        self.bias(layer, Part::RecurrentInput, projected, bias);
+        self.part(layer, Part::RecurrentOutput, hidden, columns);
+        self.bias(layer, Part::RecurrentOutput, hidden, bias);
+        for part in [Part::DecayRates, Part::StepBiases, Part::Skips] {
+            self.vector(self.name(layer, part), recurrence.heads, 0.0);
+        }
+        self.part_norm(layer, Part::RecurrentNorm, columns);
+        self.convolution(layer, recurrence.channels(), spec.taps, spec.has_conv_bias);
     }
 
     fn attention(&mut self, layer: usize, attention: &Attention) {
@@ -193,9 +224,14 @@ impl List<'_> {
     }
 
     /// A tensor of all experts, with a bias of 0 if the model has one there.
-    fn stacked(&mut self, layer: usize, count: usize, (name, shape): (&str, [usize; 2])) {
+    fn stacked(
+        &mut self,
+        layer: usize,
+        count: usize,
+        (name, [rows, columns]): (&str, [usize; 2]),
+        outputs: usize,
+    ) {
         let name = format!("{}layers.{layer}.{name}", self.prefix);
-        let [inputs, outputs] = shape;
         if self.config.biases.feed_forward == Some(true) {
             self.tensors.push(RandomTensor {
                 name: format!("{name}_bias"),
@@ -205,7 +241,7 @@ impl List<'_> {
         }
         self.tensors.push(RandomTensor {
             name,
-            shape: vec![count, inputs, outputs],
+            shape: vec![count, rows, columns],
             content: RandomContent::Weights,
         });
     }

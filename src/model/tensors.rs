@@ -1,10 +1,10 @@
 //! Finds a model's tensors, whatever its file calls them.
 
 use super::architectures::RopeRows;
-use super::names::{self, Part};
+use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
 use super::{ModelConfig, ModelError, gguf, huggingface, inventory, stored};
-use crate::device::{HeadShape, RowOrder};
+use crate::device::{Activation, HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
 
@@ -17,6 +17,14 @@ pub(super) enum Naming {
         prefix: &'static str,
     },
 }
+
+/// What may stand before `layers.0` in a Hugging Face checkpoint.
+const PREFIXES: [&str; 4] = [
+    "model.",
+    "language_model.model.",
+    "model.language_model.",
+    "backbone.",
+];
 
 /// A model's numbers together with its weights.
 pub struct ModelSource {
@@ -56,15 +64,14 @@ impl ModelSource {
         huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
-        let prefixes = ["model.", "language_model.model.", "model.language_model."];
-        let prefix = prefixes
+        let embedding = config.architecture.storage.embedding;
+        let prefix = PREFIXES
             .into_iter()
             .find(|prefix| {
-                folder
-                    .tensor(&format!("{prefix}embed_tokens.weight"))
-                    .is_some()
+                let name = format!("{prefix}{embedding}.weight");
+                folder.tensor(&name).is_some()
             })
-            .unwrap_or("model.");
+            .unwrap_or(PREFIXES[0]);
         let source = Self {
             config,
             weights: Box::new(folder),
@@ -89,7 +96,7 @@ impl ModelSource {
 
         let config = huggingface::read(settings)?;
         let tied = huggingface::ties_embeddings(settings)?;
-        let prefix = "model.";
+        let prefix = PREFIXES[0];
         let tensors = tensors(&config, prefix, tied);
         Ok(Self {
             weights: Box::new(weights(tensors, format)?),
@@ -141,7 +148,10 @@ impl ModelSource {
     pub(super) fn embedding_name(&self) -> String {
         match self.naming {
             Naming::Gguf => "token_embd.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}embed_tokens.weight"),
+            Naming::HuggingFace { prefix } => {
+                let name = self.config.architecture.storage.embedding;
+                format!("{prefix}{name}.weight")
+            }
         }
     }
 
@@ -165,9 +175,10 @@ impl ModelSource {
 
     /// The name of the norm before the output projection.
     pub(super) fn final_norm_name(&self) -> String {
+        let name = self.config.architecture.storage.final_norm;
         match self.naming {
-            Naming::Gguf => "output_norm.weight".to_owned(),
-            Naming::HuggingFace { prefix } => format!("{prefix}norm.weight"),
+            Naming::Gguf => format!("{}.weight", name.gguf),
+            Naming::HuggingFace { prefix } => format!("{prefix}{}.weight", name.huggingface),
         }
     }
 
@@ -277,17 +288,28 @@ impl ModelSource {
         self.linear(layer, &[part], heads.q_columns())
     }
 
-    /// Gate and up projection of a dense layer, stacked.
+    /// Gate and up projection of a dense layer, stacked, or the latter alone.
     pub(super) fn gate_up(
         &self,
         layer: usize,
         width: usize,
+        activation: Activation,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let hidden = self.config.hidden;
-        if self.config.architecture.storage.fuses_gate_up {
-            return self.linear(layer, &[(Part::FusedGateUp, 2 * width)], hidden);
-        }
-        self.linear(layer, &[(Part::Gate, width), (Part::Up, width)], hidden)
+        let parts = self.gate_up_parts(layer, GateUp::DENSE, activation, width);
+        self.linear(layer, &parts, self.config.hidden)
+    }
+
+    /// The parts of a layer that hold gate and up projection, as the file has them.
+    pub(super) fn gate_up_parts(
+        &self,
+        layer: usize,
+        parts: GateUp,
+        activation: Activation,
+        width: usize,
+    ) -> Vec<(Part, usize)> {
+        let fuses = self.config.architecture.storage.fuses_gate_up;
+        let are_fused = fuses && !self.holds(&self.name(layer, parts.gate));
+        parts.parts(activation, width, are_fused)
     }
 
     /// Down projection of a dense layer.
@@ -334,6 +356,35 @@ impl ModelSource {
     ) -> Result<Vec<f32>, ModelError> {
         let weight = self.name(layer, Part::Convolution);
         self.vector(&names::bias(&weight), channels)
+    }
+
+    /// The rates at which the state of each head decays: negative numbers.
+    pub(super) fn decay_rates(&self, layer: usize, heads: usize) -> Result<Vec<f32>, ModelError> {
+        let mut rates = self.recurrent_vector(layer, Part::DecayRates, heads)?;
+        // GGUF converters have computed them already.
+        if self.naming != Naming::Gguf {
+            rates.iter_mut().for_each(|rate| *rate = -rate.exp());
+        }
+        Ok(rates)
+    }
+
+    /// A vector of a recurrence. GGUF files may have it as a matrix with one row or column, or
+    /// with a row for each group of heads.
+    pub(super) fn recurrent_vector(
+        &self,
+        layer: usize,
+        part: Part,
+        length: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        let name = self.name(layer, part);
+        let tensor = self.tensor(&name)?;
+        let is_flat = self.naming == Naming::Gguf && tensor.elements() == length;
+        let shape = [length];
+        let flat = TensorView {
+            shape: if is_flat { &shape } else { tensor.shape },
+            ..tensor
+        };
+        self.numbers(&flat, length)
     }
 
     /// The router of a mixture of experts.
@@ -421,6 +472,8 @@ impl ModelSource {
         let said = match part {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
             Part::AttentionOut => biases.attention_out,
+            Part::ConvInput | Part::ConvOutput => biases.recurrent,
+            Part::RecurrentInput | Part::RecurrentOutput => biases.recurrent,
             _ => biases.feed_forward,
         };
         said.unwrap_or_else(|| self.holds(name))

@@ -88,7 +88,7 @@ impl MemoryPlan {
             block_tokens: shape.block_tokens,
             state_slots: states.slots,
             state_bytes: slot_bytes(states.elements, device),
-            state_layers: model.layers.len() - model.attentions().count(),
+            state_layers: model.recurrent_layers(),
             layout: layout.clone(),
             context_tokens: limits.sequence_tokens,
         }

@@ -16,7 +16,8 @@ use super::retained::RetainedSessions;
 use super::tenants::Tenants;
 use super::{Policy, SequenceKey, SequenceState, Sequences};
 use crate::cache::{
-    AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, StateSlot,
+    AccountingError, BlockCache, BlockCounts, BlockId, HostBlockId, HostBlocks, Miss, PrefixHit,
+    StateSlot,
 };
 use crate::id::StepId;
 use serde::Serialize;
@@ -32,6 +33,30 @@ pub struct PrefixMisses {
     /// Their blocks are known, but there is no snapshot of the state of recurrent layers from
     /// which the sequence could continue.
     pub no_snapshot: u64,
+    /// They were known once, or there was a snapshot for them, but it was evicted.
+    pub evicted: u64,
+    /// Only a request with another salt has computed them.
+    pub salt: u64,
+}
+
+impl PrefixMisses {
+    /// Counts the misses of a prompt of which `computed` tokens need not be computed, where `whole`
+    /// of them are in complete blocks.
+    fn add(&mut self, whole: usize, computed: usize, known: &PrefixHit) {
+        let matched = known.matched.max(computed);
+        let snapshot = match known.lost_state {
+            true => &mut self.evicted,
+            false => &mut self.no_snapshot,
+        };
+        *snapshot += (matched - computed) as u64;
+        let block = match known.miss {
+            Miss::Unknown => &mut self.no_block,
+            Miss::Evicted => &mut self.evicted,
+            Miss::OtherSalt => &mut self.salt,
+        };
+        // Sessions and sequences with the same prompt have more than complete blocks.
+        *block += whole.saturating_sub(matched) as u64;
+    }
 }
 
 /// Number of sequences in each state, and totals of what was done for them.

@@ -6,3 +6,5 @@ mod groups;
 mod linear;
 mod operations;
 mod quant_reference;
+mod recurrent;
+mod ungated;

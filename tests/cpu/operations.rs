@@ -165,7 +165,9 @@ fn activations_agree_with_float64_even_far_from_zero() {
                                     * (x + 0.044_715 * x * x * x);
                                 0.5 * x * (1.0 + inner.tanh())
                             }
-                            Activation::ClampedSwiGlu { .. } => unreachable!(),
+                            Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => {
+                                unreachable!()
+                            }
                         });
                         activated.zip(up).map(|(a, up)| a * up).collect::<Vec<_>>()
                     })

@@ -149,7 +149,7 @@ impl Layer {
                         let inner = 0.797_884_560_802_865_4 * (gate + 0.044_715 * gate.powi(3));
                         0.5 * gate * (1.0 + inner.tanh())
                     }
-                    Activation::ClampedSwiGlu { .. } => unreachable!(),
+                    Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => unreachable!(),
                 };
                 round(activated * up)
             });

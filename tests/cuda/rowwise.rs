@@ -252,7 +252,9 @@ fn activations_agree_with_float64_even_far_from_zero() {
                     let (gate, up) = row.split_at(columns);
                     let activated = gate.iter().map(|&x| match activation {
                         Activation::Silu => x / (1.0 + (-x).exp()),
-                        Activation::ClampedSwiGlu { .. } => unreachable!(),
+                        Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => {
+                            unreachable!()
+                        }
                         Activation::GeluTanh => {
                             let inner =
                                 (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);

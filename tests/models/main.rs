@@ -1,5 +1,6 @@
 //! Model files and tokenizers: what is read from them, and what the models answer.
 
+mod delta_files;
 mod fuzz_seeds;
 mod golden_gguf;
 mod golden_smollm2;

@@ -499,6 +499,9 @@ fn a_gguf_setting_is_named_with_its_architecture() {
     refused("rope.scaling.type", Value::String("odd".into()));
     let uneven = Value::Array(Array::U32(vec![2, 3]));
     refused("attention.head_count_kv", uneven);
+    // Only some architectures have layers without attention.
+    let without = Value::Array(Array::U32(vec![2, 0]));
+    refused("attention.head_count_kv", without);
     let pattern = Value::Array(Array::Bool(vec![true, false]));
     refused("attention.sliding_window_pattern", pattern);
 }

@@ -2,9 +2,9 @@
 
 use quell::internals::model::ModelSource;
 use quell::internals::runner::random_model;
-use quell::internals::weights::{DType, ModelFolder};
+use quell::internals::weights::{DType, ModelFolder, from_python_json};
 use quell::{Engine, EngineConfig, LoadOptions, Request};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Returns the folders of the tiny checkpoints, one or more per architecture.
@@ -18,11 +18,15 @@ fn checkpoints() -> Vec<PathBuf> {
 }
 
 fn settings(folder: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+    from_python_json(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
 }
 
 fn engine(folder: &Path, format: DType) -> Engine {
-    let files = random_model(&settings(folder), format).unwrap();
+    engine_of(&settings(folder), format)
+}
+
+fn engine_of(settings: &Value, format: DType) -> Engine {
+    let files = random_model(settings, format).unwrap();
     let config = EngineConfig {
         kv_cache_bytes: Some(4 << 20),
         audit: true,
@@ -60,6 +64,47 @@ fn every_architecture_gives_reproducible_tokens_on_random_weights() {
         assert_eq!(first.len(), 6, "{}", folder.display());
         let second = tokens(&engine(&folder, DType::BF16));
         assert_eq!(first, second, "{}", folder.display());
+    }
+}
+
+#[test]
+fn variants_of_hybrid_models_without_a_checkpoint_run() {
+    let folders = checkpoints();
+    for (name, changes) in [
+        ("lfm2", json!({"conv_bias": true})),
+        (
+            "granite-hybrid",
+            json!({
+                "num_local_experts": 0, "position_embedding_type": "rope",
+                "layer_types": ["attention", "attention", "attention", "attention"],
+            }),
+        ),
+        (
+            "granite-hybrid",
+            json!({"mamba_conv_bias": false, "mamba_proj_bias": true, "attention_bias": true}),
+        ),
+        (
+            "nemotron-h",
+            json!({
+                "hybrid_override_pattern": "ME*E", "n_routed_experts": 8,
+                "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
+                "n_group": 4, "topk_group": 2, "use_bias": true,
+            }),
+        ),
+        (
+            "nemotron-h",
+            json!({"hybrid_override_pattern": "*-*-", "mlp_bias": true}),
+        ),
+    ] {
+        let folder = folders.iter().find(|folder| folder.ends_with(name));
+        let mut settings = settings(folder.unwrap());
+        for (key, value) in changes.as_object().unwrap() {
+            settings[key] = value.clone();
+        }
+        let first = tokens(&engine_of(&settings, DType::BF16));
+        assert_eq!(first.len(), 6, "{changes}");
+        let second = tokens(&engine_of(&settings, DType::BF16));
+        assert_eq!(first, second, "{changes}");
     }
 }
 

@@ -8,7 +8,7 @@ use crate::cli::error::CliError;
 use crate::cli::generate::{load_seconds, println_json};
 use crate::cli::progress;
 use crate::runner::random_model;
-use crate::weights::DType;
+use crate::weights::{DType, from_python_json};
 use crate::{Engine, EngineConfig, GenerateError, ModelFiles, Request, TokenStream};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
@@ -103,7 +103,7 @@ fn random_settings(name: &str) -> Result<Value, CliError> {
             source,
         })?,
     };
-    serde_json::from_str(&text).map_err(|error| CliError::Config {
+    from_python_json(text.as_bytes()).map_err(|error| CliError::Config {
         path: PathBuf::from(name),
         problem: error.to_string(),
     })

@@ -20,7 +20,7 @@ impl ActivationOps for CpuDevice {
             "gated_activation",
             "gate and up",
             gate_up,
-            (rows, 2 * columns),
+            (rows, activation.gate_up_columns(columns)),
         )?;
         require_shape("gated_activation", "the result", out, (rows, columns))?;
         let gate_up = gate_up.leading(rows);
@@ -30,7 +30,8 @@ impl ActivationOps for CpuDevice {
             (rows, weight),
             out.leading_mut(rows),
             |range, out| {
-                let gate_up = &gate_up[range.start * 2 * columns..range.end * 2 * columns];
+                let stride = activation.gate_up_columns(columns);
+                let gate_up = &gate_up[range.start * stride..range.end * stride];
                 Gate {
                     gate_up,
                     activation,
@@ -75,7 +76,8 @@ impl ActivationOps for CpuDevice {
     }
 }
 
-/// `out = activation(gate) · up` for rows of `columns` results.
+/// `out = activation(gate) · up` for rows of `columns` results. If the activation is not gated,
+/// `gate_up` is `up`.
 pub(crate) struct Gate<'a> {
     pub(crate) gate_up: &'a [f32],
     pub(crate) activation: Activation,
@@ -89,19 +91,27 @@ impl Kernel for Gate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.columns;
-        let rows = self.gate_up.chunks_exact(2 * columns);
+        let stride = self.activation.gate_up_columns(columns);
+        // Where there is no gate, what would be loaded as one is `up` itself.
+        let up_column = stride - columns;
+        let rows = self.gate_up.chunks_exact(stride);
         for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(columns)) {
             for (at, count) in vectors(columns) {
-                // SAFETY: `vectors` stays inside the result row, and inside each half of the
-                // operand row.
+                // SAFETY: `vectors` stays inside the result row, and the operand row has as many
+                // columns from each of the two places on.
                 unsafe {
                     let gate = load(s, gate_up.as_ptr().add(at), count);
-                    let up = load(s, gate_up.as_ptr().add(columns + at), count);
+                    let up = load(s, gate_up.as_ptr().add(up_column + at), count);
                     let gated = match self.activation {
                         Activation::Silu => s.mul(silu(s, gate), up),
                         Activation::GeluTanh => s.mul(gelu_tanh(s, gate), up),
                         Activation::ClampedSwiGlu { slope, limit } => {
                             clamped_swiglu(s, gate, up, slope, limit)
+                        }
+                        Activation::SquaredRelu => {
+                            // The operand order propagates NaN.
+                            let positive = s.max(s.splat(0.0), up);
+                            s.mul(positive, positive)
                         }
                     };
                     store(s, out.as_mut_ptr().add(at), gated, count);

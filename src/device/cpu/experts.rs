@@ -76,7 +76,10 @@ impl ExpertOps for CpuDevice {
             format!("there are {found} corrections for {} experts", count.0)
         })?;
         for (gate_up, down) in experts.gate_up.iter().zip(&experts.down) {
-            let fits = gate_up.rows() == 2 * down.columns() && gate_up.columns() == down.rows();
+            // Without a gate, there is only the up projection.
+            let width = down.columns();
+            let fits = [width, 2 * width].contains(&gate_up.rows());
+            let fits = fits && gate_up.columns() == down.rows();
             let first = &experts.gate_up[0];
             let alike = (first.rows(), first.columns()) == (gate_up.rows(), gate_up.columns());
             require(fits && alike, "load_experts", || {
@@ -112,6 +115,13 @@ impl ExpertOps for CpuDevice {
         require_shape("experts", "the router", router, (rows, count))?;
         require_shape("experts", "the result", out, (rows, result))?;
         require_ok("experts", routing.check(count))?;
+        let first = experts.gate_up.iter().zip(&experts.down).next();
+        let fits = first.is_none_or(|(gate_up, down)| {
+            gate_up.rows() == routing.activation.gate_up_columns(down.columns())
+        });
+        require(fits, "experts", || {
+            format!("{:?} does not fit the projections", routing.activation)
+        })?;
         let (x, router) = (x.leading(rows), router.leading(rows));
         let operands = Operands {
             x,
@@ -163,7 +173,7 @@ impl CpuExperts {
             let n = rows.len();
             scratch.gate_up.resize(n * gate_up.rows(), 0.0);
             multiplier.multiply(workers, &scratch.x, gate_up, n, &mut scratch.gate_up)?;
-            let width = gate_up.rows() / 2;
+            let width = down.columns();
             scratch.hidden.resize(n * width, 0.0);
             isa.dispatch(Gate {
                 gate_up: &scratch.gate_up,

@@ -23,6 +23,7 @@ mod float;
 mod integer;
 mod layout;
 mod linear;
+mod mamba2;
 mod memory;
 mod norm;
 mod options;

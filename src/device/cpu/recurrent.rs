@@ -58,7 +58,7 @@ impl RecurrentOps for CpuDevice {
         require_shape(NAME, "the input", input, (rows, input.columns()))?;
         require_shape(NAME, "the result", out, (rows, channels))?;
         let fits = channels.is_multiple_of(LANES)
-            && (2..=MOST_TAPS).contains(&spec.taps)
+            && ConvSpec::TAPS.contains(&spec.taps)
             && weight.values().len() == spec.taps * channels
             && bias.is_none_or(|bias| bias.values().len() == channels)
             && part.elements == spec.state_elements();
@@ -87,7 +87,7 @@ impl RecurrentOps for CpuDevice {
 }
 
 /// Largest number of taps of a convolution.
-const MOST_TAPS: usize = 8;
+const MOST_TAPS: usize = *ConvSpec::TAPS.end();
 
 /// Returns the memory for states.
 fn require_states<'a>(

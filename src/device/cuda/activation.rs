@@ -1,7 +1,7 @@
 //! Element-wise non-linearities.
 
 use super::CudaDevice;
-use super::error::require;
+use super::error::{require, unsupported};
 use super::experts::GatedPairs;
 use super::launch::{Grid, kernels, vector_grid};
 use super::linear::{Operands, Written};
@@ -21,6 +21,16 @@ kernels! {
 }
 
 impl ActivationOps for CudaDevice {
+    fn check_activation(&self, activation: Activation) -> Result<(), DeviceError> {
+        match activation.is_gated() {
+            true => Ok(()),
+            false => Err(unsupported(
+                format!("the activation {activation:?}"),
+                "gated activations; the CPU device computes others",
+            )),
+        }
+    }
+
     fn gated_linear(
         &mut self,
         x: &CudaTensor,
@@ -57,6 +67,7 @@ impl ActivationOps for CudaDevice {
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "gated_activation";
+        self.check_activation(activation)?;
         let rows = self.step.padded(rows);
         let columns = out.columns();
         let (wide, narrow) = ((rows, 2 * columns), (rows, columns));

@@ -12,8 +12,8 @@ use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
-    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RouterScore,
-    RoutingSpec,
+    Activation, ActivationOps, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision,
+    RouterScore, RoutingSpec,
 };
 
 kernels! {
@@ -302,6 +302,7 @@ impl ExpertOps for CudaDevice {
         rows: usize,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
+        self.check_activation(routing.activation)?;
         let rows = self.step.padded(rows);
         let (count, top_k) = (experts.gate_up.matrices, routing.top_k);
         let (hidden, columns) = (experts.down.inputs, experts.down.outputs);
@@ -373,9 +374,9 @@ impl ExpertOps for CudaDevice {
                 }
                 _ if is_plain => self.gate(&places, routing, (pairs, hidden))?,
                 Activation::Silu => self.gate_pairs(&of_pairs, 1.0, 0.0)?,
-                Activation::GeluTanh => {
+                Activation::GeluTanh | Activation::SquaredRelu => {
                     return Err(unsupported(
-                        "GELU in experts with biases or scaled inputs",
+                        format!("{activation:?} in experts with biases or scaled inputs"),
                         "the activation must be another one",
                     ));
                 }

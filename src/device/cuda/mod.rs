@@ -29,6 +29,7 @@ mod images;
 mod launch;
 mod linear;
 mod load;
+mod mamba2;
 mod memory;
 mod norm;
 mod options;

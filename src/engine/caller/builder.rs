@@ -94,6 +94,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Sets the number of slots for the states of recurrent layers, as
+    /// [`EngineConfig::state_slots`] describes.
+    pub fn state_slots(mut self, slots: usize) -> Self {
+        self.config.state_slots = Some(slots);
+        self
+    }
+
     /// Sets the number of tokens per KV cache block.
     pub fn block_tokens(mut self, tokens: usize) -> Self {
         self.config.block_tokens = tokens;

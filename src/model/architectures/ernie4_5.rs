@@ -42,6 +42,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             qkv: all,
             attention_out: all,
             feed_forward: all,
+            ..Biases::NONE
         },
         ..common
     })

@@ -40,7 +40,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         stacked_experts: Some(StackedExperts {
             gate_up: "mlp.experts.gate_up_proj",
             down: "mlp.experts.down_proj",
-            is_transposed: true,
+            are_transposed: true,
             alternates: true,
         }),
         ..Storage::COMMON
@@ -93,6 +93,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             qkv: attention,
             attention_out: attention,
             feed_forward: Some(true),
+            ..Biases::NONE
         },
         ..common
     };

@@ -13,12 +13,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     gguf: Some(GgufFormat {
         name: "granite",
         read: read_metadata,
-        settings: &[
-            "attention.scale",
-            "embedding_scale",
-            "logit_scale",
-            "residual_scale",
-        ],
+        settings: SETTINGS,
     }),
     storage: Storage {
         rope_rows: RopeRows::InterleavedInGguf,
@@ -29,7 +24,23 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 
 const CLASS: ConfigClass = llama::CLASS;
 
+/// The keys of the factors in GGUF metadata.
+pub(super) const SETTINGS: &[&str] = &[
+    "attention.scale",
+    "embedding_scale",
+    "logit_scale",
+    "residual_scale",
+];
+
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
+    Ok(Hyperparameters {
+        biases: llama::biases(config)?,
+        ..with_factors(config)?
+    })
+}
+
+/// The common numbers with all factors.
+pub(super) fn with_factors(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
     let factor = |key| settings.positive_or(key, 1.0);
@@ -37,7 +48,6 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         attention_scale: factor("attention_multiplier")?,
         embedding_scale: factor("embedding_multiplier")?,
         logit_scale: 1.0 / factor("logits_scaling")?,
-        biases: llama::biases(config)?,
         ..common
     };
     numbers.names.keys.attention_scale = "attention_multiplier";
@@ -45,7 +55,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     Ok(scale_residual(numbers, factor("residual_multiplier")?))
 }
 
-fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+pub(super) fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let common = metadata.hyperparameters()?;
     let factor = |key| metadata.positive(key);
     let mut numbers = Hyperparameters {

@@ -37,7 +37,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         stacked_experts: Some(StackedExperts {
             gate_up: "feed_forward.experts.gate_up_proj",
             down: "feed_forward.experts.down_proj",
-            is_transposed: true,
+            are_transposed: true,
             alternates: false,
         }),
         ..Storage::COMMON

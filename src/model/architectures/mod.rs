@@ -15,12 +15,16 @@ mod glm4;
 mod glm4_moe;
 mod gpt_oss;
 mod granite;
+mod granitemoehybrid;
+mod lfm2;
+mod lfm2_moe;
 mod llama;
 mod llama4;
 mod minimax_m2;
 mod ministral3;
 mod mistral;
 mod mixtral;
+mod nemotron_h;
 mod olmo2;
 mod olmo3;
 mod phi3;
@@ -67,6 +71,10 @@ static ALL: &[&Architecture] = &[
     &glm4_moe::ARCHITECTURE,
     &minimax_m2::ARCHITECTURE,
     &llama4::ARCHITECTURE,
+    &lfm2::ARCHITECTURE,
+    &lfm2_moe::ARCHITECTURE,
+    &granitemoehybrid::ARCHITECTURE,
+    &nemotron_h::ARCHITECTURE,
     &qwen3_next::ARCHITECTURE,
     &qwen3_5::ARCHITECTURE,
     &qwen3_5_moe::ARCHITECTURE,
@@ -109,6 +117,11 @@ pub(super) struct GgufFormat {
 /// How an architecture's tensors are stored.
 #[derive(Clone, Copy)]
 pub(super) struct Storage {
+    /// The name of the token embedding in Hugging Face checkpoints, between the prefix and
+    /// `.weight`.
+    pub(super) embedding: &'static str,
+    /// The name of the norm before the output projection.
+    pub(super) final_norm: FinalNorm,
     /// The name of a part of a layer in Hugging Face checkpoints, after `layers.N.`.
     pub(super) huggingface_name: fn(Part) -> String,
     /// The name of a part of a layer in GGUF files, after `blk.N.`.
@@ -117,7 +130,8 @@ pub(super) struct Storage {
     /// find out by the names of the tensors.
     #[cfg_attr(not(any(feature = "cli", feature = "internals")), allow(dead_code))]
     pub(super) fuses_qkv: bool,
-    /// Whether gate and up are one tensor.
+    /// Whether gate and up are one tensor, also those of a dense part beside experts, unless a
+    /// file has a tensor with the gate's own name.
     pub(super) fuses_gate_up: bool,
     /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF
     /// converters add the 1.
@@ -129,18 +143,28 @@ pub(super) struct Storage {
     pub(super) stacked_experts: Option<StackedExperts>,
 }
 
+/// The name of the norm before the output projection, without `.weight`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FinalNorm {
+    /// In Hugging Face checkpoints, after the prefix.
+    pub(super) huggingface: &'static str,
+    /// In GGUF files.
+    pub(super) gguf: &'static str,
+}
+
 /// Tensors of all experts of a layer. Biases, if there are some, are in tensors of these names
 /// with `_bias` behind them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StackedExperts {
-    /// Gates and ups, `[experts, hidden, 2 · width]` if they are transposed.
+    /// Gates and ups, `[experts, 2 · width, hidden]`.
     pub(super) gate_up: &'static str,
-    /// `[experts, width, hidden]` if they are transposed.
+    /// `[experts, hidden, width]`.
     pub(super) down: &'static str,
-    /// Whether the matrices are transposed. Where they are not, a checkpoint may also have tensors
-    /// for each expert, and none of these.
-    pub(super) is_transposed: bool,
-    /// Whether gates and ups alternate. Otherwise, all gates come first.
+    /// Whether the matrix of each expert is transposed. Where it is not, a checkpoint may have
+    /// tensors for each expert instead.
+    pub(super) are_transposed: bool,
+    /// Whether gates and ups alternate, which only transposed ones do. Otherwise, all gates come
+    /// first.
     pub(super) alternates: bool,
 }
 
@@ -160,6 +184,11 @@ pub(super) enum RopeRows {
 impl Storage {
     /// The layout of most architectures.
     const COMMON: Self = Self {
+        embedding: "embed_tokens",
+        final_norm: FinalNorm {
+            huggingface: "norm",
+            gguf: "output_norm",
+        },
         huggingface_name: names::huggingface,
         gguf_name: names::gguf,
         fuses_qkv: false,

@@ -51,7 +51,7 @@ pub(super) const STORAGE: Storage = Storage {
     stacked_experts: Some(StackedExperts {
         gate_up: "mlp.experts.gate_up_proj",
         down: "mlp.experts.down_proj",
-        is_transposed: false,
+        are_transposed: false,
         alternates: false,
     }),
     ..Storage::COMMON
@@ -81,7 +81,10 @@ pub(super) fn hybrid(config: &Config<'_>) -> Result<Hyperparameters, ModelError>
     if interval == 0 {
         return Err(settings.refused(key, interval, "at least 1"));
     }
-    let recurrent = config.local_layers(|layer| (layer + 1) % interval != 0)?;
+    let recurrent_layers = match config.recurrent_layers()? {
+        Some(listed) => listed,
+        None => all_but_each(interval, common.layers),
+    };
     let heads = DeltaHeads {
         key_heads: settings.size_or("linear_num_key_heads", 16)?,
         value_heads: settings.size_or("linear_num_value_heads", 32)?,
@@ -89,15 +92,20 @@ pub(super) fn hybrid(config: &Config<'_>) -> Result<Hyperparameters, ModelError>
         value_dim: settings.size_or("linear_value_head_dim", 128)?,
         order: DeltaOrder::Grouped,
     };
-    Ok(Hyperparameters {
-        gated_delta: Some(GatedDelta {
-            heads,
-            taps: settings.size_or("linear_conv_kernel_dim", 4)?,
-        }),
-        recurrent: listed(&recurrent),
+    let taps = settings.size_or("linear_conv_kernel_dim", 4)?;
+    let mut numbers = Hyperparameters {
+        recurrent: Some(Mixer::GatedDelta(GatedDelta { heads, taps })),
+        recurrent_layers,
         biases: config.attention_biases()?,
         ..common
-    })
+    };
+    let keys = &mut numbers.names.keys;
+    keys.taps = "linear_conv_kernel_dim";
+    keys.recurrent_heads = "linear_num_value_heads";
+    keys.recurrent_head_dim = "linear_value_head_dim";
+    keys.recurrent_groups = "linear_num_key_heads";
+    keys.state_size = "linear_key_head_dim";
+    Ok(numbers)
 }
 
 /// The numbers with a mixture of experts, by default of so many experts of which so many are
@@ -137,23 +145,30 @@ pub(super) fn with_delta(
     common: Hyperparameters,
     order: DeltaOrder,
 ) -> Result<Hyperparameters, ModelError> {
-    let recurrent = match metadata.flags("attention.recurrent_layers")? {
-        Some(recurrent) => recurrent,
+    let recurrent_layers = match metadata.flags("attention.recurrent_layers")? {
+        Some(flags) => {
+            let layers = flags.into_iter().enumerate();
+            let recurrent = layers.filter(|(_, is_recurrent)| *is_recurrent);
+            recurrent.map(|(layer, _)| layer).collect()
+        }
         None => {
             let key = "full_attention_interval";
             let interval = metadata.size(key)?.unwrap_or(4);
             if interval == 0 {
                 return Err(metadata.refused(key, interval, "at least 1"));
             }
-            let layers = 0..common.layers.min(1 << 16);
-            layers.map(|layer| (layer + 1) % interval != 0).collect()
+            all_but_each(interval, common.layers)
         }
     };
     let value_heads = metadata.required_size("ssm.time_step_rank")?;
     let key = "ssm.inner_size";
     let inner = metadata.required_size(key)?;
-    if value_heads > 0 && !inner.is_multiple_of(value_heads) {
-        let expected = format!("a multiple of the {value_heads} value heads");
+    let least = value_heads.saturating_mul(DeltaHeads::DIM);
+    if least > 0 && !inner.is_multiple_of(least) {
+        let expected = format!(
+            "a multiple of {} for each of the {value_heads} value heads",
+            DeltaHeads::DIM
+        );
         return Err(metadata.refused(key, inner, expected));
     }
     let heads = DeltaHeads {
@@ -163,12 +178,10 @@ pub(super) fn with_delta(
         value_dim: inner.checked_div(value_heads).unwrap_or(0),
         order,
     };
+    let taps = metadata.required_size("ssm.conv_kernel")?;
     Ok(Hyperparameters {
-        gated_delta: Some(GatedDelta {
-            heads,
-            taps: metadata.required_size("ssm.conv_kernel")?,
-        }),
-        recurrent: listed(&recurrent),
+        recurrent: Some(Mixer::GatedDelta(GatedDelta { heads, taps })),
+        recurrent_layers,
         ..common
     })
 }
@@ -190,33 +203,33 @@ pub(super) fn with_experts(
     Ok(numbers)
 }
 
-/// The indices of the layers that are marked.
-fn listed(marks: &[bool]) -> HashSet<usize> {
-    let marked = marks
-        .iter()
-        .enumerate()
-        .filter(|(_, is_marked)| **is_marked);
-    marked.map(|(layer, _)| layer).collect()
+/// All layers but the last of each `interval`.
+fn all_but_each(interval: usize, layers: usize) -> HashSet<usize> {
+    let layers = 0..layers.min(1 << 16);
+    layers.filter(|layer| (layer + 1) % interval != 0).collect()
 }
 
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
-    let mixer = match numbers.gated_delta {
-        Some(delta) if numbers.recurrent.contains(&index) => Mixer::GatedDelta(delta),
-        _ => Mixer::Attention(Attention {
+    let layer = numbers.layer(index);
+    let mixer = match layer.mixer {
+        Mixer::Attention(attention) => Mixer::Attention(Attention {
             qk_norm: Some(QkNormKind::PerHead),
             has_gate: true,
-            ..numbers.attention(index)
+            ..attention
         }),
+        recurrent => recurrent,
     };
-    LayerSpec {
-        mixer,
-        ..numbers.layer(index)
-    }
+    LayerSpec { mixer, ..layer }
 }
 
 fn huggingface_name(part: Part) -> String {
     let name = match part {
         Part::Convolution => "linear_attn.conv1d",
+        Part::RecurrentInput => "linear_attn.in_proj_qkvz",
+        Part::DecayRates => "linear_attn.A_log",
+        Part::StepBiases => "linear_attn.dt_bias",
+        Part::RecurrentNorm => "linear_attn.norm",
+        Part::RecurrentOutput => "linear_attn.out_proj",
         Part::SharedGate => "mlp.shared_expert.gate_proj",
         Part::SharedUp => "mlp.shared_expert.up_proj",
         Part::SharedDown => "mlp.shared_expert.down_proj",

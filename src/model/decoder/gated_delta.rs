@@ -2,7 +2,7 @@
 
 use super::layer_step::LayerStep;
 use super::workspace::Workspace;
-use crate::device::{ConvInput, ConvSpec, DeltaInput, Device, DeviceError};
+use crate::device::{ConvInput, ConvSpec, DeltaHeads, DeltaInput, Device, DeviceError, Precision};
 use crate::model::layer::GatedDelta;
 use crate::model::names::Part;
 use crate::model::{ModelError, ModelSource};
@@ -15,7 +15,7 @@ pub(super) struct GatedDeltaWeights<D: Device> {
     taps: D::Vector,
     /// What the strengths of the updates and the decays come from.
     gates: D::Linear,
-    decay: D::Vector,
+    rates: D::Vector,
     bias: D::Vector,
     norm: D::Vector,
     output: D::Linear,
@@ -24,12 +24,28 @@ pub(super) struct GatedDeltaWeights<D: Device> {
 /// Activations of a gated delta net.
 pub(super) struct GatedDeltaSpace<T> {
     /// Queries, keys and values before the convolution, and the gate of the outputs.
-    pub(super) input: T,
+    input: T,
     /// Queries, keys and values after the convolution.
-    pub(super) qkv: T,
+    qkv: T,
     /// Two columns for each head of values.
-    pub(super) gates: T,
-    pub(super) output: T,
+    gates: T,
+    output: T,
+}
+
+impl<T> GatedDeltaSpace<T> {
+    /// Makes each matrix with `make`, from its columns and its precision.
+    pub(super) fn make(
+        heads: DeltaHeads,
+        mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,
+    ) -> Result<Self, DeviceError> {
+        let (qkv, values) = (heads.qkv_columns(), heads.value_columns());
+        Ok(Self {
+            input: make(qkv + values, Precision::Activation)?,
+            qkv: make(qkv, Precision::Activation)?,
+            gates: make(2 * heads.value_heads, Precision::Full)?,
+            output: make(values, Precision::Activation)?,
+        })
+    }
 }
 
 impl<D: Device> GatedDeltaWeights<D> {
@@ -44,17 +60,23 @@ impl<D: Device> GatedDeltaWeights<D> {
         let input = source.delta_projection(layer, heads)?;
         let input = device.load_linear(&input.spec())?;
         let gates = source.delta_gates(layer, heads)?;
-        let output = source.linear(layer, &[(Part::DeltaOut, hidden)], heads.value_columns())?;
+        let output = source.linear(
+            layer,
+            &[(Part::RecurrentOutput, hidden)],
+            heads.value_columns(),
+        )?;
         let taps = source.convolution(layer, heads.qkv_columns(), spec.taps)?;
-        let vector = |part: Part, length: usize| source.vector(&source.name(layer, part), length);
+        let rates = source.decay_rates(layer, heads.value_heads)?;
+        let bias = source.recurrent_vector(layer, Part::StepBiases, heads.value_heads)?;
+        let norm = source.recurrent_vector(layer, Part::RecurrentNorm, heads.value_dim)?;
         Ok(Self {
             spec,
             input,
             taps: device.load_vector(&taps)?,
             gates: device.load_linear(&gates.spec())?,
-            decay: device.load_vector(&source.delta_decay(layer, heads)?)?,
-            bias: device.load_vector(&vector(Part::DeltaBias, heads.value_heads)?)?,
-            norm: device.load_vector(&vector(Part::DeltaNorm, heads.value_dim)?)?,
+            rates: device.load_vector(&rates)?,
+            bias: device.load_vector(&bias)?,
+            norm: device.load_vector(&norm)?,
             output: device.load_linear(&output.spec())?,
         })
     }
@@ -96,7 +118,7 @@ impl LayerStep<'_> {
         device.short_conv(input, &conv, &weights.taps, None, cache, conv_state, qkv)?;
         let operands = DeltaInput {
             qkv,
-            decay: &weights.decay,
+            decay: &weights.rates,
             bias: &weights.bias,
         };
         device.gated_delta(&operands, gates, &heads, cache, state, output)?;

@@ -1,6 +1,7 @@
 //! A layer's weights on a device.
 
 use super::gated_delta::GatedDeltaWeights;
+use super::mamba2::Mamba2LayerWeights;
 use super::short_conv::ShortConvWeights;
 use crate::device::{Activation, Device, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
@@ -20,6 +21,8 @@ pub(super) enum MixerWeights<D: Device> {
     Attention(AttentionWeights<D>),
     ShortConv(ShortConvWeights<D>),
     GatedDelta(GatedDeltaWeights<D>),
+    Mamba2(Mamba2LayerWeights<D>),
+    None,
 }
 
 /// The weights of attention.
@@ -58,6 +61,7 @@ pub(super) enum FeedForwardWeights<D: Device> {
         /// The dense part beside the experts.
         shared: Option<Shared<D>>,
     },
+    None,
 }
 
 /// The weights of a dense part beside experts.
@@ -107,6 +111,11 @@ impl<D: Device> LayerWeights<D> {
                 let device = &mut *loader.device;
                 MixerWeights::GatedDelta(GatedDeltaWeights::load(source, device, layer, delta)?)
             }
+            Mixer::Mamba2(spec) => {
+                let device = &mut *loader.device;
+                MixerWeights::Mamba2(Mamba2LayerWeights::load(source, device, layer, spec)?)
+            }
+            Mixer::None => MixerWeights::None,
         };
         Ok(Self {
             mixer_norms,
@@ -184,7 +193,8 @@ impl<D: Device> Loader<'_, D> {
     fn feed_forward(&mut self, spec: &FeedForward) -> Result<FeedForwardWeights<D>, ModelError> {
         match *spec {
             FeedForward::Dense { width, activation } => {
-                let gate_up = self.source.gate_up(self.layer, width)?;
+                self.device.check_activation(activation)?;
+                let gate_up = self.source.gate_up(self.layer, width, activation)?;
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
                 Ok(FeedForwardWeights::Dense {
@@ -194,14 +204,16 @@ impl<D: Device> Loader<'_, D> {
                 })
             }
             FeedForward::Experts(experts) => self.experts(experts),
+            FeedForward::None => Ok(FeedForwardWeights::None),
         }
     }
 
     fn experts(&mut self, spec: Experts) -> Result<FeedForwardWeights<D>, ModelError> {
+        self.device.check_activation(spec.routing.activation)?;
         let router = self.source.router(self.layer, spec.count)?;
         let router = self.device.load_linear(&router.spec())?;
         let experts = (0..spec.count)
-            .map(|expert| self.source.expert(self.layer, expert, spec.width))
+            .map(|expert| self.source.expert(self.layer, expert, &spec))
             .collect::<Result<Vec<_>, _>>()?;
         let specs = experts.iter();
         let (gate_up, down): (Vec<LinearSpec<'_>>, Vec<LinearSpec<'_>>) = specs
@@ -218,14 +230,22 @@ impl<D: Device> Loader<'_, D> {
             experts: loaded,
             routing: spec.routing,
             shared: match spec.shared {
-                Some(width) => Some(self.shared(width, spec.has_shared_gate)?),
+                Some(width) => {
+                    let activation = spec.routing.activation;
+                    Some(self.shared(width, activation, spec.has_shared_gate)?)
+                }
                 None => None,
             },
         })
     }
 
-    fn shared(&mut self, width: usize, has_gate: bool) -> Result<Shared<D>, ModelError> {
-        let (gate_up, down) = self.source.shared_expert(self.layer, width)?;
+    fn shared(
+        &mut self,
+        width: usize,
+        activation: Activation,
+        has_gate: bool,
+    ) -> Result<Shared<D>, ModelError> {
+        let (gate_up, down) = self.source.shared_expert(self.layer, width, activation)?;
         let gate = match has_gate {
             true => {
                 let gate = self.source.shared_gate(self.layer)?;

@@ -2,8 +2,9 @@
 
 use super::StepLimits;
 use super::gated_delta::GatedDeltaSpace;
+use super::mamba2::Mamba2Space;
 use super::short_conv::ShortConvSpace;
-use crate::device::{DeltaHeads, Device, DeviceError, Precision};
+use crate::device::{Device, DeviceError, Precision};
 use crate::model::ModelConfig;
 use crate::model::layer::Mixer;
 
@@ -21,6 +22,8 @@ pub(super) struct Workspace<T> {
     pub(super) short_conv: Option<ShortConvSpace<T>>,
     /// Activations of layers with a gated delta net, if there are some.
     pub(super) gated_delta: Option<GatedDeltaSpace<T>>,
+    /// Activations of Mamba-2 layers, if there are some.
+    pub(super) mamba2: Option<Mamba2Space<T>>,
     /// Output of a part of a layer.
     pub(super) delta: T,
     pub(super) gate_up: Option<T>,
@@ -56,12 +59,29 @@ impl<T> Workspace<T> {
         let (activation, full) = (Precision::Activation, Precision::Full);
         let (heads, dense) = (config.heads(), config.dense_width());
         let shared = config.shared_width();
+        let mut mixers = config.layers.iter().map(|layer| layer.mixer);
+        let mamba2 = mixers.find_map(|mixer| match mixer {
+            Mixer::Mamba2(spec) => Some(spec),
+            _ => None,
+        });
+        let of_columns = |columns, precision| make(rows, columns, precision);
+        let mamba2 = mamba2.map(|spec| Mamba2Space::make(&spec, of_columns));
+        let mamba2 = mamba2.transpose()?;
+        let of_columns = |columns, precision| make(rows, columns, precision);
+        let gated_delta = config.gated_delta();
+        let gated_delta = gated_delta.map(|spec| GatedDeltaSpace::make(spec.heads, of_columns));
+        let gated_delta = gated_delta.transpose()?;
         let mut optional = |columns: Option<usize>, precision: Precision| {
             columns
                 .map(|columns| make(rows, columns, precision))
                 .transpose()
         };
         let gated = config.experts().filter(|experts| experts.has_shared_gate);
+        let of_dense = config.dense_activation().zip(dense);
+        let gate_up = of_dense.map(|(activation, width)| activation.gate_up_columns(width));
+        let of_shared = config.experts().zip(shared);
+        let shared_gate_up =
+            of_shared.map(|(experts, width)| experts.routing.activation.gate_up_columns(width));
         let experts = config.experts().map(|experts| experts.count);
         let is_gated = config.attentions().any(|attention| attention.has_gate);
         let mut mixers = config.layers.iter().map(|layer| layer.mixer);
@@ -70,30 +90,17 @@ impl<T> Workspace<T> {
         let conv_input = optional(convolved.map(|channels| 3 * channels), activation)?;
         let conv_output = optional(convolved, activation)?;
         let short_conv = conv_input.zip(conv_output);
-        let delta = config.gated_delta().map(|delta| delta.heads);
-        let delta_columns = |columns: fn(DeltaHeads) -> usize| delta.map(columns);
-        let fused = delta_columns(|heads| heads.qkv_columns() + heads.value_columns());
-        let delta_input = optional(fused, activation)?;
-        let delta_qkv = optional(delta_columns(|heads| heads.qkv_columns()), activation)?;
-        let delta_gates = optional(delta_columns(|heads| 2 * heads.value_heads), full)?;
-        let delta_output = optional(delta_columns(|heads| heads.value_columns()), activation)?;
-        let gated_delta = delta_input.zip(delta_qkv);
-        let gated_delta = gated_delta.zip(delta_gates.zip(delta_output));
         Ok(Self {
             attention_gate: optional(is_gated.then(|| heads.q_columns()), activation)?,
             shared_gate: optional(gated.map(|_| 1), full)?,
-            gated_delta: gated_delta.map(|((input, qkv), (gates, output))| GatedDeltaSpace {
-                input,
-                qkv,
-                gates,
-                output,
-            }),
-            gate_up: optional(dense.map(|width| 2 * width), activation)?,
+            gated_delta,
+            gate_up: optional(gate_up, activation)?,
             hidden: optional(dense, activation)?,
             router: optional(experts, full)?,
-            shared_gate_up: optional(shared.map(|width| 2 * width), activation)?,
+            shared_gate_up: optional(shared_gate_up, activation)?,
             shared_hidden: optional(shared, activation)?,
             short_conv: short_conv.map(|(input, output)| ShortConvSpace { input, output }),
+            mamba2,
             residual: make(rows, config.hidden, full)?,
             normed: make(rows.max(samples), config.hidden, activation)?,
             qkv: make(rows, heads.qkv_columns(), activation)?,

@@ -1,7 +1,9 @@
 //! Settings of `config.json`, read and refused.
 
+mod recurrent;
+
 use super::*;
-use crate::device::RouterScore;
+use crate::device::{DeltaHeads, DeltaOrder, RouterScore};
 use crate::model::layer::Attention;
 use crate::model::{RopeConfig, RopeScaling};
 use serde_json::json;
@@ -704,6 +706,83 @@ fn mixtures_of_sigmoids_read_how_their_routers_choose() {
     assert!(bare("minimax_m2").experts().unwrap().has_corrections);
     let rotary = json!({"model_type": "minimax_m2", "rotary_dim": 64});
     assert_eq!(read(&rotary).unwrap().ropes[0].rotary_dim, 64);
+}
+
+#[test]
+fn gated_delta_nets_take_their_sizes_from_the_settings() {
+    let next = |changes| read(&with(json!({"model_type": "qwen3_next"}), changes));
+    let config = next(json!({})).unwrap();
+    let delta = config.gated_delta().unwrap();
+    let heads = DeltaHeads {
+        key_heads: 16,
+        value_heads: 32,
+        key_dim: 128,
+        value_dim: 128,
+        order: DeltaOrder::Grouped,
+    };
+    assert_eq!((delta.heads, delta.taps), (heads, 4));
+    let kinds = |config: &ModelConfig| {
+        let layers = config.layers.iter();
+        let full = layers.map(|layer| layer.attention().is_some());
+        full.collect::<Vec<bool>>()
+    };
+    let full = kinds(&config).into_iter().enumerate();
+    let full = full.filter(|(_, is_full)| *is_full);
+    let expected: Vec<usize> = (3..48).step_by(4).collect();
+    assert_eq!(full.map(|(layer, _)| layer).collect::<Vec<_>>(), expected);
+    assert!(attention(&config, 3).has_gate);
+    assert_eq!(config.ropes[0].rotary_dim, 64);
+    let experts = config.experts().unwrap();
+    assert_eq!((experts.count, experts.routing.top_k), (512, 10));
+    assert!(experts.has_shared_gate && experts.routing.normalize);
+    assert_eq!(config.shared_width(), Some(512));
+    let elements = 3 * 8192 + 32 * 128 * 128;
+    assert_eq!(config.states().elements, 36 * elements);
+    let dense = read(&json!({
+        "model_type": "qwen3_5", "vision_config": {},
+        "text_config": {
+            "num_hidden_layers": 3, "full_attention_interval": 2, "attn_output_gate": true,
+            "rope_parameters": {"mrope_section": [11, 11, 10], "mrope_interleaved": true,
+                "partial_rotary_factor": 0.5, "rope_theta": 1e7, "rope_type": "default"},
+        },
+    }))
+    .unwrap();
+    assert_eq!(kinds(&dense), [false, true, false]);
+    assert!(dense.experts().is_none());
+    assert_eq!(dense.ropes[0].rotary_dim, 128);
+    assert!(dense.ropes[0].scaling == RopeScaling::None && dense.ropes[0].theta == 1e7);
+    let listed =
+        json!({"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]});
+    assert_eq!(kinds(&next(listed).unwrap()), [true, false]);
+    for (changes, key) in [
+        (json!({"linear_num_key_heads": 0}), "linear_num_key_heads"),
+        (
+            json!({"linear_num_value_heads": 24}),
+            "linear_num_value_heads",
+        ),
+        (json!({"linear_key_head_dim": 100}), "linear_key_head_dim"),
+        (json!({"linear_value_head_dim": 8}), "linear_value_head_dim"),
+        (
+            json!({"linear_conv_kernel_dim": 9}),
+            "linear_conv_kernel_dim",
+        ),
+        (
+            json!({"full_attention_interval": 0}),
+            "full_attention_interval",
+        ),
+        (json!({"full_attention_interval": 99}), "layer_types"),
+        (json!({"layer_types": ["sliding_attention"]}), "layer_types"),
+        (json!({"layer_types": ["full_attention"]}), "layer_types"),
+        (json!({"attn_output_gate": false}), "attn_output_gate"),
+        (
+            json!({"shared_expert_intermediate_size": 0}),
+            "shared_expert_intermediate_size",
+        ),
+        (json!({"hidden_act": "gelu"}), "hidden_act"),
+    ] {
+        let error = next(changes).unwrap_err().to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use super::Config;
 use crate::model::ModelError;
 use serde_json::Value;
+use std::collections::HashSet;
 
 /// No model has more layers; a number beyond is refused before it is used.
 const MOST_LAYERS: usize = 1 << 16;
@@ -50,20 +51,12 @@ impl Config<'_> {
         window: Option<usize>,
         slides: impl Fn(usize) -> bool,
     ) -> Result<Vec<Option<usize>>, ModelError> {
-        let slides = self.local_layers(slides)?.into_iter();
-        Ok(slides.map(|slides| window.filter(|_| slides)).collect())
-    }
-
-    /// Whether each layer is of the class's other kind than full attention, as `layer_types` lists
-    /// them or else as `is_local` has it.
-    pub(in crate::model) fn local_layers(
-        &self,
-        is_local: impl Fn(usize) -> bool,
-    ) -> Result<Vec<bool>, ModelError> {
-        Ok(match self.layer_types()? {
+        let slides = match self.layer_types()? {
             Some(listed) => listed,
-            None => (0..self.layers()?.min(MOST_LAYERS)).map(is_local).collect(),
-        })
+            None => (0..self.layers()?.min(MOST_LAYERS)).map(slides).collect(),
+        };
+        let windows = slides.into_iter().map(|slides| window.filter(|_| slides));
+        Ok(windows.collect())
     }
 
     /// The windows of layers of which all but each `period`th slide, unless `layer_types` lists
@@ -84,12 +77,28 @@ impl Config<'_> {
         self.mixed_windows(window, |layer| (layer + 1) % period != 0)
     }
 
+    /// The layers of the class's other kind than full attention, as `layer_types` lists them, of
+    /// a class whose other kind is recurrent.
+    pub(in crate::model) fn recurrent_layers(&self) -> Result<Option<HashSet<usize>>, ModelError> {
+        Ok(self.layer_types()?.map(|types| {
+            let layers = types.into_iter().enumerate();
+            let recurrent = layers.filter(|(_, is_recurrent)| *is_recurrent);
+            recurrent.map(|(layer, _)| layer).collect()
+        }))
+    }
+
     /// `layer_types`: for each layer whether it is of the class's other kind than full attention.
     fn layer_types(&self) -> Result<Option<Vec<bool>>, ModelError> {
         let (settings, local) = (self.settings, self.class().local_attention);
         let types = settings.optional("layer_types", "a list of layer types", Value::as_array)?;
         let Some(types) = types else { return Ok(None) };
-        let slides = types.iter().map(|kind| match kind.as_str() {
+        // Older names, which transformers replaces in all classes.
+        let current = |kind| match kind {
+            "attention" => "full_attention",
+            "mamba" => "linear_attention",
+            other => other,
+        };
+        let slides = types.iter().map(|kind| match kind.as_str().map(current) {
             Some(kind) if kind == local => Ok(true),
             Some("full_attention") => Ok(false),
             _ => {

@@ -2,7 +2,7 @@
 
 use super::Scheduler;
 use super::plan::Budget;
-use crate::cache::Extent;
+use crate::cache::{Extent, PrefixHit};
 use crate::id::SessionId;
 use crate::schedule::{SequenceKey, SequenceState, Sequences, StepPlan};
 
@@ -34,9 +34,8 @@ pub(super) struct StartCost {
     pub reused_cached_states: usize,
     /// Whether the sequence has a slot for its state already.
     pub has_state: bool,
-    /// Number of tokens whose blocks are known, which is more than `computed` if there is no
-    /// snapshot of the state there.
-    matched: usize,
+    /// What the prefix cache knows, if it was asked.
+    known: PrefixHit,
 }
 
 impl Scheduler {
@@ -105,7 +104,7 @@ impl Scheduler {
                 reused_cached_blocks: known.cached,
                 reused_cached_states: 0,
                 has_state: true,
-                matched: 0,
+                known: PrefixHit::default(),
             });
         }
         if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
@@ -122,7 +121,7 @@ impl Scheduler {
                 reused_cached_blocks: 0,
                 reused_cached_states: 0,
                 has_state: false,
-                matched: 0,
+                known: PrefixHit::default(),
             });
         }
         // A sequence that has started before may find more than the prompt in the prefix cache.
@@ -141,7 +140,7 @@ impl Scheduler {
                 reused_cached_blocks: 0,
                 reused_cached_states: 0,
                 has_state: false,
-                matched: 0,
+                known: PrefixHit::default(),
             });
         }
         let known = self.cache.lookup(salt, &sequence.tokens, most);
@@ -152,7 +151,7 @@ impl Scheduler {
             reused_cached_blocks: known.cached,
             reused_cached_states: known.cached_states,
             has_state: false,
-            matched: known.matched,
+            known,
         })
     }
 
@@ -186,7 +185,7 @@ impl Scheduler {
         sequence.launched_tokens = cost.computed;
         // Only where it is of use: others have computed these tokens, but left no snapshot.
         let interval = self.cache.state_interval();
-        let branch = interval.map_or(0, |interval| cost.matched / interval * interval);
+        let branch = interval.map_or(0, |interval| cost.known.matched / interval * interval);
         sequence.branch = if branch > cost.computed { branch } else { 0 };
         let count = sequence.pending().min(budget.tokens);
         let count = sequence.rows_to_branch(sequence.rows_within(count, budget.samples));
@@ -250,13 +249,11 @@ impl Scheduler {
             sequence.cached_tokens = cost.computed;
             if !sequence.spec.task.needs_every_row() {
                 self.totals.prefix_queries += sequence.prompt_tokens as u64;
-                // Sessions and sequences with the same prompt have more than complete blocks.
-                let size = self.cache.block_tokens();
-                let whole = sequence.prompt_tokens.saturating_sub(1) / size * size;
-                let (found, matched) = (cost.computed, cost.matched.max(cost.computed));
-                let misses = &mut self.totals.prefix_misses;
-                misses.no_snapshot += (matched - found) as u64;
-                misses.no_block += whole.saturating_sub(matched) as u64;
+                let whole = sequence.prompt_tokens.saturating_sub(1);
+                let whole = whole / self.cache.block_tokens() * self.cache.block_tokens();
+                self.totals
+                    .prefix_misses
+                    .add(whole, cost.computed, &cost.known);
             }
             self.totals.prefix_hits += cost.computed as u64;
         }

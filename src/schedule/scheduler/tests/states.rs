@@ -103,10 +103,46 @@ fn a_snapshot_is_taken_where_prompts_depart_from_each_other() {
     let expected = PrefixMisses {
         no_snapshot: before.no_snapshot + 24,
         no_block: before.no_block + 12,
+        ..before
     };
     assert_eq!(misses, expected);
     assert_eq!(run(&mut bench, with_suffix(4), 1), (24, 16));
     assert_eq!(run(&mut bench, with_suffix(3), 1), (32, 8));
+}
+
+#[test]
+fn misses_are_counted_by_their_reason() {
+    let mut bench = with_slots(12, 3, true, Policy::default());
+    let since = |bench: &Bench, before: PrefixMisses| {
+        let now = bench.scheduler.counts().prefix_misses;
+        [
+            now.no_block - before.no_block,
+            now.no_snapshot - before.no_snapshot,
+            now.evicted - before.evicted,
+            now.salt - before.salt,
+        ]
+    };
+    run(&mut bench, prompt(20, 1), 1);
+    let misses = bench.scheduler.counts().prefix_misses;
+    assert_eq!(since(&bench, PrefixMisses::default()), [16, 0, 0, 0]);
+    let other = SequenceSpec {
+        salt: Some("other".into()),
+        ..spec(prompt(20, 1), 1)
+    };
+    let key = bench.add(other);
+    bench.step();
+    bench.scheduler.remove(key);
+    assert_eq!(since(&bench, misses), [0, 0, 0, 16]);
+    // Two prompts take the slots of the snapshots, but not all blocks.
+    run(&mut bench, prompt(9, 2), 1);
+    run(&mut bench, prompt(9, 3), 1);
+    let misses = bench.scheduler.counts().prefix_misses;
+    run(&mut bench, prompt(20, 1), 1);
+    assert_eq!(since(&bench, misses), [0, 0, 16, 0], "snapshots");
+    run(&mut bench, prompt(40, 4), 1);
+    let misses = bench.scheduler.counts().prefix_misses;
+    run(&mut bench, prompt(20, 1), 1);
+    assert_eq!(since(&bench, misses), [0, 0, 16, 0], "blocks");
 }
 
 #[test]
