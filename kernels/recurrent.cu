@@ -1,5 +1,5 @@
-// Recurrent layers: causal convolutions, and gated delta nets (Yang et al., 2024) with the norm of
-// their results.
+// Recurrent layers: causal convolutions, gated delta nets (Yang et al., 2024), Mamba-2 (Dao & Gu,
+// 2024), and the norms of their results.
 //
 // States are float32. `states` is the part of the first slot that belongs to the operation, and the
 // slots are `slot_elements` numbers apart. The rows of a sequence are computed one after the other,
@@ -114,8 +114,8 @@ KERNEL(128) short_conv(
     if (sequence.after != NONE) at.write(states + u64(sequence.after) * slot_elements, sequence.rows);
 }
 
-// A warp of `gated_delta` has sixteen columns of a head's values. A lane has four of them, for eight
-// neighbouring keys of every 64.
+// A warp of a recurrence has sixteen columns of a head. A lane has four of them, for eight neighbouring
+// keys of every 64. The keys of Mamba-2 are the elements of a column's state.
 constexpr u32 COLUMNS = 16, KEYS = 64, PARTS = 2;
 
 INLINE u32 key_of(u32 part) { return part * KEYS + lane_id() / 4 * 8; }
@@ -128,7 +128,17 @@ INLINE float sum_of_keys(float x) {
     return x;
 }
 
-// What the lane has of a row: of a query or a key, and of the values.
+// Four neighbouring columns of a row, from their bits.
+INLINE void widen4(float (&x)[4], uint2 raw) {
+    const float2 low = to_float2(*reinterpret_cast<T2*>(&raw.x)), high = to_float2(*reinterpret_cast<T2*>(&raw.y));
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+
+INLINE void store4(T* to, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(bits(to_t2(x[0], x[1])), bits(to_t2(x[2], x[3])));
+}
+
+// The bits of a query or of a key that the lane has.
 struct Elements {
     uint4 raw[PARTS];
 
@@ -241,7 +251,8 @@ KERNEL(128, 3) gated_delta(
         float q[PARTS][8], k[PARTS][8];
         next_q.widen(q);
         next_k.widen(k);
-        uint2 raw = next_v;
+        float v[4];
+        widen4(v, next_v);
         if (row + 1 < sequence.rows) {
             const u64 ahead = u64(row + 1) * row_columns;
             next_v = *reinterpret_cast<const uint2*>(values + ahead);
@@ -249,8 +260,6 @@ KERNEL(128, 3) gated_delta(
             next_k.read(queries + ahead + key_columns, key_dim);
         }
         __syncwarp();
-        const float2 low = to_float2(*reinterpret_cast<T2*>(&raw.x)), high = to_float2(*reinterpret_cast<T2*>(&raw.y));
-        const float v[4] = {low.x, low.y, high.x, high.y};
         const float query_factor = inverse_length(q) * query_scale, key_factor = inverse_length(k);
 
         float added[4] = {}, result[4] = {};
@@ -280,16 +289,99 @@ KERNEL(128, 3) gated_delta(
         }
 #pragma unroll
         for (u32 c = 0; c < 4; c++) result[c] = sum_of_keys(result[c]) * query_factor;
-        if (lane_id() < 4) {
-            *reinterpret_cast<uint2*>(out + u64(row) * columns) =
-                make_uint2(bits(to_t2(result[0], result[1])), bits(to_t2(result[2], result[3])));
-        }
+        if (lane_id() < 4) store4(out + u64(row) * columns, result);
         if (row + 1 == sequence.kept_rows) {
             write_state(states + u64(sequence.kept) * slot_elements, state, key_dim);
         }
         __syncwarp();
     }
     if (sequence.after != NONE) write_state(states + u64(sequence.after) * slot_elements, state, key_dim);
+}
+
+// A row of `projected` is [z | x | b | c | dt], one of `convolved` the convolution of its [x | b | c]. With
+// step = softplus(dt + step_bias), at least `least` and at most `most`, the state S of a head becomes
+// exp(step · rate) S + step · b ⊗ x, and the result is Sᵀ c + skip · x. The state is arranged as that of
+// `gated_delta`, with at most PARTS · KEYS elements per column. Grid (columns / 64, sequences), 128
+// threads.
+KERNEL(128, 3) mamba2(
+    T* out, const T* projected, const T* convolved, const float* rates, const float* skips, const float* step_biases,
+    float* states, const uint4* sequences, float least, float most, u32 slot_elements, u32 heads, u32 head_dim,
+    u32 state_size, u32 groups
+) {
+    const Sequence sequence = sequence_of(sequences, blockIdx.y);
+    const u32 columns = heads * head_dim, channels = columns + 2 * groups * state_size;
+    const u32 first = (blockIdx.x * (blockDim.x / 32) + warp_id()) * COLUMNS;
+    const bool begins = sequence.before == NONE;
+    states += first * state_size;
+    if (!begins && first < columns && lane_id() == 0) {
+        prefetch(states + u64(sequence.before) * slot_elements, state_size * COLUMNS * sizeof(float));
+    }
+    wait_for_kernels_before();
+    if (first >= columns || sequence.rows == 0) return;
+
+    const u32 head = first / head_dim, projected_columns = columns + channels + heads;
+    const T* steps = projected + u64(sequence.first) * projected_columns + columns + channels + head;
+    convolved += u64(sequence.first) * channels;
+    const T* inputs = convolved + first + column_of_lane();
+    const T* from_b = convolved + columns + head / (heads / groups) * state_size;
+    const T* from_c = from_b + groups * state_size;
+    out += u64(sequence.first) * columns + first + column_of_lane();
+    const float rate = rates[head], skip = skips[head], step_bias = step_biases[head];
+
+    State state;
+    read_state(state, begins ? nullptr : states + u64(sequence.before) * slot_elements, state_size);
+    // The row after the current one is read while that is computed.
+    Elements next_b, next_c;
+    uint2 next_x = *reinterpret_cast<const uint2*>(inputs);
+    next_b.read(from_b, state_size);
+    next_c.read(from_c, state_size);
+    float lengths = 0.0f, decays = 0.0f;
+#pragma unroll 1
+    for (u32 row = 0; row < sequence.rows; row++) {
+        // Each lane computes the step of one of 32 rows. Comparisons in this direction leave NaN as it is.
+        if (row % 32 == 0 && row + lane_id() < sequence.rows) {
+            lengths = softplus(to_float(steps[u64(row + lane_id()) * projected_columns]) + step_bias);
+            lengths = lengths < least ? least : lengths;
+            lengths = lengths > most ? most : lengths;
+            decays = expf(lengths * rate);
+        }
+        __syncwarp();
+        const float step = __shfl_sync(FULL_WARP, lengths, row % 32), decay = __shfl_sync(FULL_WARP, decays, row % 32);
+        float b[PARTS][8], c[PARTS][8], x[4];
+        next_b.widen(b);
+        next_c.widen(c);
+        widen4(x, next_x);
+        if (row + 1 < sequence.rows) {
+            const u64 ahead = u64(row + 1) * channels;
+            next_x = *reinterpret_cast<const uint2*>(inputs + ahead);
+            next_b.read(from_b + ahead, state_size);
+            next_c.read(from_c + ahead, state_size);
+        }
+        __syncwarp();
+        float scaled[4], result[4] = {};
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) scaled[i] = x[i] * step;
+#pragma unroll
+        for (u32 part = 0; part < PARTS; part++) {
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+#pragma unroll
+                for (u32 column = 0; column < 4; column++) {
+                    float& element = state[part][i][column];
+                    element = fmaf(element, decay, scaled[column] * b[part][i]);
+                    result[column] = fmaf(element, c[part][i], result[column]);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) result[i] = fmaf(skip, x[i], sum_of_keys(result[i]));
+        if (lane_id() < 4) store4(out + u64(row) * columns, result);
+        if (row + 1 == sequence.kept_rows) {
+            write_state(states + u64(sequence.kept) * slot_elements, state, state_size);
+        }
+        __syncwarp();
+    }
+    if (sequence.after != NONE) write_state(states + u64(sequence.after) * slot_elements, state, state_size);
 }
 
 // x = x / rms(x) · weight · silu(gate), in heads of `width` columns, a multiple of eight. The rows of
@@ -318,6 +410,41 @@ KERNEL(256) gated_rms_norm(
         load8(g, gates + column);
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = v[i] * factor * w[i] * gate(g[i], g[i]);
+        store8(x + column, v);
+    }
+}
+
+INLINE void gated8(float (&x)[8], const T* from, const T* gates) {
+    float g[8];
+    load8(x, from);
+    load8(g, gates);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] *= gate(g[i], g[i]);
+}
+
+// x = norm(x · silu(gate)) · weight, where the norm is an RMSNorm of each group of `width` columns, a
+// multiple of eight. The rows of gates are `stride` columns apart. Grid (rows, groups), 256 threads.
+KERNEL(256) gated_norm(T* x, const T* gates, const float* weight, float epsilon, u32 width, u32 stride) {
+    wait_for_kernels_before();
+    __shared__ float scratch[32];
+    const u32 first = blockIdx.y * width;
+    x += u64(blockIdx.x) * gridDim.y * width + first;
+    gates += u64(blockIdx.x) * stride + first;
+    weight += first;
+    float sum = 0.0f, v[8], w[8];
+#pragma unroll 1
+    for (u32 column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+        gated8(v, x + column, gates + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum = fmaf(v[i], v[i], sum);
+    }
+    const float factor = 1.0f / sqrtf(block_sum(sum, scratch) / float(width) + epsilon);
+#pragma unroll 1
+    for (u32 column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+        gated8(v, x + column, gates + column);
+        load8(w, weight + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = v[i] * factor * w[i];
         store8(x + column, v);
     }
 }

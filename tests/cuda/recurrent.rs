@@ -14,8 +14,9 @@ use std::ops::Range;
 enum Operation {
     Conv(ConvSpec, bool),
     Delta(DeltaHeads),
+    Mamba(Mamba2Spec),
 }
-use Operation::{Conv, Delta};
+use Operation::{Conv, Delta, Mamba};
 
 fn heads(
     [key_heads, value_heads]: [usize; 2],
@@ -41,9 +42,19 @@ fn conv(channels: usize, taps: usize, input: ConvInput, silu: bool, has_bias: bo
     Conv(spec, has_bias)
 }
 
-/// The smallest sizes, some that differ in every number, those of Qwen 3.5, and channels for
-/// several blocks.
-fn operations() -> [Operation; 9] {
+fn mamba([heads, head_dim]: [usize; 2], state_size: usize, groups: usize) -> Operation {
+    Mamba(Mamba2Spec {
+        heads,
+        head_dim,
+        state_size,
+        groups,
+        step_limits: [0.01, 2.0],
+    })
+}
+
+/// The smallest sizes, some that differ in every number, those of Qwen 3.5 and of Granite 4,
+/// and channels for several blocks.
+fn operations() -> [Operation; 12] {
     [
         conv(16, 2, ConvInput::Columns(8), true, true),
         conv(48, 3, ConvInput::Gated, false, true),
@@ -54,14 +65,17 @@ fn operations() -> [Operation; 9] {
         heads([2, 6], [48, 32], DeltaOrder::Tiled),
         heads([1, 1], [80, 64], DeltaOrder::Grouped),
         heads([1, 2], [128, 128], DeltaOrder::Tiled),
+        mamba([8, 16], 8, 1),
+        mamba([16, 48], 72, 4),
+        mamba([8, 64], 128, 1),
     ]
 }
 
-/// An operation and its weights: of a convolution, the taps and the bias, and of a delta net, the
-/// decays and their bias.
+/// An operation and its weights: of a convolution, the taps and the bias; of a delta net, the
+/// decays and their bias; of Mamba-2, its rates, skips and biases of steps.
 struct Layer {
     operation: Operation,
-    weights: [Vec<f32>; 2],
+    weights: [Vec<f32>; 3],
 }
 
 impl Layer {
@@ -69,12 +83,21 @@ impl Layer {
         let weights = match operation {
             Conv(spec, _) => {
                 let taps = random.numbers(spec.taps * spec.channels);
-                [taps, random.numbers(spec.channels)]
+                [taps, random.numbers(spec.channels), Vec::new()]
             }
             Delta(heads) => {
                 let decay = random.numbers(heads.value_heads);
                 let decay = decay.iter().map(|v| -v.exp()).collect();
-                [decay, random.numbers(heads.value_heads)]
+                [decay, random.numbers(heads.value_heads), Vec::new()]
+            }
+            Mamba(spec) => {
+                let rates = random.numbers(spec.heads);
+                let rates = rates.iter().map(|v| -v.exp()).collect();
+                [
+                    rates,
+                    random.numbers(spec.heads),
+                    random.numbers(spec.heads),
+                ]
             }
         };
         Self { operation, weights }
@@ -92,6 +115,7 @@ impl Layer {
                 2 * heads.value_heads,
                 heads.value_columns(),
             ],
+            Mamba(spec) => [spec.channels(), spec.projected(), spec.columns()],
         }
     }
 
@@ -99,6 +123,16 @@ impl Layer {
         match self.operation {
             Conv(spec, _) => spec.state_elements(),
             Delta(heads) => heads.state_elements(),
+            Mamba(spec) => spec.state_elements(),
+        }
+    }
+
+    /// Creates the gates of some rows: those of a delta net, or the projections of Mamba-2.
+    fn gates<D: TestDevice>(&self, device: &mut D, values: &[f32]) -> D::Tensor {
+        let [_, columns, _] = self.columns();
+        match self.operation {
+            Mamba(_) => device.create(columns, values),
+            Conv(..) | Delta(_) => device.create_full(columns, values),
         }
     }
 
@@ -111,7 +145,10 @@ impl Layer {
             rows,
             input: input.into_iter().map(|value| kept(kind, value)).collect(),
             // Gates of all sizes: some forget everything at once, and some nothing at all.
-            gates: gates.iter().map(|gate| 30.0 * gate.powi(3)).collect(),
+            gates: gates
+                .iter()
+                .map(|gate| kept(kind, 30.0 * gate.powi(3)))
+                .collect(),
         }
     }
 }
@@ -128,7 +165,7 @@ const SLOTS: usize = 8;
 struct Loaded<'a, D: Device> {
     layer: &'a Layer,
     device: D,
-    weights: [D::Vector; 2],
+    weights: [D::Vector; 3],
     cache: D::Cache,
     part: StatePart,
 }
@@ -165,11 +202,8 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
         device.allocate_states(&mut cache, &shape).unwrap();
         let slots: Vec<u32> = (0..SLOTS as u32).collect();
         device.poison_states(&mut cache, &slots).unwrap();
-        let [first, second] = &layer.weights;
-        let weights = [
-            device.load_vector(first).unwrap(),
-            device.load_vector(second).unwrap(),
-        ];
+        let weights = layer.weights.each_ref();
+        let weights = weights.map(|values| device.load_vector(values).unwrap());
         Self {
             layer,
             device,
@@ -187,7 +221,7 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
         out: &mut D::Tensor,
     ) -> Result<(), DeviceError> {
         let (device, cache, part) = (&mut self.device, &mut self.cache, self.part);
-        let [first, second] = &self.weights;
+        let [first, second, third] = &self.weights;
         match &self.layer.operation {
             Conv(spec, has_bias) => {
                 let bias = has_bias.then_some(second);
@@ -200,6 +234,14 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
                     bias: second,
                 };
                 device.gated_delta(&input, gates, heads, cache, part, out)
+            }
+            Mamba(spec) => {
+                let weights = Mamba2Weights {
+                    rates: first,
+                    skips: second,
+                    step_biases: third,
+                };
+                device.mamba2(gates, input, spec, weights, cache, part, out)
             }
         }
     }
@@ -215,7 +257,7 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
         let batch = batch(pieces);
         assert_eq!(self.device.stage(&batch).unwrap(), Staged::Enqueue);
         let input = self.device.create(columns, &input);
-        let mut gates = self.device.create_full(gate_columns, &gates);
+        let mut gates = self.layer.gates(&mut self.device, &gates);
         let precision = Precision::Activation;
         let out = self.device.allocate(batch.rows(), width, precision);
         let mut out = out.unwrap();
@@ -376,7 +418,7 @@ fn decoded(loaded: &mut Loaded<'_, CudaDevice>, sequences: &[Sequence; 3]) -> (V
     let input = one_row(columns, |sequence| &sequence.input);
     let input = loaded.device.create(columns, &input);
     let gates = one_row(gate_columns, |sequence| &sequence.gates);
-    let mut gates = loaded.device.create_full(gate_columns, &gates);
+    let mut gates = loaded.layer.gates(&mut loaded.device, &gates);
     let mut out = loaded.device.create(width, &vec![7.0; 4 * width]);
     let mut slots: [Option<u32>; 3] = [None; 3];
     for step in 0..10 {
@@ -440,7 +482,7 @@ fn recurrent_operands_that_do_not_fit_are_refused() {
     let _gpu = gpu::lock();
     let mut random = Random::new(75);
     let kind = CudaActivations::Bf16;
-    for operation in [operations()[0], operations()[4]] {
+    for operation in [operations()[0], operations()[4], operations()[9]] {
         let layer = Layer::new(&mut random, operation);
         let mut loaded = Loaded::new(device(kind), &layer);
         let [columns, gate_columns, width] = layer.columns();
@@ -455,7 +497,7 @@ fn recurrent_operands_that_do_not_fit_are_refused() {
             let [input, gates, out] = columns;
             let device = &mut loaded.device;
             let input = device.create(input, &vec![0.0; input]);
-            let mut gates = device.create_full(gates, &vec![0.0; gates]);
+            let mut gates = layer.gates(device, &vec![0.0; gates]);
             let mut out = device.create(out, &vec![0.0; out]);
             loaded.enqueue(&input, &mut gates, &mut out)
         };
@@ -493,6 +535,17 @@ fn recurrent_operands_that_do_not_fit_are_refused() {
     let error = device(kind).check_delta(&heads).unwrap_err();
     assert!(matches!(error, DeviceError::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains("keys of 144 elements"));
+    for (operation, expected) in [
+        (mamba([8, 16], 136, 1), "136 elements of the state"),
+        (mamba([4, 16], 16, 1), "4 heads"),
+    ] {
+        let Mamba(spec) = operation else {
+            unreachable!()
+        };
+        let error = device(kind).check_mamba2(&spec).unwrap_err();
+        assert!(matches!(error, DeviceError::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
 }
 
 /// Checks numbers that were rounded once.
@@ -555,6 +608,48 @@ fn gated_norms_agree_with_float64() {
             assert_near(kind, &found, &expected, &what);
             let beyond = device.gated_rms_norm(&mut x, (&gate, 24), &w, 1e-5, rows);
             assert!(beyond.is_err(), "gates beyond the last column");
+        }
+    }
+}
+
+#[test]
+fn norms_of_gated_groups_agree_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(78);
+    for kind in TYPES {
+        for (rows, groups, width) in [(1, 1, 16), (5, 3, 32), (2, 2, 2056)] {
+            let mut device = device(kind);
+            let columns = groups * width;
+            let stride = columns + 8;
+            let (mut x, wide) = tensor(&mut device, &mut random, columns, rows, kind);
+            let (gate, gates) = tensor(&mut device, &mut random, stride, rows, kind);
+            let weight = random.numbers(columns);
+            let mut expected = Vec::new();
+            for (x, gates) in wide.chunks(columns).zip(gates.chunks(stride)) {
+                let gated = x
+                    .iter()
+                    .zip(gates)
+                    .map(|(x, gate)| x * gate * sigmoid(*gate));
+                let gated: Vec<f64> = gated.collect();
+                for (x, weight) in gated.chunks(width).zip(weight.chunks(width)) {
+                    let mean = x.iter().map(|v| v * v).sum::<f64>() / width as f64;
+                    let factor = 1.0 / (mean + 1e-5).sqrt();
+                    let scaled = x
+                        .iter()
+                        .zip(weight)
+                        .map(|(x, w)| x * factor * f64::from(*w));
+                    expected.extend(scaled);
+                }
+            }
+            let w = device.load_vector(&weight).unwrap();
+            device
+                .gated_norm(&mut x, &gate, &w, groups, 1e-5, rows)
+                .unwrap();
+            let what = format!("{rows} × {groups} × {width}");
+            let found = device.values(&x, rows).unwrap();
+            assert_near(kind, &found, &expected, &what);
+            let uneven = device.gated_norm(&mut x, &gate, &w, 7, 1e-5, rows);
+            assert!(uneven.is_err(), "groups that do not divide the columns");
         }
     }
 }

@@ -5,6 +5,7 @@ use super::cache::CudaCache;
 use super::error::{require, unsupported};
 use super::launch::Grid;
 use super::norm::CudaVector;
+use super::recurrent::{WARP_COLUMNS, WARPS};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{
     DeltaHeads, DeltaInput, DeltaOps, DeltaOrder, DeviceError, Precision, StatePart,
@@ -12,10 +13,6 @@ use crate::device::{
 
 /// Largest number of elements of a head's key: what the lanes of a warp have registers for.
 const MOST_KEY_DIM: usize = 128;
-/// Columns of the values that a warp computes.
-const WARP_COLUMNS: usize = 16;
-/// Warps per block of the gated delta rule.
-const DELTA_WARPS: usize = 4;
 /// Heads per block of the norm.
 const NORM_HEADS: usize = 8;
 
@@ -61,8 +58,8 @@ impl DeltaOps for CudaDevice {
         require_shape(NAME, "the result", out, (rows, columns), activation)?;
         let states = self.part_of_states(NAME, cache, part, heads.state_elements())?;
         let (sequences, _) = self.step.state_sequences();
-        let blocks = columns.div_ceil(WARP_COLUMNS * DELTA_WARPS) as u32;
-        let threads = 32 * DELTA_WARPS as u32;
+        let blocks = columns.div_ceil(WARP_COLUMNS * WARPS) as u32;
+        let threads = 32 * WARPS as u32;
         self.recurrent.gated_delta(
             &self.context,
             Grid::new([blocks, sequences as u32, 1], [threads, 1, 1]),

@@ -26,11 +26,24 @@ kernels! {
             query_scale: f32, slot_elements: u32, key_heads: u32, value_heads: u32, key_dim: u32,
             value_dim: u32, tiled: u32
         );
+        mamba2(
+            out: Ptr, projected: Ptr, convolved: Ptr, rates: Ptr, skips: Ptr, step_biases: Ptr,
+            states: Ptr, sequences: Ptr, least: f32, most: f32, slot_elements: u32, heads: u32,
+            head_dim: u32, state_size: u32, groups: u32
+        );
         gated_rms_norm(
             x: Ptr, gates: Ptr, weight: Ptr, epsilon: f32, columns: u32, width: u32, stride: u32
         );
+        gated_norm(
+            x: Ptr, gates: Ptr, weight: Ptr, epsilon: f32, width: u32, stride: u32
+        );
     }
 }
+
+/// Columns of a recurrence that a warp computes.
+pub(super) const WARP_COLUMNS: usize = 16;
+/// Warps per block of a recurrence.
+pub(super) const WARPS: usize = 4;
 
 /// The memory for states: one slot after the other.
 pub(super) struct States {

@@ -793,7 +793,7 @@ impl StepInputs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{BatchGroup, Feedback, ModelShape};
+    use crate::device::{BatchGroup, Feedback, ModelShape, StateSnapshot};
 
     /// Returns a batch of sequences, each given by its number of rows and the position of its
     /// last token. There is one group per entry of `firsts`, the first blocks of its tables.
@@ -902,6 +902,37 @@ mod tests {
         assert_eq!(step.decodes, vec![0..4; 1]);
         assert_eq!((step.max_units, step.decode_units), (4, 5));
         assert_eq!(at(layout.tables, 28), &batch.groups[0].entries[..]);
+    }
+
+    #[test]
+    fn each_sequence_has_its_rows_and_its_slots_of_states() {
+        let mut batch = batch(&[(1, 0), (3, 300)]);
+        batch.states = vec![
+            BatchState {
+                before: Some(4),
+                after: 5,
+                snapshot: None,
+            },
+            BatchState {
+                before: None,
+                after: 7,
+                snapshot: Some(StateSnapshot { rows: 2, slot: 9 }),
+            },
+        ];
+        let step = laid_out(&batch, 5);
+        let found = &step.words[step.layout.states..][..3 * STATE_WORDS];
+        let expected = [
+            [0, 1, 4, 5, 0, NONE, 0, 0],
+            [1, 3, NONE, 7, 2, 9, 0, 0],
+            [4, 1, NONE, NONE, 0, NONE, 0, 0],
+        ];
+        assert_eq!(found, expected.as_flattened());
+        assert_eq!(step.state_sequences(), (3, 3));
+        batch.states.clear();
+        let step = laid_out(&batch, 4);
+        let found = &step.words[step.layout.states..][..STATE_WORDS];
+        assert_eq!(found, [0, 1, NONE, NONE, 0, NONE, 0, 0]);
+        assert_eq!(step.state_sequences(), (2, 3));
     }
 
     #[test]
