@@ -27,8 +27,10 @@ INLINE Sequence sequence_of(const uint4* sequences, u32 index) {
 struct Channels {
     const T* input;
     const float* before;
-    // Columns from a row to the next, to what channels are multiplied by, and inputs in the state.
-    u32 stride, factor, tokens;
+    // Columns from a row to the next, and inputs in the state.
+    u32 stride, tokens;
+    // Columns from a channel to what it is multiplied by; 0: to nothing.
+    int factor;
 
     // The inputs of a row, which may lie before the first one.
     INLINE void read(float (&x)[8], int row) const {
@@ -82,8 +84,8 @@ KERNEL(128) short_conv(
         input + (gated ? 2 * channels : column),
         sequence.before == NONE ? nullptr : states + u64(sequence.before) * slot_elements,
         stride,
-        gated ? 0 - 2 * channels : 0,
         taps - 1,
+        gated ? -2 * int(channels) : 0,
     };
 #pragma unroll 1
     for (u32 row = begin; row < end; row++) {

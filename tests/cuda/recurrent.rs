@@ -407,7 +407,11 @@ fn a_snapshot_continues_as_the_sequence_did() {
 
 /// Decodes three sequences in steps of four rows, and returns the results and the number of steps
 /// that were replayed. In every second step, the sequences change their slots.
-fn decoded(loaded: &mut Loaded<'_, CudaDevice>, sequences: &[Sequence; 3]) -> (Vec<f32>, usize) {
+/// The tensors come with them: graphs are forgotten when memory is freed.
+fn decoded(
+    loaded: &mut Loaded<'_, CudaDevice>,
+    sequences: &[Sequence; 3],
+) -> (Vec<f32>, usize, [CudaTensor; 3]) {
     let [columns, gate_columns, width] = loaded.layer.columns();
     let (mut found, mut replayed) = (Vec::new(), 0);
     // A replay reads where the recorded step did.
@@ -439,7 +443,7 @@ fn decoded(loaded: &mut Loaded<'_, CudaDevice>, sequences: &[Sequence; 3]) -> (V
         }
         found.extend(loaded.device.read(&out, 3));
     }
-    (found, replayed)
+    (found, replayed, [input, gates, out])
 }
 
 #[test]
@@ -451,12 +455,12 @@ fn recorded_steps_follow_the_slots_of_each_sequence() {
         let layer = Layer::new(&mut random, operation);
         let sequences = [1; 3].map(|rows| layer.sequence(&mut random, kind, rows));
         let mut plain = Loaded::new(device(kind), &layer);
-        let (expected, replayed) = decoded(&mut plain, &sequences);
+        let (expected, replayed, _) = decoded(&mut plain, &sequences);
         assert_eq!(replayed, 0, "no limits were given");
         let mut recording = device(kind);
         recording.reserve(&limits(16)).unwrap();
         let mut loaded = Loaded::new(recording, &layer);
-        let (found, replayed) = decoded(&mut loaded, &sequences);
+        let (found, replayed, _tensors) = decoded(&mut loaded, &sequences);
         assert!(replayed > 5, "{replayed} steps were replayed");
         assert!(bits(&found) == bits(&expected), "{operation:?}");
 
@@ -473,7 +477,10 @@ fn recorded_steps_follow_the_slots_of_each_sequence() {
             |batch| batch.states[1].after = SLOTS as u32,
             "slot of states 8 is out of range: there are 8",
         );
-        refuse(|batch| batch.states.clear(), "3 sequences have 0 states");
+        refuse(
+            |batch| batch.states.clear(),
+            "sequences of the step have no states",
+        );
     }
 }
 

@@ -276,7 +276,10 @@ impl ExpertOps for CudaDevice {
                 Some(corrections) => Some(context.upload(corrections, "corrections")?),
                 None => None,
             };
-            let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
+            // Without a gate, there is only the up projection.
+            let width = down.inputs;
+            let fits = [width, 2 * width].contains(&gate_up.outputs);
+            let fits = fits && gate_up.inputs == down.outputs;
             require(fits, "load_experts", || {
                 format!(
                     "gate and up are {} × {}, down is {} × {}; they must fit together",
@@ -302,7 +305,6 @@ impl ExpertOps for CudaDevice {
         rows: usize,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
-        self.check_activation(routing.activation)?;
         let rows = self.step.padded(rows);
         let (count, top_k) = (experts.gate_up.matrices, routing.top_k);
         let (hidden, columns) = (experts.down.inputs, experts.down.outputs);
@@ -318,6 +320,7 @@ impl ExpertOps for CudaDevice {
         };
         let fits = x.rows() >= rows
             && x.columns() == columns
+            && experts.gate_up.outputs == routing.activation.gate_up_columns(hidden)
             && is(router, count, Precision::Full)
             && is(out, columns, Precision::Activation);
         require(fits, "experts", || {
@@ -454,15 +457,8 @@ impl CudaDevice {
         routing: RoutingSpec,
         (pairs, hidden): (usize, usize),
     ) -> Result<(), DeviceError> {
-        self.activation.gated_activation(
-            &self.context,
-            vector_grid(pairs * hidden),
-            places.hidden,
-            places.gate_up,
-            pairs as u32,
-            hidden as u32,
-            u32::from(routing.activation == Activation::GeluTanh),
-        )
+        let (gate_up, out) = (places.gate_up, places.hidden);
+        self.plain_activation(gate_up, out, routing.activation, (pairs, hidden))
     }
 
     /// Enqueues the choice of each row's experts and the sorting of the pairs by expert.

@@ -517,8 +517,7 @@ impl StepInputs {
         }
         let needs_states = bounds.states < usize::MAX;
         error::require(self.has_states || !needs_states, operation, || {
-            let (sequences, _) = self.sequences;
-            format!("{sequences} sequences have 0 states")
+            "the sequences of the step have no states".to_owned()
         })?;
         Ok(())
     }
