@@ -19,9 +19,46 @@ KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u3
     store8(out + u64(index) * 8, x);
 }
 
+// out = max(up, 0)², for `count` numbers, a multiple of eight. A value that is no number stays.
+KERNEL(256) squared_relu(T* out, const T* up, u32 count) {
+    wait_for_kernels_before();
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float x[8];
+    load8(x, up + index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i] * x[i];
+    store8(out + index, x);
+}
+
 // x → cap · tanh(x / cap), for `count` numbers.
 KERNEL(256) softcap(float* x, float cap, u32 count) {
     wait_for_kernels_before();
     u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < count) x[index] = cap * tanhf(x[index] / cap);
+}
+
+// x = x · sigmoid(gate), for `count` numbers, a multiple of eight.
+KERNEL(256) sigmoid_gate(T* x, const T* gates, u32 count) {
+    wait_for_kernels_before();
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float v[8], z[8];
+    load8(v, x + index);
+    load8(z, gates + index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = gate(v[i], z[i]);
+    store8(x + index, v);
+}
+
+// The same, where each gate is that of `width` neighbouring numbers, a multiple of eight.
+KERNEL(256) sigmoid_gates(T* x, const float* gates, u32 count, u32 width) {
+    wait_for_kernels_before();
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float v[8], z = gates[index / width];
+    load8(v, x + index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = gate(v[i], z);
+    store8(x + index, v);
 }

@@ -74,6 +74,15 @@ pub const DELTA_EPSILON: f32 = 1e-6;
 
 /// The part of a [`Device`](super::Device) that computes gated delta nets.
 pub trait DeltaOps: RecurrentOps + NormOps {
+    /// Checks that this device computes nets of these sizes. Called before they are loaded.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] if it does not.
+    fn check_delta(&self, heads: &DeltaHeads) -> Result<(), DeviceError> {
+        let _ = heads;
+        Ok(())
+    }
+
     /// Computes the gated delta rule for all rows, those of a sequence one after the other. Yang
     /// et al., *Gated Delta Networks*, 2024.
     ///

@@ -57,6 +57,15 @@ impl Mamba2Spec {
 
 /// The part of a [`Device`](super::Device) that computes Mamba-2 layers.
 pub trait Mamba2Ops: RecurrentOps {
+    /// Checks that this device computes layers of these sizes. Called before they are loaded.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] if it does not.
+    fn check_mamba2(&self, spec: &Mamba2Spec) -> Result<(), DeviceError> {
+        let _ = spec;
+        Ok(())
+    }
+
     /// Computes the recurrence of all rows. A row of `projected` is `[z | x | b | c | dt]`; a row
     /// of `convolved` is the convolution of its `[x | b | c]`. With
     /// `step = softplus(dt + step_bias)`, limited to the spec's limits, a head computes

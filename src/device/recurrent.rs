@@ -21,6 +21,16 @@ pub struct BatchState {
     pub snapshot: Option<StateSnapshot>,
 }
 
+impl BatchState {
+    /// Returns the slots that are read or written.
+    pub(super) fn slots(&self) -> impl Iterator<Item = u32> + use<> {
+        let snapshot = self.snapshot.map(|snapshot| snapshot.slot);
+        [self.before, Some(self.after), snapshot]
+            .into_iter()
+            .flatten()
+    }
+}
+
 /// A state to keep, which is copied when it is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateSnapshot {

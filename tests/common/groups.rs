@@ -14,12 +14,19 @@ pub trait TestDevice: Device {
     /// Creates a tensor of activations.
     fn create(&mut self, columns: usize, values: &[f32]) -> Self::Tensor;
 
+    /// Creates a tensor of float32 numbers.
+    fn create_full(&mut self, columns: usize, values: &[f32]) -> Self::Tensor;
+
     /// Reads the leading rows of a tensor.
     fn read(&self, tensor: &Self::Tensor, rows: usize) -> Vec<f32>;
 }
 
 impl TestDevice for CpuDevice {
     fn create(&mut self, columns: usize, values: &[f32]) -> CpuTensor {
+        crate::cpu::tensor(self, columns, values)
+    }
+
+    fn create_full(&mut self, columns: usize, values: &[f32]) -> CpuTensor {
         crate::cpu::tensor(self, columns, values)
     }
 
@@ -32,6 +39,10 @@ impl TestDevice for CpuDevice {
 impl TestDevice for CudaDevice {
     fn create(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
         self.tensor(columns, Precision::Activation, values).unwrap()
+    }
+
+    fn create_full(&mut self, columns: usize, values: &[f32]) -> CudaTensor {
+        self.tensor(columns, Precision::Full, values).unwrap()
     }
 
     fn read(&self, tensor: &CudaTensor, rows: usize) -> Vec<f32> {

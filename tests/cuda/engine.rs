@@ -168,6 +168,43 @@ fn graphs_change_no_token() {
     }
 }
 
+/// The recorded steps read and write the states of whichever requests they compute, and a request
+/// continues from a state that another one has left.
+#[test]
+fn graphs_and_other_requests_change_no_token_of_recurrent_models() {
+    let _gpu = gpu::lock();
+    let load = |model: &str, cuda: CudaOptions| {
+        let options = LoadOptions {
+            device: DeviceChoice::Cuda(0),
+            cuda: CudaOptions { warm_up: 0, ..cuda },
+            ..LoadOptions::default()
+        };
+        let config = EngineConfig {
+            max_batch_tokens: Some(64),
+            max_sequences: REQUESTS,
+            kv_cache_bytes: Some(16 << 20),
+            audit: true,
+            ..EngineConfig::default()
+        };
+        Engine::load_with(tiny(model), config, options).unwrap()
+    };
+    for model in ["qwen3.5", "lfm2", "granite-hybrid"] {
+        let without = CudaOptions {
+            max_graphs: 0,
+            ..CudaOptions::default()
+        };
+        let expected = alone(&load(model, without));
+        let with = load(model, CudaOptions::default());
+        let streams: Vec<_> = (0..REQUESTS)
+            .map(|index| with.generate(request(index)).unwrap())
+            .collect();
+        for (index, stream) in streams.into_iter().enumerate() {
+            assert_eq!(tokens(stream), expected[index], "{model}, request {index}");
+        }
+        assert_eq!(alone(&with), expected, "{model}, once more");
+    }
+}
+
 /// The images for compute capability 8.0 have no instructions for overlapping kernels.
 #[test]
 fn overlapping_kernels_change_no_token() {

@@ -83,9 +83,9 @@ fn float16(name: &str) {
 
 /// Checks a mixture of experts with two experts that are nearly equal for some token: rounding
 /// decides which of them it goes to, and all tokens after it differ. The others must agree.
-fn float16_up_to_ties(name: &str) {
+fn up_to_ties(name: &str, path: &Path) {
     let _gpu = gpu::lock();
-    let engine = load(&tiny(name), CudaActivations::F16);
+    let engine = load(path, CudaActivations::F16);
     let mut agreeing = 0;
     for case in tiny_cases(name) {
         let errors = golden::teacher_forced_errors(&engine, &case, 512);
@@ -98,6 +98,14 @@ fn float16_up_to_ties(name: &str) {
         agreeing += usize::from(worst <= 0.08);
     }
     assert!(agreeing >= 3, "{name}: {agreeing} of 4 prompts agree");
+}
+
+fn float16_up_to_ties(name: &str) {
+    up_to_ties(name, &tiny(name));
+}
+
+fn gguf_up_to_ties(name: &str) {
+    up_to_ties(name, &gguf(name));
 }
 
 fn gguf_in_float16(name: &str) {
@@ -174,4 +182,21 @@ golden! {
     deepseek_v3_as_gguf_agrees_in_float16: gguf_in_float16 "deepseek-v3",
     glm4_moe_lite_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe-lite",
     glm4_moe_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe",
+    qwen3_next_agrees_in_float16: float16_up_to_ties "qwen3-next",
+    qwen3_5_agrees_in_float16: float16 "qwen3.5",
+    qwen3_5_moe_agrees_in_float16: float16_up_to_ties "qwen3.5-moe",
+    qwen3_5_with_vision_agrees_in_float16: float16 "qwen3.5-nested",
+    qwen3_5_agrees_in_bfloat16: bfloat16 "qwen3.5",
+    lfm2_agrees_in_bfloat16: bfloat16 "lfm2",
+    granite_hybrid_agrees_in_bfloat16: bfloat16 "granite-hybrid",
+    lfm2_agrees_in_float16: float16 "lfm2",
+    lfm2_moe_agrees_in_float16: float16 "lfm2-moe",
+    granite_hybrid_agrees_in_float16: float16 "granite-hybrid",
+    nemotron_h_agrees_in_float16: float16 "nemotron-h",
+    lfm2_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2",
+    lfm2_moe_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2-moe",
+    granite_hybrid_as_gguf_agrees_in_float16: gguf_in_float16 "granite-hybrid",
+    qwen3_next_as_gguf_agrees_in_float16: gguf_up_to_ties "qwen3-next",
+    qwen3_5_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3.5",
+    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_up_to_ties "qwen3.5-moe",
 }

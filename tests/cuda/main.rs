@@ -15,6 +15,7 @@ mod linear;
 mod memory;
 mod program;
 mod recorded;
+mod recurrent;
 mod rope;
 mod rowwise;
 mod sampling;

@@ -277,6 +277,35 @@ fn activations_agree_with_float64_even_far_from_zero() {
 }
 
 #[test]
+fn the_squared_relu_reads_no_gate_and_keeps_what_is_not_a_number() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(37);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for (rows, columns) in SHAPES {
+            let mut x = random.numbers(rows * columns);
+            x[0] = f32::NAN;
+            let up = activations(&mut device, columns, &x);
+            let mut out = activations(&mut device, columns, &x);
+            let activation = Activation::SquaredRelu;
+            device
+                .gated_activation(&up, activation, rows, &mut out)
+                .unwrap();
+            let found = device.values(&out, rows).unwrap();
+            assert!(found[0].is_nan());
+            let kept = x[1..].iter().map(|&x| kept(kind, x));
+            let expected: Vec<f64> = kept.map(|x| x.max(0.0) * x.max(0.0)).collect();
+            let what = format!("{rows} × {columns} in {kind:?}");
+            assert_near(&found[1..], &expected, rounding(kind), 1e-6, &what);
+            // There is no gate in front of it.
+            let wide = device.allocate(rows, 2 * columns, Precision::Activation);
+            let refused = device.gated_activation(&wide.unwrap(), activation, rows, &mut out);
+            refused.unwrap_err();
+        }
+    }
+}
+
+#[test]
 fn the_softcap_agrees_with_float64_for_any_number_of_columns() {
     let _gpu = gpu::lock();
     let mut random = Random::new(34);

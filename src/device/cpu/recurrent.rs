@@ -134,7 +134,7 @@ impl CpuDevice {
         require(fits, operation, || {
             format!("{part:?} in {pieces} pieces does not fit {shape:?}")
         })?;
-        let used = slots.iter().flat_map(slots_of);
+        let used = slots.iter().flat_map(BatchState::slots);
         require_ok(
             operation,
             used.filter(|slot| *slot as usize >= shape.slots)
@@ -185,14 +185,6 @@ impl CpuDevice {
             }
         })
     }
-}
-
-/// Returns the slots that a state reads or writes.
-fn slots_of(state: &BatchState) -> impl Iterator<Item = u32> + use<> {
-    let snapshot = state.snapshot.map(|snapshot| snapshot.slot);
-    [state.before, Some(state.after), snapshot]
-        .into_iter()
-        .flatten()
 }
 
 /// The convolution of sixteen channels of consecutive rows. The state has the inputs of the

@@ -1,7 +1,7 @@
 //! Element-wise non-linearities.
 
 use super::CudaDevice;
-use super::error::{require, unsupported};
+use super::error::require;
 use super::experts::GatedPairs;
 use super::launch::{Grid, kernels, vector_grid};
 use super::linear::{Operands, Written};
@@ -14,21 +14,14 @@ kernels! {
     /// Kernels of `kernels/activation.cu`.
     pub(super) struct ActivationKernels in "activation" {
         gated_activation(out: Ptr, gate_up: Ptr, rows: u32, columns: u32, gelu: u32);
+        squared_relu(out: Ptr, up: Ptr, count: u32);
         softcap(x: Ptr, cap: f32, count: u32);
+        sigmoid_gate(x: Ptr, gates: Ptr, count: u32);
+        sigmoid_gates(x: Ptr, gates: Ptr, count: u32, width: u32);
     }
 }
 
 impl ActivationOps for CudaDevice {
-    fn check_activation(&self, activation: Activation) -> Result<(), DeviceError> {
-        match activation.is_gated() {
-            true => Ok(()),
-            false => Err(unsupported(
-                format!("the activation {activation:?}"),
-                "gated activations; the CPU device computes others",
-            )),
-        }
-    }
-
     fn gated_linear(
         &mut self,
         x: &CudaTensor,
@@ -65,25 +58,17 @@ impl ActivationOps for CudaDevice {
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         const NAME: &str = "gated_activation";
-        self.check_activation(activation)?;
         let rows = self.step.padded(rows);
         let columns = out.columns();
-        let (wide, narrow) = ((rows, 2 * columns), (rows, columns));
+        let wide = (rows, activation.gate_up_columns(columns));
+        let narrow = (rows, columns);
         require_shape(NAME, "gate and up", gate_up, wide, Precision::Activation)?;
         require_shape(NAME, "the result", out, narrow, Precision::Activation)?;
         if let Activation::ClampedSwiGlu { slope, limit } = activation {
             let pairs = GatedPairs::of_rows(gate_up.ptr(), out.ptr(), (rows, columns));
             return self.gate_pairs(&pairs, slope, limit);
         }
-        self.activation.gated_activation(
-            &self.context,
-            vector_grid(rows * columns),
-            out.ptr(),
-            gate_up.ptr(),
-            rows as u32,
-            columns as u32,
-            u32::from(activation == Activation::GeluTanh),
-        )
+        self.plain_activation(gate_up.ptr(), out.ptr(), activation, (rows, columns))
     }
 
     fn softcap(&mut self, x: &mut CudaTensor, cap: f32, rows: usize) -> Result<(), DeviceError> {
@@ -104,17 +89,65 @@ impl ActivationOps for CudaDevice {
             .softcap(&self.context, grid, x.ptr(), cap, count as u32)
     }
 
-    /// Not computed yet: only recurrent models have such gates.
+    /// A gate that is in the activation type has as many columns as `x`; in a float32 one, each
+    /// column applies to a multiple of eight columns of `x`.
     fn sigmoid_gate(
         &mut self,
-        _: &mut CudaTensor,
-        _: &CudaTensor,
-        _: usize,
+        x: &mut CudaTensor,
+        gate: &CudaTensor,
+        rows: usize,
     ) -> Result<(), DeviceError> {
-        Err(DeviceError::Unsupported {
-            device: "cuda",
-            what: "sigmoid_gate, which gates the output of attention".to_owned(),
-            expected: "models without such a gate; the CPU device computes others".to_owned(),
-        })
+        const NAME: &str = "sigmoid_gate";
+        let rows = self.step.padded(rows);
+        let (columns, gates) = (x.columns(), gate.columns());
+        require_shape(NAME, "x", x, (rows, columns), Precision::Activation)?;
+        let (context, count) = (&self.context, rows * columns);
+        let grid = vector_grid(count);
+        if gate.precision() == Precision::Activation {
+            let shape = (rows, columns);
+            require_shape(NAME, "the gate", gate, shape, Precision::Activation)?;
+            return self
+                .activation
+                .sigmoid_gate(context, grid, x.ptr(), gate.ptr(), count as u32);
+        }
+        let fits = gate.rows() >= rows && gates > 0 && columns.is_multiple_of(8 * gates);
+        require(fits, NAME, || {
+            let has_rows = gate.rows();
+            format!(
+                "{has_rows} × {gates} gates do not divide {rows} × {columns} numbers into parts \
+                 of a multiple of 8 columns"
+            )
+        })?;
+        let width = (columns / gates) as u32;
+        self.activation
+            .sigmoid_gates(context, grid, x.ptr(), gate.ptr(), count as u32, width)
+    }
+}
+
+impl CudaDevice {
+    /// Enqueues an activation without limits of `rows` rows of `columns` results.
+    pub(super) fn plain_activation(
+        &mut self,
+        gate_up: Ptr,
+        out: Ptr,
+        activation: Activation,
+        (rows, columns): (usize, usize),
+    ) -> Result<(), DeviceError> {
+        let (context, count) = (&self.context, rows * columns);
+        let grid = vector_grid(count);
+        if !activation.is_gated() {
+            return self
+                .activation
+                .squared_relu(context, grid, out, gate_up, count as u32);
+        }
+        self.activation.gated_activation(
+            context,
+            grid,
+            out,
+            gate_up,
+            rows as u32,
+            columns as u32,
+            u32::from(activation == Activation::GeluTanh),
+        )
     }
 }

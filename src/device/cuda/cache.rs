@@ -8,6 +8,7 @@ use super::CudaDevice;
 use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
+use super::recurrent::States;
 use crate::device::blocks::{check_blocks, check_copies};
 use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, Values};
 
@@ -33,6 +34,8 @@ pub(super) const LARGEST_KEY: usize = 576;
 pub struct CudaCache {
     shape: CacheShape,
     buffer: Buffer,
+    /// The states of recurrent layers, if there are some.
+    pub(super) states: Option<States>,
 }
 
 impl CudaCache {
@@ -243,6 +246,7 @@ impl CacheOps for CudaDevice {
         Ok(CudaCache {
             shape: *shape,
             buffer: self.context.allocate_zeroed(bytes, "the key-value cache")?,
+            states: None,
         })
     }
 

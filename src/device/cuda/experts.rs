@@ -4,7 +4,7 @@
 use super::CudaDevice;
 use super::context::Context;
 use super::error::{failed, require, require_ok, unsupported};
-use super::launch::{Grid, kernels, vector_grid};
+use super::launch::{Grid, kernels};
 use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS, Written};
 use super::load;
 use super::memory::{Buffer, Ptr};
@@ -12,8 +12,8 @@ use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
-    Activation, ActivationOps, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision,
-    RouterScore, RoutingSpec, SoftmaxRouting,
+    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RouterScore,
+    RoutingSpec, SoftmaxRouting,
 };
 
 kernels! {
@@ -290,7 +290,10 @@ impl ExpertOps for CudaDevice {
                 Some(corrections) => Some(context.upload(corrections, "corrections")?),
                 None => None,
             };
-            let fits = gate_up.outputs == 2 * down.inputs && gate_up.inputs == down.outputs;
+            // Without a gate, there is only the up projection.
+            let width = down.inputs;
+            let fits = [width, 2 * width].contains(&gate_up.outputs);
+            let fits = fits && gate_up.inputs == down.outputs;
             require(fits, "load_experts", || {
                 format!(
                     "gate and up are {} × {}, down is {} × {}; they must fit together",
@@ -316,7 +319,6 @@ impl ExpertOps for CudaDevice {
         rows: usize,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
-        self.check_activation(routing.activation)?;
         let rows = self.step.padded(rows);
         let (count, top_k) = (experts.gate_up.matrices, routing.top_k);
         let (hidden, columns) = (experts.down.inputs, experts.down.outputs);
@@ -332,6 +334,7 @@ impl ExpertOps for CudaDevice {
         };
         let fits = x.rows() >= rows
             && x.columns() == columns
+            && experts.gate_up.outputs == routing.activation.gate_up_columns(hidden)
             && is(router, count, Precision::Full)
             && is(out, columns, Precision::Activation);
         require(fits, "experts", || {
@@ -468,15 +471,8 @@ impl CudaDevice {
         routing: RoutingSpec,
         (pairs, hidden): (usize, usize),
     ) -> Result<(), DeviceError> {
-        self.activation.gated_activation(
-            &self.context,
-            vector_grid(pairs * hidden),
-            places.hidden,
-            places.gate_up,
-            pairs as u32,
-            hidden as u32,
-            u32::from(routing.activation == Activation::GeluTanh),
-        )
+        let (gate_up, out) = (places.gate_up, places.hidden);
+        self.plain_activation(gate_up, out, routing.activation, (pairs, hidden))
     }
 
     /// Enqueues the choice of each row's experts by a softmax.

@@ -360,7 +360,7 @@ mod tests {
         CudaActivations, activation::ActivationKernels, attention::AttentionKernels,
         cache::CacheKernels, embedding::EmbeddingKernels, experts::ExpertKernels, images,
         latent::LatentKernels, linear::LinearKernels, linear::QuantKernels, norm::NormKernels,
-        rope::RopeKernels, sampling::SamplingKernels,
+        recurrent::RecurrentKernels, rope::RopeKernels, sampling::SamplingKernels,
     };
     use std::collections::BTreeSet;
 
@@ -374,6 +374,7 @@ mod tests {
         (LinearKernels::FILE, LinearKernels::SIGNATURES),
         (NormKernels::FILE, NormKernels::SIGNATURES),
         (QuantKernels::FILE, QuantKernels::SIGNATURES),
+        (RecurrentKernels::FILE, RecurrentKernels::SIGNATURES),
         (RopeKernels::FILE, RopeKernels::SIGNATURES),
         (SamplingKernels::FILE, SamplingKernels::SIGNATURES),
     ];

@@ -81,6 +81,7 @@ use latent::LatentKernels;
 use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use pooling::Pooler;
+use recurrent::RecurrentKernels;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
@@ -108,6 +109,7 @@ pub struct CudaDevice {
     pooler: Pooler,
     products: Products,
     quant: QuantKernels,
+    recurrent: RecurrentKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
     sampler: Sampler,
@@ -194,6 +196,7 @@ impl CudaDevice {
             pooler: Pooler::new(),
             products: Products::new(&context, options, found.room())?,
             quant: QuantKernels::load(&modules)?,
+            recurrent: RecurrentKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
             sampler: Sampler::new(),

@@ -9,7 +9,7 @@ use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
 use crate::device::attention::check_window;
-use crate::device::{ATTENTION_SPAN, Batch, BatchSequence, DeviceError, DeviceLimits};
+use crate::device::{ATTENTION_SPAN, Batch, BatchSequence, BatchState, DeviceError, DeviceLimits};
 use std::ops::Range;
 
 /// Sentinel: no row, no slot.
@@ -30,6 +30,9 @@ pub(super) const MOST_UNITS: usize = 1 << 14;
 /// sequences at once are rare; more room is made if they occur.
 const MOST_TABLE_ENTRIES: usize = 1 << 21;
 
+/// Words per sequence that say where its states are.
+const STATE_WORDS: usize = 8;
+
 /// Alignment of each array, in words: 64 bytes.
 const ALIGNMENT: usize = 16;
 
@@ -43,6 +46,7 @@ struct Layout {
     sample_rows: usize,
     sequences: GroupArrays,
     decode_list: usize,
+    states: usize,
     tables: usize,
 }
 
@@ -60,12 +64,13 @@ impl GroupArrays {
     }
 }
 
-/// Exclusive upper bounds on the positions, slots and blocks that a step uses.
+/// Exclusive upper bounds on the positions, slots, blocks and slots of states that a step uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
     pub(super) positions: usize,
     pub(super) slots: usize,
     pub(super) blocks: usize,
+    pub(super) states: usize,
 }
 
 impl Bounds {
@@ -74,6 +79,7 @@ impl Bounds {
         positions: usize::MAX,
         slots: usize::MAX,
         blocks: usize::MAX,
+        states: usize::MAX,
     };
 
     /// Returns the lower of each pair of bounds.
@@ -82,6 +88,7 @@ impl Bounds {
             positions: self.positions.min(other.positions),
             slots: self.slots.min(other.slots),
             blocks: self.blocks.min(other.blocks),
+            states: self.states.min(other.states),
         }
     }
 }
@@ -132,8 +139,10 @@ pub(super) struct StepInputs {
     rows: usize,
     padded_rows: usize,
     samples: usize,
-    /// Number of sequences, padding included.
-    sequence_count: usize,
+    /// Number of sequences, with padding, and the largest number of rows of one of them.
+    sequences: (usize, usize),
+    /// Whether each sequence has slots for its states.
+    has_states: bool,
     /// Range of entries of the decode list, per launch.
     decodes: Vec<Range<usize>>,
     max_units: usize,
@@ -216,9 +225,9 @@ pub(super) fn input_words(limits: &DeviceLimits) -> usize {
     let blocks = limits.sequence_tokens.div_ceil(limits.block_tokens.max(1));
     let tables = limits.sequences.saturating_mul(blocks);
     let tables = tables.saturating_mul(limits.groups).min(MOST_TABLE_ENTRIES);
-    let arrays = 4 * limits.rows + 3 * limits.sequences;
+    let arrays = 4 * limits.rows + (3 + STATE_WORDS) * limits.sequences;
     let of_groups = limits.groups * (limits.rows + 4 * limits.sequences + 2 * ALIGNMENT);
-    arrays + of_groups + tables + 7 * ALIGNMENT
+    arrays + of_groups + tables + 8 * ALIGNMENT
 }
 
 /// Returns the maximum number of words of the work items of prefill attention.
@@ -253,6 +262,15 @@ fn append_each<Array: IntoIterator<Item = u32>>(
         stride = (words.len() - start).next_multiple_of(ALIGNMENT);
     }
     GroupArrays { first, stride }
+}
+
+/// Returns the entry of [`StepInputs::states`] of a sequence with these rows, {first, count}.
+fn words_of_state(rows: [u32; 2], state: Option<&BatchState>) -> [u32; STATE_WORDS] {
+    let before = state.and_then(|state| state.before).unwrap_or(NONE);
+    let after = state.map_or(NONE, |state| state.after);
+    let kept = state.and_then(|state| state.snapshot);
+    let [kept_rows, kept] = kept.map_or([0, NONE], |kept| [kept.rows as u32, kept.slot]);
+    [rows[0], rows[1], before, after, kept_rows, kept, 0, 0]
 }
 
 /// The decode list, cut into launches.
@@ -316,7 +334,8 @@ impl StepInputs {
             rows: 0,
             padded_rows: 0,
             samples: 0,
-            sequence_count: 0,
+            sequences: (0, 0),
+            has_states: false,
             decodes: Vec::new(),
             max_units: 0,
             decode_units: 0,
@@ -397,12 +416,26 @@ impl StepInputs {
     /// Returns the number of sequences, padding included. In a step that is recorded, it is the
     /// number of rows.
     pub(super) fn sequence_count(&self) -> usize {
-        self.sequence_count
+        self.sequences.0
     }
 
     /// Returns the block tables of all groups: `u32` per entry, one table after the other.
     pub(super) fn tables(&self) -> Ptr {
         self.at(self.layout.tables)
+    }
+
+    /// Returns where the sequences find and leave their states: two `uint4` per sequence, {first
+    /// row, number of rows, slot of the state before them, slot of that after them} and {number
+    /// of rows after which the state is kept, slot that gets it, 0, 0}. [`NONE`] stands for a
+    /// state of zeros, or for a state that is not kept; nothing is kept after 0 rows.
+    pub(super) fn states(&self) -> Ptr {
+        self.at(self.layout.states)
+    }
+
+    /// Returns the number of sequences in [`StepInputs::states`], and the largest number of
+    /// rows of one of them. Both are the same in all steps with the same key.
+    pub(super) fn state_sequences(&self) -> (usize, usize) {
+        self.sequences
     }
 
     /// Returns whether a sequence of the step has several rows.
@@ -481,12 +514,17 @@ impl StepInputs {
             ("position", self.bounds.positions, bounds.positions),
             ("slot", self.bounds.slots, bounds.slots),
             ("block", self.bounds.blocks, bounds.blocks),
+            ("slot of states", self.bounds.states, bounds.states),
         ] {
             error::require(reached <= end, operation, || {
                 let last = reached.saturating_sub(1);
                 format!("{what} {last} is out of range: there are {end}")
             })?;
         }
+        let needs_states = bounds.states < usize::MAX;
+        error::require(self.has_states || !needs_states, operation, || {
+            "the sequences of the step have no states".to_owned()
+        })?;
         Ok(())
     }
 
@@ -605,11 +643,14 @@ impl StepInputs {
         self.base = self.uploads.write(context, &self.words)?;
         (self.rows, self.padded_rows, self.samples) = (rows, padded, batch.sample_rows.len());
         let [positions, slots, blocks] = batch.ends();
+        let slots_of_states = batch.states.iter().flat_map(BatchState::slots);
         self.bounds = Bounds {
             positions,
             slots,
             blocks,
+            states: slots_of_states.max().map_or(0, |last| last as usize + 1),
         };
+        self.has_states = !batch.states.is_empty();
         let fits = self.decode_units <= self.unit_room && self.decodes.len() <= 1;
         self.key = bucket.filter(|_| fits).map(|rows| StepKey {
             rows,
@@ -636,7 +677,9 @@ impl StepInputs {
             positions: 0,
             slots: 0,
             blocks: 0,
+            states: 0,
         };
+        self.has_states = true;
         self.windows.resize(key.groups, usize::MAX);
         self.key = Some(key);
         Ok(())
@@ -646,6 +689,7 @@ impl StepInputs {
     fn clear(&mut self) {
         (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
         (self.key, self.work) = (None, None);
+        (self.sequences, self.has_states) = ((0, 0), false);
         self.windows.clear();
         self.decodes.clear();
         self.prefills.clear();
@@ -703,11 +747,22 @@ impl StepInputs {
         for sequence in batch.sequences.len()..batch.sequences.len() + padding.len() {
             decodes.push(sequence as u32, 0);
         }
-        self.sequence_count = batch.sequences.len() + padding.len();
         self.max_units = decodes.longest.next_power_of_two();
         self.decode_units = decodes.most;
         let decode_list = append(words, decodes.words);
         self.decodes = decodes.launches;
+        // Padding has the state of an empty sequence, and leaves none.
+        let states = (0..).zip(&batch.sequences).map(|(index, sequence)| {
+            let (first, count, _) = describe(sequence);
+            let rows = [first as u32, count as u32];
+            words_of_state(rows, batch.states.get(index))
+        });
+        let padded_states = padding.clone().map(|row| words_of_state([row, 1], None));
+        let states = append(words, states.chain(padded_states).flatten());
+        let lengths = batch.sequences.iter().map(|sequence| sequence.rows.len());
+        let longest = lengths.chain(padding.clone().map(|_| 1)).max();
+        let sequences_of_states = batch.sequences.len() + padding.len();
+        self.sequences = (sequences_of_states, longest.unwrap_or(0));
         let entries = batch.groups.iter().flat_map(|group| &group.entries);
         let tables = append(words, entries.copied());
         self.layout = Layout {
@@ -718,6 +773,7 @@ impl StepInputs {
             sample_rows,
             sequences,
             decode_list,
+            states,
             tables,
         };
     }
@@ -742,7 +798,7 @@ impl StepInputs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{BatchGroup, Feedback, ModelShape};
+    use crate::device::{BatchGroup, Feedback, ModelShape, StateSnapshot};
 
     /// Returns a batch of sequences, each given by its number of rows and the position of its
     /// last token. There is one group per entry of `firsts`, the first blocks of its tables.
@@ -851,6 +907,37 @@ mod tests {
         assert_eq!(step.decodes, vec![0..4; 1]);
         assert_eq!((step.max_units, step.decode_units), (4, 5));
         assert_eq!(at(layout.tables, 28), &batch.groups[0].entries[..]);
+    }
+
+    #[test]
+    fn each_sequence_has_its_rows_and_its_slots_of_states() {
+        let mut batch = batch(&[(1, 0), (3, 300)]);
+        batch.states = vec![
+            BatchState {
+                before: Some(4),
+                after: 5,
+                snapshot: None,
+            },
+            BatchState {
+                before: None,
+                after: 7,
+                snapshot: Some(StateSnapshot { rows: 2, slot: 9 }),
+            },
+        ];
+        let step = laid_out(&batch, 5);
+        let found = &step.words[step.layout.states..][..3 * STATE_WORDS];
+        let expected = [
+            [0, 1, 4, 5, 0, NONE, 0, 0],
+            [1, 3, NONE, 7, 2, 9, 0, 0],
+            [4, 1, NONE, NONE, 0, NONE, 0, 0],
+        ];
+        assert_eq!(found, expected.as_flattened());
+        assert_eq!(step.state_sequences(), (3, 3));
+        batch.states.clear();
+        let step = laid_out(&batch, 4);
+        let found = &step.words[step.layout.states..][..STATE_WORDS];
+        assert_eq!(found, [0, 1, NONE, NONE, 0, NONE, 0, 0]);
+        assert_eq!(step.state_sequences(), (2, 3));
     }
 
     #[test]

@@ -56,6 +56,7 @@ impl<D: Device> GatedDeltaWeights<D> {
         spec: GatedDelta,
     ) -> Result<Self, ModelError> {
         let (heads, hidden) = (spec.heads, source.config().hidden);
+        device.check_delta(&heads)?;
         let input = source.delta_projection(layer, heads)?;
         let input = device.load_linear(&input.spec())?;
         let gates = source.delta_gates(layer, heads)?;

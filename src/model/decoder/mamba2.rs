@@ -52,6 +52,7 @@ impl<D: Device> Mamba2LayerWeights<D> {
         spec: Mamba2,
     ) -> Result<Self, ModelError> {
         let (hidden, recurrence) = (source.config().hidden, spec.recurrence);
+        device.check_mamba2(&recurrence)?;
         let (columns, channels) = (recurrence.columns(), recurrence.channels());
         let input = [(Part::RecurrentInput, recurrence.projected())];
         let input = source.linear(layer, &input, hidden)?;
