@@ -4,7 +4,7 @@
 use super::CudaDevice;
 use super::context::Context;
 use super::error::{failed, require, require_ok, unsupported};
-use super::launch::{Grid, kernels, vector_grid};
+use super::launch::{Grid, kernels};
 use super::linear::{ExpertTiles, Operands, Routed, TILE_ROWS, Written};
 use super::load;
 use super::memory::{Buffer, Ptr};
@@ -12,8 +12,8 @@ use super::scratch::Scratch;
 use super::tensor::CudaTensor;
 use super::weights::CudaLinear;
 use crate::device::{
-    Activation, ActivationOps, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision,
-    RouterScore, RoutingSpec,
+    Activation, DeviceError, ExpertOps, ExpertShape, LinearSpec, Precision, RouterScore,
+    RoutingSpec,
 };
 
 kernels! {
