@@ -110,12 +110,21 @@ pub fn smollm2_case(value: &Value) -> Case {
 /// Returns the largest error that transformers itself makes on a tiny checkpoint when it runs
 /// it in `dtype` instead of float32.
 pub fn transformers_error(name: &str, dtype: &str) -> f32 {
-    let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
-    let golden: Value = serde_json::from_str(&text).unwrap();
-    let errors = &golden["transformers_error"][dtype];
+    let errors = transformers_errors(name, dtype);
     // The newer checkpoints have the shorter name.
     let error = errors.get("max_abs_logprob_error").or(errors.get("max"));
     error.and_then(Value::as_f64).unwrap() as f32
+}
+
+/// Returns the mean of these errors, which the newer checkpoints have.
+pub fn transformers_mean_error(name: &str, dtype: &str) -> f32 {
+    transformers_errors(name, dtype)["mean"].as_f64().unwrap() as f32
+}
+
+fn transformers_errors(name: &str, dtype: &str) -> Value {
+    let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    golden["transformers_error"][dtype].clone()
 }
 
 fn request(prompt: Vec<u32>, tokens: usize, logprobs: Option<u32>) -> Request {

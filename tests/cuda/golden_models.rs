@@ -83,9 +83,9 @@ fn float16(name: &str) {
 
 /// Checks a mixture of experts with two experts that are nearly equal for some token: rounding
 /// decides which of them it goes to, and all tokens after it differ. The others must agree.
-fn up_to_ties(name: &str, path: &Path) {
+fn float16_up_to_ties(name: &str) {
     let _gpu = gpu::lock();
-    let engine = load(path, CudaActivations::F16);
+    let engine = load(&tiny(name), CudaActivations::F16);
     let mut agreeing = 0;
     for case in tiny_cases(name) {
         let errors = golden::teacher_forced_errors(&engine, &case, 512);
@@ -100,12 +100,32 @@ fn up_to_ties(name: &str, path: &Path) {
     assert!(agreeing >= 3, "{name}: {agreeing} of 4 prompts agree");
 }
 
-fn float16_up_to_ties(name: &str) {
-    up_to_ties(name, &tiny(name));
+/// Checks a mixture of experts whose routers make much of small differences, so that single
+/// errors are large: the mean may be twice that of transformers in float16, and one error of
+/// twenty may be above what is allowed elsewhere.
+fn check_mean(name: &str, path: &Path) {
+    let _gpu = gpu::lock();
+    let engine = load(path, CudaActivations::F16);
+    let cases = tiny_cases(name);
+    let errors = cases
+        .iter()
+        .flat_map(|case| golden::teacher_forced_errors(&engine, case, 512));
+    let errors: Vec<f32> = errors.collect();
+    assert_eq!(errors.len(), 4 * 12 * 5);
+    let mean = errors.iter().sum::<f32>() / errors.len() as f32;
+    let largest = 2.0 * golden::transformers_mean_error(name, "float16");
+    let far = errors.iter().filter(|error| **error > 0.08).count();
+    println!("{name}: {far} of 240 above 0.08, mean {mean} of {largest}");
+    assert!(mean <= largest, "{name}: the mean error is {mean}");
+    assert!(far <= 12, "{name}: {far} errors are above 0.08");
 }
 
-fn gguf_up_to_ties(name: &str) {
-    up_to_ties(name, &gguf(name));
+fn float16_mean(name: &str) {
+    check_mean(name, &tiny(name));
+}
+
+fn gguf_mean(name: &str) {
+    check_mean(name, &gguf(name));
 }
 
 fn gguf_in_float16(name: &str) {
@@ -182,9 +202,9 @@ golden! {
     deepseek_v3_as_gguf_agrees_in_float16: gguf_in_float16 "deepseek-v3",
     glm4_moe_lite_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe-lite",
     glm4_moe_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe",
-    qwen3_next_agrees_in_float16: float16_up_to_ties "qwen3-next",
+    qwen3_next_agrees_in_float16: float16_mean "qwen3-next",
     qwen3_5_agrees_in_float16: float16 "qwen3.5",
-    qwen3_5_moe_agrees_in_float16: float16_up_to_ties "qwen3.5-moe",
+    qwen3_5_moe_agrees_in_float16: float16_mean "qwen3.5-moe",
     qwen3_5_with_vision_agrees_in_float16: float16 "qwen3.5-nested",
     qwen3_5_agrees_in_bfloat16: bfloat16 "qwen3.5",
     lfm2_agrees_in_bfloat16: bfloat16 "lfm2",
@@ -196,7 +216,7 @@ golden! {
     lfm2_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2",
     lfm2_moe_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2-moe",
     granite_hybrid_as_gguf_agrees_in_float16: gguf_in_float16 "granite-hybrid",
-    qwen3_next_as_gguf_agrees_in_float16: gguf_up_to_ties "qwen3-next",
+    qwen3_next_as_gguf_agrees_in_float16: gguf_mean "qwen3-next",
     qwen3_5_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3.5",
-    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_up_to_ties "qwen3.5-moe",
+    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_mean "qwen3.5-moe",
 }
