@@ -66,8 +66,8 @@ pub trait Mamba2Ops: RecurrentOps {
         Ok(())
     }
 
-    /// Computes the recurrence of all rows. A row of `projected` is `[z | x | b | c | dt]`; a row
-    /// of `convolved` is the convolution of its `[x | b | c]`. With
+    /// Computes the recurrence of all rows. The input is a projection, whose rows are
+    /// `[z | x | b | c | dt]`, and the convolution of `[x | b | c]` of each row. With
     /// `step = softplus(dt + step_bias)`, limited to the spec's limits, a head computes
     ///
     /// ```text
@@ -76,8 +76,7 @@ pub trait Mamba2Ops: RecurrentOps {
     /// ```
     fn mamba2(
         &mut self,
-        projected: &Self::Tensor,
-        convolved: &Self::Tensor,
+        input: (&Self::Tensor, &Self::Tensor),
         spec: &Mamba2Spec,
         weights: Mamba2Weights<'_, Self::Vector>,
         cache: &mut Self::Cache,

@@ -118,14 +118,13 @@ pub trait RecurrentOps: CacheOps {
     /// Overwrites slots with NaN, so that tests detect reads of slots that were freed.
     fn poison_states(&mut self, cache: &mut Self::Cache, slots: &[u32]) -> Result<(), DeviceError>;
 
-    /// Computes a causal convolution of all rows. `weight` has `taps · channels` numbers, that of
-    /// the oldest token first, and `bias` one per channel. `out` has `channels` columns.
+    /// Computes a causal convolution of all rows. `weights` are those of
+    /// the taps, `taps · channels` numbers, those of the oldest token first, and a bias per channel. `out` has `channels` columns.
     fn short_conv(
         &mut self,
         input: &Self::Tensor,
         spec: &ConvSpec,
-        weight: &Self::Vector,
-        bias: Option<&Self::Vector>,
+        weights: (&Self::Vector, Option<&Self::Vector>),
         cache: &mut Self::Cache,
         part: StatePart,
         out: &mut Self::Tensor,

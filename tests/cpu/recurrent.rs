@@ -161,8 +161,15 @@ fn convolutions_agree_with_float64() {
             let weight = d.load_vector(&weight).unwrap();
             let bias = has_bias.then(|| d.load_vector(&bias).unwrap());
             let mut out = d.allocate(rows.len(), channels, Precision::Full).unwrap();
-            d.short_conv(&input, &spec, &weight, bias.as_ref(), cache, part, &mut out)
-                .unwrap();
+            d.short_conv(
+                &input,
+                &spec,
+                (&weight, bias.as_ref()),
+                cache,
+                part,
+                &mut out,
+            )
+            .unwrap();
             values(&out, rows.len())
         });
         near(&found, &expected, &format!("{spec:?}"));
@@ -228,8 +235,15 @@ fn mamba2_agrees_with_float64() {
             };
             let count = rows.len();
             let mut out = d.allocate(count, spec.columns(), Precision::Full).unwrap();
-            d.mamba2(&of_rows, &convolved, &spec, weights, cache, part, &mut out)
-                .unwrap();
+            d.mamba2(
+                (&of_rows, &convolved),
+                &spec,
+                weights,
+                cache,
+                part,
+                &mut out,
+            )
+            .unwrap();
             values(&out, count)
         });
         near(&found, &expected, &format!("{spec:?}"));
@@ -275,7 +289,12 @@ fn large_steps_of_time_are_exact_and_what_is_not_a_number_stays_so() {
         };
         let mut out = d.allocate(1, 16, Precision::Full).unwrap();
         d.mamba2(
-            &projected, &convolved, &spec, weights, &mut cache, part, &mut out,
+            (&projected, &convolved),
+            &spec,
+            weights,
+            &mut cache,
+            part,
+            &mut out,
         )
         .unwrap();
         let found = out.row(0)[3];
@@ -349,7 +368,12 @@ fn operands_that_do_not_fit_are_refused() {
             step_biases: &vector,
         };
         let done = d.mamba2(
-            &projected, &convolved, &spec, weights, &mut cache, part, &mut out,
+            (&projected, &convolved),
+            &spec,
+            weights,
+            &mut cache,
+            part,
+            &mut out,
         );
         matches!(done, Err(DeviceError::Failed { .. }))
     };

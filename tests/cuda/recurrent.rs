@@ -187,6 +187,7 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
             layers: 1,
             kv_heads: 1,
             head_dim: 16,
+            values: Values::BesideKeys,
             blocks: 64,
             block_tokens: 16,
         };
@@ -225,7 +226,7 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
         match &self.layer.operation {
             Conv(spec, has_bias) => {
                 let bias = has_bias.then_some(second);
-                device.short_conv(input, spec, first, bias, cache, part, out)
+                device.short_conv(input, spec, (first, bias), cache, part, out)
             }
             Delta(heads) => {
                 let input = DeltaInput {
@@ -241,7 +242,7 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
                     skips: second,
                     step_biases: third,
                 };
-                device.mamba2(gates, input, spec, weights, cache, part, out)
+                device.mamba2((gates, input), spec, weights, cache, part, out)
             }
         }
     }

@@ -151,6 +151,10 @@ struct DeltaRule<'a> {
 /// Number of sums over the elements of a key that are computed side by side.
 const SUMS: usize = 4;
 
+/// The length of an array that [`unroll`] indexes, which must be as long as if all of its steps
+/// were taken.
+const UNROLLED: usize = 8;
+
 impl Kernel for DeltaRule<'_> {
     type Output = ();
 
@@ -175,7 +179,7 @@ impl Kernel for DeltaRule<'_> {
             // sixteen numbers for each of the `key_dim` elements, which are a multiple of
             // `SUMS`, and `first` is the first of sixteen columns.
             unsafe {
-                let mut sums = [s.splat(0.0); SUMS];
+                let mut sums = [s.splat(0.0); UNROLLED];
                 for element in (0..key_dim).step_by(SUMS) {
                     unroll!(m < SUMS => {
                         let state = s.load(state.add((element + m) * LANES));
@@ -186,7 +190,7 @@ impl Kernel for DeltaRule<'_> {
                 let new = s.sub(s.load(qkv.as_ptr().add(value)), known);
                 let new = s.mul(new, s.splat(beta * key_factor));
                 let alpha = s.splat(alpha);
-                let mut sums = [s.splat(0.0); SUMS];
+                let mut sums = [s.splat(0.0); UNROLLED];
                 for element in (0..key_dim).step_by(SUMS) {
                     unroll!(m < SUMS => {
                         let state = state.add((element + m) * LANES);
@@ -204,7 +208,7 @@ impl Kernel for DeltaRule<'_> {
 }
 
 #[inline(always)]
-fn total<S: Simd>(s: S, sums: [S::F; SUMS]) -> S::F {
+fn total<S: Simd>(s: S, sums: [S::F; UNROLLED]) -> S::F {
     s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))
 }
 

@@ -17,8 +17,7 @@ use crate::device::{DeviceError, Mamba2Ops, Mamba2Spec, Mamba2Weights, StatePart
 impl Mamba2Ops for CpuDevice {
     fn mamba2(
         &mut self,
-        projected: &CpuTensor,
-        convolved: &CpuTensor,
+        (projected, convolved): (&CpuTensor, &CpuTensor),
         spec: &Mamba2Spec,
         weights: Mamba2Weights<'_, CpuVector>,
         cache: &mut CpuCache,
@@ -157,7 +156,8 @@ impl Kernel for Columns<'_> {
                 let scaled = s.mul(x, s.splat(step));
                 let state = self.state[..size * LANES].as_mut_ptr();
                 // Four sums, so that none of them waits for the one before it.
-                let mut sums = [s.splat(0.0); 4];
+                // The array is as long as `unroll` demands.
+                let mut sums = [s.splat(0.0); 8];
                 let mut at = 0;
                 while at + 4 <= size {
                     super::simd::unroll!(k < 4 => {

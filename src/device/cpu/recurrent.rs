@@ -39,8 +39,7 @@ impl RecurrentOps for CpuDevice {
         &mut self,
         input: &CpuTensor,
         spec: &ConvSpec,
-        weight: &CpuVector,
-        bias: Option<&CpuVector>,
+        (weight, bias): (&CpuVector, Option<&CpuVector>),
         cache: &mut CpuCache,
         part: StatePart,
         out: &mut CpuTensor,
@@ -216,20 +215,18 @@ impl Kernel for Conv<'_> {
         // SAFETY: the operands have the sizes that `short_conv` checks, and `first` is the first
         // of sixteen channels.
         unsafe {
-            for tap in 0..taps {
-                weights[tap] = s.load(self.weight.as_ptr().add(tap * channels + first));
+            for (tap, weight) in weights[..taps].iter_mut().enumerate() {
+                *weight = s.load(self.weight.as_ptr().add(tap * channels + first));
             }
-            for tap in 1..taps {
-                window[tap] = s.load(self.state.as_ptr().add((tap - 1) * LANES));
+            for (tap, input) in window[1..taps].iter_mut().enumerate() {
+                *input = s.load(self.state.as_ptr().add(tap * LANES));
             }
             let bias = match self.bias {
                 Some(bias) => s.load(bias.as_ptr().add(first)),
                 None => zero,
             };
             for (row, input) in self.input.chunks_exact(self.stride).enumerate() {
-                for tap in 1..taps {
-                    window[tap - 1] = window[tap];
-                }
+                window.copy_within(1..taps, 0);
                 let input = input.as_ptr();
                 window[taps - 1] = match self.spec.input {
                     ConvInput::Columns(column) => s.load(input.add(column + first)),
@@ -239,8 +236,8 @@ impl Kernel for Conv<'_> {
                     }
                 };
                 let mut sum = bias;
-                for tap in 0..taps {
-                    sum = s.fma(weights[tap], window[tap], sum);
+                for (weight, input) in weights[..taps].iter().zip(&window) {
+                    sum = s.fma(*weight, *input, sum);
                 }
                 if self.spec.silu {
                     sum = super::activation::silu(s, sum);
@@ -250,8 +247,8 @@ impl Kernel for Conv<'_> {
                 }
                 s.store(self.out.add(row * channels), sum);
             }
-            for tap in 1..taps {
-                s.store(self.state.as_mut_ptr().add((tap - 1) * LANES), window[tap]);
+            for (tap, input) in window[1..taps].iter().enumerate() {
+                s.store(self.state.as_mut_ptr().add(tap * LANES), *input);
             }
         }
     }

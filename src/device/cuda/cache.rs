@@ -8,9 +8,8 @@ use super::CudaDevice;
 use super::error::{require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
 use super::memory::{Buffer, Ptr};
-use super::recurrent::States;
 use crate::device::blocks::{check_blocks, check_copies};
-use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, Values};
+use crate::device::{CacheLayer, CacheOps, CacheShape, DeviceError, HeadShape, StateShape, Values};
 
 kernels! {
     /// Kernels of `kernels/cache.cu`.
@@ -36,6 +35,12 @@ pub struct CudaCache {
     buffer: Buffer,
     /// The states of recurrent layers, if there are some.
     pub(super) states: Option<States>,
+}
+
+/// The memory for the states of recurrent layers: one slot after the other.
+pub(super) struct States {
+    pub(super) shape: StateShape,
+    pub(super) buffer: Buffer,
 }
 
 impl CudaCache {

@@ -33,8 +33,7 @@ impl Mamba2Ops for CudaDevice {
 
     fn mamba2(
         &mut self,
-        projected: &CudaTensor,
-        convolved: &CudaTensor,
+        (projected, convolved): (&CudaTensor, &CudaTensor),
         spec: &Mamba2Spec,
         weights: Mamba2Weights<'_, CudaVector>,
         cache: &mut CudaCache,

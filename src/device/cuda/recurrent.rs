@@ -1,10 +1,10 @@
 //! Recurrent layers: the memory for their states, and causal convolutions.
 
 use super::CudaDevice;
-use super::cache::CudaCache;
+use super::cache::{CudaCache, States};
 use super::error::{failed, require, require_ok, unsupported};
 use super::launch::{Grid, kernels};
-use super::memory::{Buffer, Ptr};
+use super::memory::Ptr;
 use super::norm::CudaVector;
 use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
@@ -44,12 +44,6 @@ kernels! {
 pub(super) const WARP_COLUMNS: usize = 16;
 /// Warps per block of a recurrence.
 pub(super) const WARPS: usize = 4;
-
-/// The memory for states: one slot after the other.
-pub(super) struct States {
-    shape: StateShape,
-    buffer: Buffer,
-}
 
 /// The part of the states that an operation reads and writes.
 #[derive(Clone, Copy)]
@@ -149,8 +143,7 @@ impl RecurrentOps for CudaDevice {
         &mut self,
         input: &CudaTensor,
         spec: &ConvSpec,
-        weight: &CudaVector,
-        bias: Option<&CudaVector>,
+        (weight, bias): (&CudaVector, Option<&CudaVector>),
         cache: &mut CudaCache,
         part: StatePart,
         out: &mut CudaTensor,

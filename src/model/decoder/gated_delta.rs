@@ -115,7 +115,7 @@ impl LayerStep<'_> {
             input: ConvInput::Columns(0),
             silu: true,
         };
-        device.short_conv(input, &conv, &weights.taps, None, cache, conv_state, qkv)?;
+        device.short_conv(input, &conv, (&weights.taps, None), cache, conv_state, qkv)?;
         let operands = DeltaInput {
             qkv,
             decay: &weights.rates,

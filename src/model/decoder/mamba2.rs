@@ -118,11 +118,10 @@ impl LayerStep<'_> {
         };
         let [conv_state, state] = self.state;
         device.linear(normed, &weights.input, self.rows, projected)?;
-        let (taps, bias) = (&weights.taps, weights.bias.as_ref());
-        device.short_conv(projected, &conv, taps, bias, cache, conv_state, convolved)?;
-        device.mamba2(
-            projected, convolved, recurrence, of_heads, cache, state, output,
-        )?;
+        let taps = (&weights.taps, weights.bias.as_ref());
+        device.short_conv(projected, &conv, taps, cache, conv_state, convolved)?;
+        let input = (&*projected, &*convolved);
+        device.mamba2(input, recurrence, of_heads, cache, state, output)?;
         let (groups, epsilon) = (recurrence.groups, spec.norm_epsilon);
         device.gated_norm(output, projected, &weights.norm, groups, epsilon, self.rows)?;
         device.linear(output, &weights.output, self.rows, delta)

@@ -75,8 +75,8 @@ impl LayerStep<'_> {
         };
         device.linear(normed, &weights.input, self.rows, &mut space.input)?;
         let (input, output) = (&space.input, &mut space.output);
-        let (taps, bias) = (&weights.taps, weights.bias.as_ref());
-        device.short_conv(input, &spec, taps, bias, cache, self.state[0], output)?;
+        let taps = (&weights.taps, weights.bias.as_ref());
+        device.short_conv(input, &spec, taps, cache, self.state[0], output)?;
         device.linear(output, &weights.output, self.rows, delta)
     }
 }
