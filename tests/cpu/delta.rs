@@ -112,6 +112,7 @@ impl Memory {
             layers: 1,
             kv_heads: 1,
             head_dim: 16,
+            values: Values::BesideKeys,
             blocks: 64,
             block_tokens: 16,
         };

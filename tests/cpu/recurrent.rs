@@ -28,6 +28,7 @@ fn cache(device: &mut CpuDevice, elements: usize) -> CpuCache {
         layers: 1,
         kv_heads: 1,
         head_dim: 16,
+        values: Values::BesideKeys,
     };
     let mut cache = device.allocate_cache(&shape).unwrap();
     let states = StateShape { slots: 4, elements };

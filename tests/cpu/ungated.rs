@@ -103,7 +103,7 @@ fn experts_without_a_gate_agree_with_float64() {
             .iter()
             .map(|data| spec(data, columns, hidden))
             .collect();
-        let loaded = d.load_experts(&up, &down, None).unwrap();
+        let loaded = d.load_experts(&up, &down, None, None).unwrap();
         let x = tensor(&mut d, columns, &x);
         let router = tensor(&mut d, count, &logits);
         let mut out = d.allocate(rows, columns, Precision::Full).unwrap();
