@@ -84,10 +84,10 @@ impl Sequence {
                 let a = gates[heads.value_heads + head] + f64::from(self.bias[head]);
                 let alpha = (f64::from(self.decay[head]) * a.exp().ln_1p()).exp();
                 state.iter_mut().for_each(|one| *one *= alpha);
-                for column in 0..value_dim {
+                for (column, value) in v.iter().enumerate() {
                     let at = |element: usize| element * value_dim + column;
                     let known: f64 = (0..key_dim).map(|one| k[one] * state[at(one)]).sum();
-                    let new = beta * (v[column] - known);
+                    let new = beta * (value - known);
                     (0..key_dim).for_each(|one| state[at(one)] += k[one] * new);
                     let result: f64 = (0..key_dim).map(|one| q[one] * state[at(one)]).sum();
                     out.push(result / (key_dim as f64).sqrt());
