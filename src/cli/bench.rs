@@ -52,7 +52,7 @@ pub struct BenchArgs {
 }
 
 /// Ids of the arguments for the engine in this process, which conflict with `--server`.
-const LOCAL_FLAGS: [&str; 18] = [
+const LOCAL_FLAGS: [&str; 19] = [
     "random_weights",
     "weights_format",
     "decode_prompt",
@@ -61,6 +61,7 @@ const LOCAL_FLAGS: [&str; 18] = [
     "device",
     "generation_config",
     "kv_cache_mib",
+    "state_slots",
     "max_batch_tokens",
     "context",
     "no_prefix_cache",
