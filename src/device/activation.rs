@@ -38,14 +38,6 @@ impl Activation {
 
 /// The part of a [`Device`](super::Device) that computes element-wise non-linearities.
 pub trait ActivationOps: LinearOps {
-    /// Checks that this device computes an activation, before layers with it are loaded.
-    ///
-    /// # Errors
-    /// Returns [`DeviceError::Unsupported`] if it does not.
-    fn check_activation(&self, _: Activation) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     /// Computes `out = activation(gate) · up`, where `[gate | up]` is `weight` times `x`. `gate_up`
     /// is scratch memory for `[gate | up]`: a device may leave it unused, and its contents are
     /// unspecified afterwards. The result has the same bits either way.

@@ -290,7 +290,6 @@ impl<D: Device> Loader<'_, D> {
                 activation,
                 cut,
             } => {
-                self.device.check_activation(activation)?;
                 let gate_up = self.source.gate_up(self.layer, width, activation)?;
                 let gate_up = self.device.load_linear(&gate_up.spec())?;
                 let down = self.source.down(self.layer, width)?;
@@ -308,7 +307,6 @@ impl<D: Device> Loader<'_, D> {
     }
 
     fn experts(&mut self, spec: Experts) -> Result<FeedForwardWeights<D>, ModelError> {
-        self.device.check_activation(spec.routing.activation)?;
         let router = self.source.router(self.layer, spec.count)?;
         let router = self.device.load_linear(&router.spec())?;
         let experts = (0..spec.count)
