@@ -72,7 +72,8 @@ impl ModelSource {
         };
         let rows = latent.shape.query_columns();
         let queries = self.linear(layer, &[(part, rows)], columns)?;
-        Ok(queries.permuted(|row| latent.stored_row(latent.shape.plain, row)))
+        let stored = (0..rows).map(|row| latent.stored_row(latent.shape.plain, row));
+        Ok(queries.select(&stored.collect::<Vec<_>>()))
     }
 
     /// The projection from the layer's input to the rotated part of the key, and to the latent of
@@ -84,7 +85,8 @@ impl ModelSource {
     ) -> Result<StoredLinear<'_>, ModelError> {
         let rows = latent.shape.key_columns();
         let down = self.linear(layer, &[(Part::LatentDown, rows)], self.config().hidden)?;
-        Ok(down.permuted(|row| latent.stored_row(latent.shape.latent, row)))
+        let stored = (0..rows).map(|row| latent.stored_row(latent.shape.latent, row));
+        Ok(down.select(&stored.collect::<Vec<_>>()))
     }
 
     /// What the queries of each head are multiplied with, so that their products with the latent

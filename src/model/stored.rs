@@ -46,7 +46,7 @@ impl<'a> StoredLinear<'a> {
     /// These of the rows of a layer that is stored as one part, in this order.
     pub(super) fn select(&self, rows: &[usize]) -> StoredLinear<'static> {
         let part = &self.parts[0];
-        let size = part.data.len() / part.rows;
+        let size = part.data.len() / part.rows.max(1);
         let mut data = Vec::with_capacity(rows.len() * size);
         for &row in rows {
             data.extend_from_slice(&part.data[row * size..(row + 1) * size]);
@@ -73,24 +73,6 @@ impl<'a> StoredLinear<'a> {
             self.bias = Some(bias);
         }
         self.parts.extend(other.parts);
-        self
-    }
-
-    /// The same layer with its rows in another order: `stored_row` returns which of them becomes
-    /// row `row`. The layer must have a single part, in the order in which it is stored.
-    pub(super) fn permuted(mut self, stored_row: impl Fn(usize) -> usize) -> Self {
-        for part in &mut self.parts {
-            let bytes = part.data.len() / part.rows.max(1);
-            let mut rows = Vec::with_capacity(part.data.len());
-            for row in 0..part.rows {
-                rows.extend_from_slice(&part.data[stored_row(row) * bytes..][..bytes]);
-            }
-            part.data = Cow::Owned(rows);
-        }
-        self.bias = self.bias.map(|bias| {
-            let rows = 0..bias.len();
-            rows.map(|row| bias[stored_row(row)]).collect()
-        });
         self
     }
 
