@@ -43,7 +43,8 @@ impl LatentShape {
 
     /// Returns the number of columns of a row that holds the key: its rotated part, and the latent.
     pub fn key_columns(&self) -> usize {
-        self.rotated + self.latent
+        // The sizes of a file may not be checked yet.
+        self.rotated.saturating_add(self.latent)
     }
 
     /// Returns the number of columns of a row of values.

@@ -46,6 +46,8 @@ pub struct EngineStats {
     pub preemptions: u64,
     /// Number of those preemptions that copied the blocks to host memory.
     pub swaps: u64,
+    /// Number of swapped-out requests that resumed without recomputing anything, since the start.
+    pub swaps_in: u64,
     /// Blocks of host memory that hold swapped-out KV cache blocks.
     pub swapped_blocks: usize,
     /// Prompt tokens that were looked up in the prefix cache or in a session, since the start.

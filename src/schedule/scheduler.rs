@@ -72,6 +72,8 @@ pub struct Counts {
     pub preemptions: u64,
     /// Number of preemptions that copied the blocks to host memory.
     pub swaps: u64,
+    /// Number of swapped-out sequences that resumed with these blocks.
+    pub swaps_in: u64,
     /// Prompt tokens that were looked up for reuse, since the start.
     pub prefix_queries: u64,
     /// Prompt tokens that were reused from the prefix cache, from a session or from a sequence

@@ -37,6 +37,19 @@ pub fn gguf(name: &str) -> PathBuf {
     folder.join(format!("{name}.gguf"))
 }
 
+/// Returns every tiny checkpoint, first those that are folders and then those that are GGUF files.
+pub fn checkpoints() -> Vec<PathBuf> {
+    let mut paths = Vec::new();
+    for folder in [tiny(""), gguf("").parent().unwrap().to_owned()] {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut entries: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        assert!(!entries.is_empty());
+        entries.sort();
+        paths.extend(entries);
+    }
+    paths
+}
+
 /// Reads the token ids of a reference file.
 pub fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().unwrap().iter();

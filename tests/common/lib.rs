@@ -30,6 +30,7 @@ pub mod serve;
 #[cfg(feature = "product")]
 pub mod server;
 pub mod small_model;
+pub mod ways;
 
 /// Path of the repository.
 pub fn root() -> PathBuf {

@@ -20,3 +20,4 @@ mod rope;
 mod rowwise;
 mod sampling;
 mod smollm2;
+mod ways;

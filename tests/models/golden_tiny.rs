@@ -2,7 +2,7 @@
 
 use common::golden;
 use common::golden::{Tolerance, tiny, tiny_cases};
-use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, Request, SamplingParams, SimdLevel};
+use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
 
 fn check(name: &str) {
     // The rule for float32 activations must hold on every instruction set of the machine.
@@ -42,45 +42,6 @@ fn check(name: &str) {
         ran += 1;
     }
     assert!(ran >= 2);
-}
-
-/// The log probabilities that an engine reports for a prompt and twelve greedy tokens after it.
-fn logprobs(name: &str, chunk: usize) -> Vec<(u32, u32)> {
-    let config = EngineConfig {
-        max_batch_tokens: Some(chunk),
-        kv_cache_bytes: Some(8 << 20),
-        audit: true,
-        ..EngineConfig::default()
-    };
-    let engine = Engine::load_with(tiny(name), config, LoadOptions::cpu()).unwrap();
-    let prompt = tiny_cases(name).pop().unwrap().prompt;
-    assert_eq!(prompt.len(), 70);
-    let sampling = SamplingParams {
-        logprobs: Some(8),
-        ..SamplingParams::greedy()
-    };
-    let mut request = Request::new(prompt).max_tokens(12).sampling(sampling);
-    request.ignore_eos = true;
-    let done = engine.generate(request).unwrap().complete_blocking();
-    let tokens = done.unwrap().tokens;
-    assert_eq!(tokens.len(), 12);
-    let top = tokens.iter().flat_map(|token| token.top.iter());
-    top.map(|(id, logprob)| (*id, logprob.to_bits())).collect()
-}
-
-#[test]
-fn chunks_of_a_prompt_change_no_bit_of_any_checkpoint() {
-    let folders = std::fs::read_dir(tiny("")).unwrap();
-    for folder in folders {
-        let name = folder.unwrap().file_name().into_string().unwrap();
-        let whole = logprobs(&name, 128);
-        for chunk in [1, 7, 16, 64] {
-            assert!(
-                logprobs(&name, chunk) == whole,
-                "{name} in chunks of {chunk}"
-            );
-        }
-    }
 }
 
 macro_rules! golden {

@@ -9,3 +9,4 @@ mod latent;
 mod model_files;
 mod random_weights;
 mod tokenizer;
+mod ways;

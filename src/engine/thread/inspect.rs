@@ -31,6 +31,7 @@ impl SchedulerThread {
             closing: self.ledger.closing_accounts(),
             preemptions: counts.preemptions,
             swaps: counts.swaps,
+            swaps_in: counts.swaps_in,
             swapped_blocks: counts.swapped_blocks,
             prefix_queries: counts.prefix_queries,
             prefix_hits: counts.prefix_hits,

@@ -399,6 +399,11 @@ mod tests {
         for (changes, message) in [
             (json!({"kv_lora_rank": null}), "kv_lora_rank is null"),
             (json!({"kv_lora_rank": 0}), "kv_lora_rank is 0"),
+            (json!({"kv_lora_rank": u64::MAX}), "kv_lora_rank is 184"),
+            (
+                json!({"qk_rope_head_dim": u64::MAX}),
+                "qk_rope_head_dim is 184",
+            ),
             (json!({"q_lora_rank": 0}), "q_lora_rank is 0"),
             (json!({"qk_rope_head_dim": 63}), "qk_rope_head_dim is 63"),
             (json!({"qk_nope_head_dim": 1 << 20}), "qk_nope_head_dim is"),

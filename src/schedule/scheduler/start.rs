@@ -230,6 +230,7 @@ impl Scheduler {
             sequence.written_tokens = sequence.written_tokens.min(from - from % size);
         }
         if let Some(swapped) = sequence.swapped.take() {
+            self.totals.swaps_in += 1;
             let needed = self.cache.blocks_for(known)..self.cache.blocks_for(swapped.tokens);
             let mut host = swapped.blocks.iter();
             for (group, &first) in swapped.first.iter().enumerate() {

@@ -321,6 +321,7 @@ fn a_swapped_out_sequence_resumes_where_it_stopped() {
     let rest: Vec<_> = out[at / 4..].iter().map(|(_, host)| *host).collect();
     assert_eq!(back, rest);
     assert_eq!(bench.scheduler.counts().swapped_blocks, 0);
+    assert_eq!(bench.scheduler.counts().swaps_in, 1);
 }
 
 /// I4: blocks that are being copied to the host are not reallocated before the step completes.
