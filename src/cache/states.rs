@@ -276,8 +276,8 @@ impl BlockCache {
         self.states.is_none() || tokens == 0 || table.states.kept_at(tokens).is_some()
     }
 
-    /// Chooses the slots for the rows of step `step` that compute the tokens in `rows`, and
-    /// allocates those that are missing. `wanted` is the number of tokens after which a snapshot
+    /// Chooses the slots for the rows of a step that compute the tokens in `rows`, and allocates
+    /// those that are missing. `wanted` is the number of tokens after which a snapshot
     /// should be taken; it is taken only if a slot is left. Returns `None` if no layer is
     /// recurrent, or if there is no slot at all, which [`BlockCache::has_slot`] must rule out
     /// before a sequence starts.

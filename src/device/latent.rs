@@ -51,6 +51,23 @@ impl LatentShape {
     pub fn value_columns(&self) -> usize {
         self.heads * self.value
     }
+
+    /// Checks the weights by which the plain parts of queries are multiplied, of so many heads and
+    /// this size, and the length of the norm of the latents. The error says what does not fit.
+    pub fn check_weights(
+        &self,
+        heads: usize,
+        (inputs, outputs): (usize, usize),
+        norm: usize,
+    ) -> Result<(), String> {
+        let found = (heads, inputs, outputs, norm);
+        if found == (self.heads, self.plain, self.latent, self.latent) {
+            return Ok(());
+        }
+        Err(format!(
+            "{heads} heads of {outputs} × {inputs} weights and a norm of {norm} do not fit {self:?}"
+        ))
+    }
 }
 
 /// The latents of the rows of a step, and what is done to them.

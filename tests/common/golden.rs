@@ -129,11 +129,6 @@ pub fn transformers_error(name: &str, dtype: &str) -> f32 {
     error.and_then(Value::as_f64).unwrap() as f32
 }
 
-/// Returns the mean of these errors, which the newer checkpoints have.
-pub fn transformers_mean_error(name: &str, dtype: &str) -> f32 {
-    transformers_errors(name, dtype)["mean"].as_f64().unwrap() as f32
-}
-
 fn transformers_errors(name: &str, dtype: &str) -> Value {
     let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();

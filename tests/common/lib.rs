@@ -7,6 +7,7 @@ pub mod api;
 #[cfg(feature = "product")]
 pub mod browser;
 pub mod clients;
+pub mod conditioning;
 pub mod cpu;
 pub mod experts;
 pub mod gguf_writer;

@@ -2,7 +2,7 @@
 //! ARCHITECTURE.md for each type of activations.
 
 use common::golden::{Tolerance, gguf, tiny, tiny_cases};
-use common::{golden, gpu};
+use common::{conditioning, golden, gpu};
 use quell::{
     CudaActivations, CudaOptions, DeviceChoice, DeviceError, Engine, EngineConfig, LoadError,
     LoadOptions,
@@ -81,51 +81,54 @@ fn float16(name: &str) {
     check(name, CudaActivations::F16, tolerance);
 }
 
-/// Checks a mixture of experts with two experts that are nearly equal for some token: rounding
-/// decides which of them it goes to, and all tokens after it differ. The others must agree.
-fn float16_up_to_ties(name: &str) {
-    let _gpu = gpu::lock();
-    let engine = load(&tiny(name), CudaActivations::F16);
-    let mut agreeing = 0;
-    for case in tiny_cases(name) {
-        let errors = golden::teacher_forced_errors(&engine, &case, 512);
-        assert_eq!(errors.len(), 12 * 5);
-        let worst = errors.iter().copied().fold(0.0, f32::max);
-        let mean = errors.iter().sum::<f32>() / errors.len() as f32;
-        let near = errors.iter().filter(|error| **error <= 0.08).count();
-        let tokens = case.prompt.len();
-        println!("{name}, {tokens} tokens: {near} of 60 within 0.08, mean {mean}, max {worst}");
-        agreeing += usize::from(worst <= 0.08);
-    }
-    assert!(agreeing >= 3, "{name}: {agreeing} of 4 prompts agree");
-}
-
-/// Checks a mixture of experts whose routers make much of small differences, so that single
-/// errors are large: the mean may be twice that of transformers in float16, and one error of
-/// twenty may be above what is allowed elsewhere.
-fn check_mean(name: &str, path: &Path) {
+/// Checks a checkpoint for which 0.08 cannot hold, because rounding decides in some steps: which
+/// of two nearly equal experts computes a token, or what the norm makes of a nearly vanishing
+/// result. How much the steps depend on such decisions is measured in float32: small changes of
+/// the weights, no larger than what rounding to float16 changes of a number, may change each step
+/// half as much as float16 does, and all together nearly as much.
+fn check_conditioned(name: &str, path: &Path) {
+    let conditioning = conditioning::measure(name);
     let _gpu = gpu::lock();
     let engine = load(path, CudaActivations::F16);
     let cases = tiny_cases(name);
-    let errors = cases
+    let steps = cases
         .iter()
-        .flat_map(|case| golden::teacher_forced_errors(&engine, case, 512));
-    let errors: Vec<f32> = errors.collect();
-    assert_eq!(errors.len(), 4 * 12 * 5);
-    let mean = errors.iter().sum::<f32>() / errors.len() as f32;
-    let largest = 2.0 * golden::transformers_mean_error(name, "float16");
-    let far = errors.iter().filter(|error| **error > 0.08).count();
-    println!("{name}: {far} of 240 above 0.08, mean {mean} of {largest}");
-    assert!(mean <= largest, "{name}: the mean error is {mean}");
-    assert!(far <= 12, "{name}: {far} errors are above 0.08");
+        .flat_map(|case| conditioning::step_errors(&engine, case));
+    let steps: Vec<Vec<f32>> = steps.collect();
+    assert_eq!(steps.len(), 4 * 12);
+    assert_eq!(conditioning.steps.len(), steps.len());
+
+    let mut most = 0.0f32;
+    for (index, (errors, change)) in steps.iter().zip(&conditioning.steps).enumerate() {
+        let (case, step) = (index / 12, index % 12);
+        assert_eq!(errors.len(), 5);
+        let worst = errors.iter().copied().fold(0.0, f32::max);
+        if worst > 0.08 {
+            println!("{name}, case {case}, step {step}: {worst}, small changes make {change}");
+        }
+        assert!(
+            worst <= 2.0 * change,
+            "{name}, case {case}, step {step}: error {worst}, but small changes make {change}"
+        );
+        most = most.max(worst / change);
+    }
+    let median = conditioning::median(steps.concat());
+    let of_changes = conditioning.median;
+    println!("{name}: at most {most} of the change of a step, median {median} of {of_changes}");
+    assert!(median <= 1.25 * of_changes, "{name}: median error {median}");
+    // The others are judged by a tolerance that is narrower than usual.
+    let strict = conditioning.steps.iter();
+    let strict = strict.filter(|change| 2.0 * *change <= 0.08).count();
+    println!("{name}: {strict} of 48 steps may be off by less than 0.08");
+    assert!(strict >= 10, "{name}: {strict} steps");
 }
 
-fn float16_mean(name: &str) {
-    check_mean(name, &tiny(name));
+fn float16_as_conditioned(name: &str) {
+    check_conditioned(name, &tiny(name));
 }
 
-fn gguf_mean(name: &str) {
-    check_mean(name, &gguf(name));
+fn gguf_as_conditioned(name: &str) {
+    check_conditioned(name, &gguf(name));
 }
 
 fn gguf_in_float16(name: &str) {
@@ -192,7 +195,7 @@ golden! {
     olmo3_as_gguf_agrees_in_float16: gguf_in_float16 "olmo3",
     seed_oss_as_gguf_agrees_in_float16: gguf_in_float16 "seed-oss",
     smollm3_as_gguf_agrees_in_float16: gguf_in_float16 "smollm3",
-    gpt_oss_agrees_in_float16: float16_up_to_ties "gpt-oss",
+    gpt_oss_agrees_in_float16: float16_as_conditioned "gpt-oss",
     glm4_moe_agrees_in_float16: float16 "glm4-moe",
     minimax_m2_agrees_in_float16: float16 "minimax-m2",
     llama4_agrees_in_float16: float16 "llama4",
@@ -202,9 +205,9 @@ golden! {
     deepseek_v3_as_gguf_agrees_in_float16: gguf_in_float16 "deepseek-v3",
     glm4_moe_lite_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe-lite",
     glm4_moe_as_gguf_agrees_in_float16: gguf_in_float16 "glm4-moe",
-    qwen3_next_agrees_in_float16: float16_mean "qwen3-next",
+    qwen3_next_agrees_in_float16: float16_as_conditioned "qwen3-next",
     qwen3_5_agrees_in_float16: float16 "qwen3.5",
-    qwen3_5_moe_agrees_in_float16: float16_mean "qwen3.5-moe",
+    qwen3_5_moe_agrees_in_float16: float16_as_conditioned "qwen3.5-moe",
     qwen3_5_with_vision_agrees_in_float16: float16 "qwen3.5-nested",
     qwen3_5_agrees_in_bfloat16: bfloat16 "qwen3.5",
     lfm2_agrees_in_bfloat16: bfloat16 "lfm2",
@@ -216,7 +219,7 @@ golden! {
     lfm2_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2",
     lfm2_moe_as_gguf_agrees_in_float16: gguf_in_float16 "lfm2-moe",
     granite_hybrid_as_gguf_agrees_in_float16: gguf_in_float16 "granite-hybrid",
-    qwen3_next_as_gguf_agrees_in_float16: gguf_mean "qwen3-next",
+    qwen3_next_as_gguf_agrees_in_float16: gguf_as_conditioned "qwen3-next",
     qwen3_5_as_gguf_agrees_in_float16: gguf_in_float16 "qwen3.5",
-    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_mean "qwen3.5-moe",
+    qwen3_5_moe_as_gguf_agrees_in_float16: gguf_as_conditioned "qwen3.5-moe",
 }

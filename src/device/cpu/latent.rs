@@ -1,7 +1,7 @@
 //! The products of latent attention with the weights of each head.
 
 use super::CpuDevice;
-use super::error::require;
+use super::error::{require, require_ok};
 use super::linear::CpuLinear;
 use super::norm::RmsNorm;
 use super::tensor::{CpuTensor, require_shape};
@@ -98,18 +98,9 @@ impl LatentOps for CpuDevice {
         require_shape(NAME, "the keys", keys, (rows, key))?;
         let columns = shape.heads().qkv_columns();
         require_shape(NAME, "the result", qkv, (rows, columns))?;
-        let fits = absorbed.heads.len() == shape.heads
-            && (absorbed.inputs, absorbed.outputs) == (shape.plain, shape.latent)
-            && norm.values().len() == shape.latent;
-        require(fits, NAME, || {
-            format!(
-                "{} heads of {} × {} weights and a norm of {} do not fit {shape:?}",
-                absorbed.heads.len(),
-                absorbed.outputs,
-                absorbed.inputs,
-                norm.values().len()
-            )
-        })?;
+        let size = (absorbed.inputs, absorbed.outputs);
+        let heads = absorbed.heads.len();
+        require_ok(NAME, shape.check_weights(heads, size, norm.values().len()))?;
         let plain = Places {
             first: shape.rotated,
             stride: query,

@@ -3,7 +3,7 @@
 
 use super::CudaDevice;
 use super::cache::{CudaCache, LARGEST_KEY, require_heads};
-use super::error::{failed, require, unsupported};
+use super::error::{failed, require, require_ok, unsupported};
 use super::launch::{Grid, kernels, row_grid};
 use super::load;
 use super::memory::Ptr;
@@ -134,21 +134,13 @@ impl LatentOps for CudaDevice {
         let columns = shape.heads().qkv_columns();
         require_shape(NAME, "the result", qkv, (rows, columns), activation)?;
         let weights = &absorbed.0;
-        let fits = weights.matrices == shape.heads
-            && (weights.inputs, weights.outputs) == (shape.plain, shape.latent)
-            && norm.length() == shape.latent
-            && [shape.rotated, shape.plain, shape.latent]
-                .iter()
-                .all(|size| size.is_multiple_of(2));
-        require(fits, NAME, || {
-            format!(
-                "{} heads of {} × {} weights and a norm of {} do not fit {shape:?}, whose sizes \
-                 must be even",
-                weights.matrices,
-                weights.outputs,
-                weights.inputs,
-                norm.length()
-            )
+        let size = (weights.inputs, weights.outputs);
+        let checked = shape.check_weights(weights.matrices, size, norm.length());
+        require_ok(NAME, checked)?;
+        let sizes = [shape.rotated, shape.plain, shape.latent];
+        let are_even = sizes.iter().all(|size| size.is_multiple_of(2));
+        require(are_even, NAME, || {
+            format!("the sizes of {shape:?} must be even")
         })?;
         let from = Places {
             row: query,

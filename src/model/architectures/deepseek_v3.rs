@@ -3,7 +3,7 @@
 
 use super::deepseek_v2::{LATENT, LatentClass, leading, read_latent, require_text, shared};
 use super::{Architecture, Hyperparameters, ModelError, Storage, llama};
-use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
+use crate::device::{Activation, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::Experts;
 
@@ -41,6 +41,37 @@ pub(super) struct ExpertClass {
     pub(super) top_groups: usize,
 }
 
+impl ExpertClass {
+    /// The mixture of experts with a sigmoid router that a configuration describes, without a
+    /// dense part beside it.
+    pub(super) fn read(
+        &self,
+        config: &Config<'_>,
+        activation: Activation,
+    ) -> Result<Experts, ModelError> {
+        let settings = config.settings;
+        Ok(Experts {
+            count: settings.size_or("n_routed_experts", self.count)?,
+            width: settings.size_or("moe_intermediate_size", self.width)?,
+            routing: RoutingSpec {
+                top_k: settings.size_or("num_experts_per_tok", self.top_k)?,
+                score: RouterScore::Sigmoid(SigmoidRouting {
+                    scale: settings.positive_or("routed_scaling_factor", self.scale)?,
+                    groups: settings.size_or("n_group", self.groups)?,
+                    top_groups: settings.size_or("topk_group", self.top_groups)?,
+                    scales_input: false,
+                }),
+                normalize: settings.flag("norm_topk_prob")?.unwrap_or(true),
+                activation,
+            },
+            has_corrections: true,
+            shared: None,
+            has_shared_gate: false,
+            has_own_norms: false,
+        })
+    }
+}
+
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let class = ExpertClass {
         count: 256,
@@ -70,25 +101,10 @@ pub(super) fn read_sigmoid(
     require_text(settings, "topk_method", "noaux_tc")?;
     let is_interleaved = settings.flag("rope_interleave")?.unwrap_or(true);
     let numbers = read_latent(config, latent, is_interleaved)?;
-    let width = settings.size_or("moe_intermediate_size", class.width)?;
+    let experts = class.read(config, numbers.activation)?;
     let experts = Experts {
-        count: settings.size_or("n_routed_experts", class.count)?,
-        width,
-        routing: RoutingSpec {
-            top_k: settings.size_or("num_experts_per_tok", class.top_k)?,
-            score: RouterScore::Sigmoid(SigmoidRouting {
-                scale: settings.positive_or("routed_scaling_factor", class.scale)?,
-                groups: settings.size_or("n_group", class.groups)?,
-                top_groups: settings.size_or("topk_group", class.top_groups)?,
-                scales_input: false,
-            }),
-            normalize: settings.flag("norm_topk_prob")?.unwrap_or(true),
-            activation: numbers.activation,
-        },
-        has_corrections: true,
-        has_shared_gate: false,
-        has_own_norms: false,
-        shared: shared(width, settings.size_or("n_shared_experts", 1)?),
+        shared: shared(experts.width, settings.size_or("n_shared_experts", 1)?),
+        ..experts
     };
     Ok(Hyperparameters {
         experts: Some(experts),

@@ -1,10 +1,11 @@
 //! GLM-4.5 to 4.7: a mixture of experts with a sigmoid router and a shared expert, after some dense
 //! layers; RoPE on half of each head.
 
+use super::deepseek_v2::shared;
+use super::deepseek_v3::ExpertClass;
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, qwen3, seed_oss,
 };
-use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
@@ -50,26 +51,18 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
-    let width = settings.size_or("moe_intermediate_size", 1408)?;
-    let shared = settings.size_or("n_shared_experts", 1)?;
+    let class = ExpertClass {
+        count: 128,
+        width: 1408,
+        top_k: 8,
+        scale: 1.0,
+        groups: 1,
+        top_groups: 1,
+    };
+    let experts = class.read(config, common.activation)?;
     let experts = Experts {
-        count: settings.size_or("n_routed_experts", 128)?,
-        width,
-        routing: RoutingSpec {
-            top_k: settings.size_or("num_experts_per_tok", 8)?,
-            score: RouterScore::Sigmoid(SigmoidRouting {
-                scale: settings.positive_or("routed_scaling_factor", 1.0)?,
-                groups: settings.size_or("n_group", 1)?,
-                top_groups: settings.size_or("topk_group", 1)?,
-                scales_input: false,
-            }),
-            normalize: settings.flag("norm_topk_prob")?.unwrap_or(true),
-            activation: common.activation,
-        },
-        has_corrections: true,
-        shared: (shared > 0).then_some(width.saturating_mul(shared)),
-        has_shared_gate: false,
-        has_own_norms: false,
+        shared: shared(experts.width, settings.size_or("n_shared_experts", 1)?),
+        ..experts
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
     Ok(Hyperparameters {

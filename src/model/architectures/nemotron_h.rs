@@ -1,10 +1,11 @@
 //! Nemotron-H, and Nemotron 3 with a mixture of experts: each layer is only a Mamba-2 recurrence,
 //! only attention without RoPE, or only a feed-forward part, whose activation has no gate.
 
+use super::deepseek_v3::ExpertClass;
 use super::{
     Architecture, FinalNorm, Hyperparameters, ModelError, Storage, granitemoehybrid, llama,
 };
-use crate::device::{Activation, Mamba2Spec, RouterScore, RoutingSpec, SigmoidRouting};
+use crate::device::{Activation, Mamba2Spec};
 use crate::model::Biases;
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::{Experts, Mamba2, Mixer};
@@ -208,24 +209,17 @@ fn step_limits(config: &Config<'_>) -> Result<[f32; 2], ModelError> {
 fn experts(config: &Config<'_>) -> Result<Experts, ModelError> {
     let settings = config.settings;
     let shared = settings.size_or("moe_shared_expert_intermediate_size", 7688)?;
+    let class = ExpertClass {
+        count: 8,
+        width: 7688,
+        top_k: 2,
+        scale: 1.0,
+        groups: 1,
+        top_groups: 1,
+    };
     Ok(Experts {
-        count: settings.size_or("n_routed_experts", 8)?,
-        width: settings.size_or("moe_intermediate_size", 7688)?,
-        routing: RoutingSpec {
-            top_k: settings.size_or("num_experts_per_tok", 2)?,
-            score: RouterScore::Sigmoid(SigmoidRouting {
-                scale: settings.positive_or("routed_scaling_factor", 1.0)?,
-                groups: settings.size_or("n_group", 1)?,
-                top_groups: settings.size_or("topk_group", 1)?,
-                scales_input: false,
-            }),
-            normalize: settings.flag("norm_topk_prob")?.unwrap_or(true),
-            activation: CLASS.activation,
-        },
-        has_corrections: true,
         shared: Some(shared),
-        has_shared_gate: false,
-        has_own_norms: false,
+        ..class.read(config, CLASS.activation)?
     })
 }
 

@@ -91,6 +91,18 @@ impl<D: Device> StreamWeights<D> {
     }
 }
 
+/// Loads the matrix of one part of a layer.
+fn load_linear<D: Device>(
+    source: &ModelSource,
+    device: &mut D,
+    layer: usize,
+    part: (Part, usize),
+    columns: usize,
+) -> Result<D::Linear, ModelError> {
+    let stored = source.linear(layer, &[part], columns)?;
+    Ok(device.load_linear(&stored.spec())?)
+}
+
 /// What a layer predicts and corrects the streams with.
 pub(super) struct LayerStreams<D: Device> {
     spec: Streams,
@@ -116,10 +128,8 @@ impl<D: Device> LayerStreams<D> {
             return Ok(None);
         };
         let (count, hidden) = (spec.count, config.hidden);
-        let mut linear = |part: Part, rows: usize, columns: usize| {
-            let stored = source.linear(layer, &[(part, rows)], columns)?;
-            Ok::<_, ModelError>(device.load_linear(&stored.spec())?)
-        };
+        let mut linear =
+            |part, rows, columns| load_linear(source, device, layer, (part, rows), columns);
         let router = linear(Part::StreamRouter, count, hidden)?;
         let prediction = linear(Part::StreamPrediction, count * count, count)?;
         let correction = linear(Part::StreamCorrection, count, count)?;
@@ -249,10 +259,8 @@ impl<D: Device> SidePath<D> {
             return Ok(None);
         };
         let hidden = config.hidden;
-        let mut linear = |part: Part, rows: usize, columns: usize| {
-            let stored = source.linear(layer, &[(part, rows)], columns)?;
-            Ok::<_, ModelError>(device.load_linear(&stored.spec())?)
-        };
+        let mut linear =
+            |part, rows, columns| load_linear(source, device, layer, (part, rows), columns);
         let left = linear(Part::SideLeft, rank, hidden)?;
         let right = linear(Part::SideRight, hidden, rank)?;
         let norm = source.norm(layer, Part::SideNorm, hidden)?;
