@@ -383,8 +383,8 @@ mod tests {
             [None, Some(6), Some(6), Some(6), Some(5)]
         );
         assert_eq!(model.dense_widths(), [[128, 256], [256, 512]]);
-        let parts = model.parts();
-        assert!(parts.shared_caches && parts.uneven_heads && parts.layer_scales);
+        assert_ne!(model.layers[0].heads(), model.layers[5].heads());
+        assert!(model.layers.iter().all(|layer| layer.has_scale));
     }
 
     #[test]

@@ -341,7 +341,9 @@ fn attention(image: &str, seed: Option<u64>) -> Result<Vec<u16>, Fault> {
     ];
     parameters.extend([Argument::Pointer(0); 4]);
     parameters.extend([Argument::F32(0.0), Argument::U32(0), Argument::U32(0)]);
-    parameters.extend([q_heads, 1, tokens].map(|number| Argument::U32(number as u32)));
+    let (columns, block_vectors) = ((q_heads + 2) * head_dim, tokens * head_dim / 8);
+    let sizes = [q_heads, 1, columns, tokens, block_vectors];
+    parameters.extend(sizes.map(|number| Argument::U32(number as u32)));
     parameters.extend([Argument::F32(0.37), Argument::F32(0.0)]);
     parameters.extend([Argument::U32(0); 2]);
     let launch = Launch {
