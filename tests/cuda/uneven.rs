@@ -217,7 +217,7 @@ fn chunks_and_replayed_steps_give_a_model_the_same_bits() {
         chunks_change_no_bit_of_a_model(&mut || device(CudaActivations::F16), name);
         if !gpu::is_real() {
             let replayed = gpu.statistic("graph_launches") - before;
-            assert!(replayed > 100, "{name}: {replayed} steps were replayed");
+            assert!(replayed > 10, "{name}: {replayed} steps were replayed");
         }
     }
 }
