@@ -536,7 +536,7 @@ fn units_that_are_merged_in_another_order_change_bits() {
         let index = line.split(", ").nth(1).unwrap();
         format!("xor.b32 {index}, {index}, 1;\n{line}")
     };
-    let nth = 7;
+    let nth = 6;
     let image = with_bug("attention", "attend_decode_hd16", nth, is_place, neighbour);
     let found = outcome(same_attention(&image, false));
     assert_eq!(found, Err("wrong result".to_owned()));
