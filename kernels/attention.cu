@@ -12,13 +12,16 @@
 template <int HEAD>
 constexpr u32 DECODE_SLOTS = HEAD <= 64 ? 8 : HEAD <= 128 ? 4 : 2;
 template <int HEAD>
-constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<HEAD>;
+constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<COLUMNS<HEAD>>;
 
 // What a warp of the decode kernel copies: the granules of a unit, tile by tile, of each
-// first two of keys (parts 0 and 1), then two of values.
+// first two of keys, all pieces of one before the other, then a piece of two of values.
 template <int HEAD>
 struct DecodeCopies {
-    const T *k_cache, *v_cache;
+    static constexpr u32 KEY_PARTS = 2 * PIECES<HEAD>, PARTS = KEY_PARTS + 2;
+    const T *k_cache;
+    // The piece of the first value.
+    const T *v_cache;
     // In shared memory.
     u32 ring;
     // The unit's number and where its granules begin; see `Pages::locate`.
@@ -30,9 +33,10 @@ struct DecodeCopies {
     // copies in any case.
     INLINE void start(u32 tile, u32 part) const {
         if (tile < end_tile) {
-            const u32 granule = tile * 2 + part % 2;
+            const bool keys = part < KEY_PARTS;
+            const u32 granule = tile * 2 + (keys ? part / PIECES<HEAD> : part - KEY_PARTS);
             const u32 first = __shfl_sync(FULL_WARP, rows, granule);
-            const T* cache = part < 2 ? k_cache : v_cache;
+            const T* cache = keys ? k_cache + part % PIECES<HEAD> * COLUMNS<HEAD> : v_cache;
             copy_rows<HEAD, 32, GRANULE>(
                 at(tile, part), cache, first, 0, lane_id(), unit * UNIT + granule * GRANULE, sight
             );
@@ -41,13 +45,13 @@ struct DecodeCopies {
     }
 
     INLINE u32 at(u32 tile, u32 part) const {
-        return ring + (tile * 4 + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
+        return ring + (tile * PARTS + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     }
 
     // Starts all that there is room for but one.
     INLINE void begin(u32 tile) const {
 #pragma unroll 1
-        for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) start(tile + part / 4, part % 4);
+        for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) start(tile + part / PARTS, part % PARTS);
     }
 
     // Waits until a part of a tile is there, and starts the one that takes the place of the
@@ -56,7 +60,7 @@ struct DecodeCopies {
         constexpr u32 ahead = DECODE_SLOTS<HEAD> - 1;
         copy_async_wait<int(ahead) - 1>();
         __syncwarp();
-        start(tile + (part + ahead) / 4, (part + ahead) % 4);
+        start(tile + (part + ahead) / PARTS, (part + ahead) % PARTS);
         return at(tile, part);
     }
 };
@@ -71,10 +75,11 @@ struct NewRow {
 };
 
 // The heads of a row that a block needs: `queries` of them from head `first_query` on, the key and the
-// value of a key-value head, and whether these two are to be stored.
+// value of a key-value head, whose heads are numbers `key` and `value`, and whether these two are to be
+// stored.
 struct NewHeads {
     const T* row;
-    u32 first_query, queries, q_heads, stores;
+    u32 first_query, queries, key, value, stores;
 };
 
 // Puts the queries into shared memory, `head_dim + 8` elements apart, and the key and the value at
@@ -86,19 +91,16 @@ __device__ __noinline__ void prepare_heads(
 #pragma unroll 1
     for (u32 index = warp_id(); index < heads.queries + 2 * heads.stores; index += WARPS) {
         const bool query = index < heads.queries, key = index == heads.queries;
-        const u32 head = query ? heads.first_query + index : heads.q_heads + pages.kv_head + (key ? 0 : pages.kv_heads);
+        const u32 head = query ? heads.first_query + index : key ? heads.key : heads.value;
         const T* const row = heads.row + head * head_dim;
         T* const to = query ? shared_queries + index * (head_dim + 8)
-                            : (key ? k_cache : v_cache) + u64(pages.row_of(position)) * head_dim;
+                            : (key ? k_cache : v_cache) + u64(pages.vector_of(position)) * VECTOR;
         if (new_row.angles == nullptr || !(query || key)) {
-#pragma unroll 1
-            for (u32 column = lane_id() * 2; column < head_dim; column += 64) {
-                *reinterpret_cast<T2*>(to + column) = *reinterpret_cast<const T2*>(row + column);
-            }
+            copy_head(to, row, !query && (new_row.norm_mode & NORM_VALUES) != 0, new_row.epsilon, head_dim);
             continue;
         }
         Norm norm = {nullptr, 1.0f};
-        if (new_row.norm_mode == NORM_HEADS) {
+        if ((new_row.norm_mode & NORM_HEADS) != 0) {
             norm = norm_of_head(row, query ? new_row.q_norm : new_row.k_norm, new_row.epsilon, head_dim);
         }
         rotate(row, norm, angles, new_row.rotary_dim, head_dim, [&](u32 column, float2 x) {
@@ -107,8 +109,9 @@ __device__ __noinline__ void prepare_heads(
     }
 }
 
-// What a block of the decode kernel does, in a grid of (any, kv_heads · ceil(group / 16), listed
-// sequences). An entry of the list is {sequence, where its units begin among all partial results}.
+// What a block of the decode kernel does, in a grid of (any, kv_heads · ceil(group / 16) · pieces,
+// listed sequences). An entry of the list is {sequence, where its units begin among all partial
+// results}.
 struct DecodeBlock {
     // Of the sequence.
     u32 first_row, length, origin, first_partial;
@@ -118,9 +121,11 @@ struct DecodeBlock {
     u32 first_unit, units, blocks;
     // The key-value head and the query heads of its group.
     u32 kv_head, first_head, heads;
+    // The first of the columns of the results that it computes.
+    u32 first_column;
 
     INLINE DecodeBlock(
-        const uint2* decode_list, const uint4* sequences, u32 q_heads, u32 kv_heads, u32 window, u32 chunks
+        const uint2* decode_list, const uint4* sequences, u32 q_heads, u32 kv_heads, u32 window, u32 chunks, u32 pieces
     ) {
         const uint2 listed = decode_list[blockIdx.z];
         const uint4 sequence = sequences[listed.x];
@@ -129,8 +134,9 @@ struct DecodeBlock {
         first_unit = sight.begin / UNIT, units = (sight.end + UNIT - 1) / UNIT - first_unit;
         blocks = max(min((units + WARPS - 1) / WARPS, gridDim.x), 1);
         const u32 group = q_heads / kv_heads, tiles = (group + WARP_ROWS - 1) / WARP_ROWS;
-        const u32 first_in_group = blockIdx.y % tiles * WARP_ROWS;
-        kv_head = blockIdx.y / tiles, first_head = kv_head * group + first_in_group;
+        const u32 tile = blockIdx.y / pieces, first_in_group = tile % tiles * WARP_ROWS;
+        first_column = blockIdx.y % pieces * MOST_COLUMNS;
+        kv_head = tile / tiles, first_head = kv_head * group + first_in_group;
         heads = min(group - first_in_group, WARP_ROWS);
     }
 };
@@ -148,8 +154,9 @@ __device__ __noinline__ void merge_units(
     u32 shared
 ) {
     __shared__ u32 arrived;
-    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks);
-    const u32 units = block.units;
+    const u32 pieces = (head_dim + MOST_COLUMNS - 1) / MOST_COLUMNS;
+    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks, pieces);
+    const u32 units = block.units, end_column = min(head_dim, block.first_column + MOST_COLUMNS);
     if (block.blocks > 1) {
         if (!is_last_to_arrive(arrivals + blockIdx.z * gridDim.y + blockIdx.y, block.blocks, &arrived)) return;
     } else {
@@ -164,7 +171,7 @@ __device__ __noinline__ void merge_units(
 #pragma unroll 1
     for (u32 head = block.first_head + warp_id(); head < block.first_head + block.heads; head += WARPS) {
 #pragma unroll 1
-        for (u32 column = place; column - place < head_dim; column += ACROSS) {
+        for (u32 column = block.first_column + place; column - place < end_column; column += ACROSS) {
             // Each lane has four columns, if there are so many.
             const bool any = place < width;
             float largest, sum, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -230,20 +237,23 @@ template <int HEAD>
 INLINE void attend_decode(
     T* out, float* partial_out, float2* partial_stats, u32* arrivals, const T* qkv, T* k_cache, T* v_cache,
     const u32* tables, const uint4* sequences, const uint2* decode_list, const float* sinks, NewRow new_row,
-    u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window, u32 chunks
+    u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens, u32 block_vectors, float scale, float softcap, u32 window,
+    u32 chunks
 ) {
     extern __shared__ __align__(16) u8 shared[];
     // The inputs of the step and the blocks that its tokens see, except for the newest key and value,
     // were written before the kernel before this one began.
-    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks);
+    const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks, PIECES<HEAD>);
     const u32 units = block.units, heads = block.heads;
     const Sight sight = block.sight;
-    const Pages pages = {tables, block.origin, block_tokens, kv_heads, block.kv_head};
+    const Pages pages = {tables, block.origin, block_tokens, block_vectors, HEAD / VECTOR};
+    k_cache += block.kv_head * block_tokens * HEAD;
+    v_cache += block.kv_head * block_tokens * HEAD;
     u32 index = blockIdx.x * WARPS + warp_id();
     if (index < units) {
         const u32 granule = pages.locate(block.first_unit + index, sight);
         const T* cache = lane_id() < UNIT_GRANULES ? k_cache : v_cache;
-        if (granule != 0 && lane_id() < 2 * UNIT_GRANULES) prefetch(cache + u64(granule) * HEAD, GRANULE * HEAD * sizeof(T));
+        if (granule != 0 && lane_id() < 2 * UNIT_GRANULES) prefetch(cache + u64(granule) * VECTOR, GRANULE * HEAD * sizeof(T));
     }
     wait_for_kernels_before();
     if (blockIdx.x >= block.blocks) return;
@@ -254,9 +264,10 @@ INLINE void attend_decode(
         // The block that reads the newest key stores it. If the group has several tiles, a block of
         // each does, and they store the same.
         const bool stores = new_row.angles != nullptr && (units - 1) / WARPS % gridDim.x == blockIdx.x;
-        const T* const row = qkv + u64(block.first_row) * (q_heads + 2 * kv_heads) * HEAD;
-        prepare_heads(shared_queries, k_cache, v_cache, {row, block.first_head, heads, q_heads, stores}, new_row, pages,
-                      block.length - 1, HEAD);
+        const T* const row = qkv + u64(block.first_row) * columns;
+        const u32 key = q_heads + block.kv_head;
+        prepare_heads(shared_queries, k_cache, v_cache, {row, block.first_head, heads, key, key + kv_heads, stores},
+                      new_row, pages, block.length - 1, HEAD);
     }
     __syncthreads();
 
@@ -266,12 +277,16 @@ INLINE void attend_decode(
                                    shared_queries + min(row + 8, heads - 1) * PITCH<HEAD>, index < units);
     const Scoring scoring(scale, softcap);
     const Sight sights[2] = {sight, sight};
-    Softmax<HEAD> softmax;
+    Softmax<COLUMNS<HEAD>> softmax;
+    using Copies = DecodeCopies<HEAD>;
 #pragma unroll 1
     for (; index < units; index += gridDim.x * WARPS) {
         const u32 unit = block.first_unit + index, unit_key = unit * UNIT;
         const u32 end_tile = (min(sight.end - unit_key, UNIT) + TILE - 1) / TILE;
-        const DecodeCopies<HEAD> copies = {k_cache, v_cache, ring, unit, pages.locate(unit, sight), end_tile, sight};
+        const Copies copies = {
+            k_cache, v_cache + (PIECES<HEAD> > 1 ? block.first_column : 0), ring, unit, pages.locate(unit, sight), end_tile,
+            sight
+        };
         u32 tile = (max(sight.begin, unit_key) - unit_key) / TILE;
         __syncwarp();
         copies.begin(tile);
@@ -280,28 +295,32 @@ INLINE void attend_decode(
         for (; tile < end_tile; tile++) {
             float scores[4][4];
             u32 weights[2][4];
-            queries.multiply(scores[0], scores[1], copies.next(tile, 0));
-            queries.multiply(scores[2], scores[3], copies.next(tile, 1));
+#pragma unroll
+            for (u32 part = 0; part < Copies::KEY_PARTS; part++) {
+                const u32 first = part / PIECES<HEAD> * 2, piece = part % PIECES<HEAD>;
+                queries.multiply(scores[first], scores[first + 1], copies.next(tile, part), int(piece));
+            }
             const u32 key = unit_key + tile * TILE;
             const bool masked = key < sight.begin || key + TILE > sight.end;
             softmax.weigh(scores, weights, scoring, sights, key, masked);
-            softmax.add(weights[0], copies.next(tile, 2));
-            softmax.add(weights[1], copies.next(tile, 3));
+            softmax.add(weights[0], copies.next(tile, Copies::KEY_PARTS));
+            softmax.add(weights[1], copies.next(tile, Copies::KEY_PARTS + 1));
         }
         copy_async_wait<0>();
         softmax.finish();
 
         const u64 partial = u64(block.first_partial + index) * q_heads + block.first_head + row;
         const u32 column = lane_id() % 4 * 2;
-        float* to = partial_out + partial * HEAD + column;
+        float* to = partial_out + partial * HEAD + (PIECES<HEAD> > 1 ? block.first_column : 0) + column;
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
             if (row + 8 * r >= heads) break;
 #pragma unroll
-            for (int n = 0; n < HEAD / 8; n++) {
+            for (int n = 0; n < COLUMNS<HEAD> / 8; n++) {
                 const float2 x = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
                 *reinterpret_cast<float2*>(to + 8 * r * HEAD + n * 8) = x;
             }
+            // All pieces of a head have the same.
             if (column == 0) partial_stats[partial + 8 * r] = make_float2(softmax.largest[r], softmax.sum[r]);
         }
     }
@@ -318,24 +337,24 @@ constexpr u32 BLOCK_ROWS = WARPS * WARP_ROWS;
 template <int HEAD>
 constexpr u32 PREFILL_SLOTS = HEAD <= 128 ? 4 : 2;
 template <int HEAD>
-constexpr u32 PREFILL_SLOT_BYTES = TILE * PITCH_BYTES<HEAD>;
+constexpr u32 PREFILL_SLOT_BYTES = TILE * PITCH_BYTES<COLUMNS<HEAD>>;
 
 // The merged units of a warp's rows: in registers, or for large heads in shared memory,
 // where every thread has its own places.
-template <int HEAD, bool SHARED = (HEAD > 128)>
+template <int COLUMNS, bool SHARED = (COLUMNS > 128)>
 struct Total {
-    float out[HEAD / 8][4];
+    float out[COLUMNS / 8][4];
 
     INLINE void reset(u8*) {
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) {
+        for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) out[n][i] = 0.0f;
         }
     }
-    INLINE void add(const Softmax<HEAD>& unit, const float (&keep)[2], const float (&add)[2]) {
+    INLINE void add(const Softmax<COLUMNS>& unit, const float (&keep)[2], const float (&add)[2]) {
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) {
+        for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) out[n][i] = merge(out[n][i], keep[i / 2], unit.out[n][i], add[i / 2]);
         }
@@ -343,19 +362,19 @@ struct Total {
     // The two elements of the lane's row `r` in columns 8 n ...
     INLINE float2 get(int n, int r) const { return make_float2(out[n][2 * r], out[n][2 * r + 1]); }
 };
-template <int HEAD>
-struct Total<HEAD, true> {
+template <int COLUMNS>
+struct Total<COLUMNS, true> {
     float2* out;
 
     INLINE float2& at(int n, int r) const { return out[(2 * n + r) * WARPS * 32]; }
     INLINE void reset(u8* shared) {
         out = reinterpret_cast<float2*>(shared) + threadIdx.x;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) at(n, 0) = at(n, 1) = make_float2(0.0f, 0.0f);
+        for (int n = 0; n < COLUMNS / 8; n++) at(n, 0) = at(n, 1) = make_float2(0.0f, 0.0f);
     }
-    INLINE void add(const Softmax<HEAD>& unit, const float (&keep)[2], const float (&add)[2]) {
+    INLINE void add(const Softmax<COLUMNS>& unit, const float (&keep)[2], const float (&add)[2]) {
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) {
+        for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float2 x = at(n, r);
@@ -368,11 +387,14 @@ struct Total<HEAD, true> {
     INLINE float2 get(int n, int r) const { return at(n, r); }
 };
 
-// What a block of the prefill kernel copies: tile by tile, keys (part 0) and then values
-// (part 1).
+// What a block of the prefill kernel copies: tile by tile, the pieces of keys and then a piece of
+// values.
 template <int HEAD>
 struct PrefillCopies {
-    const T *k_cache, *v_cache;
+    static constexpr u32 KEY_PARTS = PIECES<HEAD>, PARTS = KEY_PARTS + 1;
+    const T *k_cache;
+    // The piece of the first value.
+    const T *v_cache;
     // In shared memory.
     u32 ring;
     u32 first_tile, end_tile;
@@ -388,7 +410,7 @@ struct PrefillCopies {
         value_rows = key_rows;
         later_rows = pages.locate(first_tile / UNIT_TILES + 1, sight);
 #pragma unroll 1
-        for (u32 part = 0; part < PREFILL_SLOTS<HEAD> - 1; part++) start(first_tile + part / 2, part % 2);
+        for (u32 part = 0; part < PREFILL_SLOTS<HEAD> - 1; part++) start(first_tile + part / PARTS, part % PARTS);
     }
 
     // Starts a part of a tile; nothing beyond the last tile, but a group of copies in any case.
@@ -397,15 +419,16 @@ struct PrefillCopies {
             if (part == 0) {
                 key_rows = later_rows;
                 later_rows = pages.locate(tile / UNIT_TILES + 1, sight);
-            } else {
+            } else if (part == KEY_PARTS) {
                 value_rows = key_rows;
             }
         }
         if (tile < end_tile) {
-            const u32 rows = part == 0 || PREFILL_SLOTS<HEAD> == 2 ? key_rows : value_rows, granule = tile % UNIT_TILES * 2;
+            const bool keys = part < KEY_PARTS;
+            const u32 rows = keys || PREFILL_SLOTS<HEAD> == 2 ? key_rows : value_rows, granule = tile % UNIT_TILES * 2;
             const u32 first = __shfl_sync(FULL_WARP, rows, granule);
             const u32 second = __shfl_sync(FULL_WARP, rows, granule + 1);
-            const T* cache = part == 0 ? k_cache : v_cache;
+            const T* cache = keys ? k_cache + part * COLUMNS<HEAD> : v_cache;
             copy_rows<HEAD, WARPS * 32, TILE>(
                 at(tile, part), cache, first, second, threadIdx.x, tile * TILE, sight
             );
@@ -414,7 +437,7 @@ struct PrefillCopies {
     }
 
     INLINE u32 at(u32 tile, u32 part) const {
-        return ring + (tile * 2 + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>;
+        return ring + (tile * PARTS + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>;
     }
 
     // Waits until a part of a tile is there for all threads, and starts what takes the place
@@ -423,25 +446,26 @@ struct PrefillCopies {
         constexpr u32 ahead = PREFILL_SLOTS<HEAD> - 1;
         copy_async_wait<int(ahead) - 1>();
         __syncthreads();
-        start(tile + (part + ahead) / 2, (part + ahead) % 2);
+        start(tile + (part + ahead) / PARTS, (part + ahead) % PARTS);
         return at(tile, part);
     }
 };
 
-// grid (work items, kv_heads), 128 threads. A work item is {sequence, first packed row},
+// grid (work items, kv_heads · pieces), 128 threads. A work item is {sequence, first packed row},
 // and stands for 64 packed rows: token · group + head. The last items, which see the most
 // keys, come first.
 template <int HEAD>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
-    const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,
-    float softcap, u32 window, u32 chunks
+    const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,
+    u32 block_vectors, float scale, float softcap, u32 window, u32 chunks
 ) {
     wait_for_kernels_before();
     extern __shared__ __align__(16) u8 shared[];
     const uint2 work = prefill_work[gridDim.x - 1 - blockIdx.x];
     const uint4 sequence = sequences[work.x];
-    const u32 group = q_heads / kv_heads, kv_head = blockIdx.y, last = sequence.y * group - 1;
+    const u32 group = q_heads / kv_heads, kv_head = blockIdx.y / PIECES<HEAD>, last = sequence.y * group - 1;
+    const u32 first_column = blockIdx.y % PIECES<HEAD> * COLUMNS<HEAD>;
     const u32 first_position = sequence.z - sequence.y;
     const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window, chunks); };
 
@@ -454,19 +478,19 @@ INLINE void attend_prefill(
     const u32 lane_row = warp_row + lane_id() / 4;
     const Sight sights[2] = {sight_of(min(lane_row, last)), sight_of(min(lane_row + 8, last))};
     const auto queries_of = [&](u32 packed) {
-        const u64 row = u64(sequence.x + packed / group) * (q_heads + 2 * kv_heads);
-        return qkv + (row + kv_head * group + packed % group) * HEAD;
+        return qkv + u64(sequence.x + packed / group) * columns + (kv_head * group + packed % group) * HEAD;
     };
     const Queries<HEAD> queries(queries_of(min(lane_row, last)), queries_of(min(lane_row + 8, last)));
 
+    const u32 in_block = kv_head * block_tokens * HEAD;
     PrefillCopies<HEAD> copies = {
-        k_cache, v_cache, shared_address(shared), block.begin / TILE, (block.end + TILE - 1) / TILE, block,
-        {tables, sequence.w, block_tokens, kv_heads, kv_head}, 0, 0, 0
+        k_cache + in_block, v_cache + in_block + first_column, shared_address(shared), block.begin / TILE,
+        (block.end + TILE - 1) / TILE, block, {tables, sequence.w, block_tokens, block_vectors, HEAD / VECTOR}, 0, 0, 0
     };
     copies.begin();
     const Scoring scoring(scale, softcap);
-    Softmax<HEAD> unit;
-    Total<HEAD> total;
+    Softmax<COLUMNS<HEAD>> unit;
+    Total<COLUMNS<HEAD>> total;
     total.reset(shared + PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>);
     float largest[2], sum[2];
 #pragma unroll
@@ -478,19 +502,22 @@ INLINE void attend_prefill(
     for (u32 tile = copies.first_tile; tile < copies.end_tile; tile++) {
         const u32 key = tile * TILE;
         const bool visible = warp.sees_any(key, TILE);
-        const u32 keys = copies.next(tile, 0);
         float scores[4][4];
-        if (visible) {
-            queries.multiply(scores[0], scores[1], keys);
-            queries.multiply(scores[2], scores[3], keys + GRANULE * PITCH_BYTES<HEAD>);
+#pragma unroll
+        for (u32 piece = 0; piece < PIECES<HEAD>; piece++) {
+            const u32 keys = copies.next(tile, piece);
+            if (visible) {
+                queries.multiply(scores[0], scores[1], keys, int(piece));
+                queries.multiply(scores[2], scores[3], keys + GRANULE * PITCH_BYTES<COLUMNS<HEAD>>, int(piece));
+            }
         }
-        const u32 values = copies.next(tile, 1);
+        const u32 values = copies.next(tile, PIECES<HEAD>);
         if (visible) {
             u32 weights[2][4];
             const bool masked = key < warp_last.begin || key + TILE > warp_first.end;
             unit.weigh(scores, weights, scoring, sights, key, masked);
             unit.add(weights[0], values);
-            unit.add(weights[1], values + GRANULE * PITCH_BYTES<HEAD>);
+            unit.add(weights[1], values + GRANULE * PITCH_BYTES<COLUMNS<HEAD>>);
         }
         const bool ends = tile % UNIT_TILES == UNIT_TILES - 1 || tile + 1 == copies.end_tile;
         if (ends && warp.sees_any(key - tile % UNIT_TILES * TILE, UNIT)) {
@@ -512,10 +539,10 @@ INLINE void attend_prefill(
         const u32 row = lane_row + 8 * r;
         if (row > last) break;
         const u64 out_row = u64(sequence.x + row / group) * q_heads + kv_head * group + row % group;
-        T* to = out + out_row * HEAD + lane_id() % 4 * 2;
+        T* to = out + out_row * HEAD + first_column + lane_id() % 4 * 2;
         const float inverse_sum = inverse(sum[r]);
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) {
+        for (int n = 0; n < COLUMNS<HEAD> / 8; n++) {
             const float2 x = total.get(n, r);
             *reinterpret_cast<T2*>(to + n * 8) = pair_of(result(x.x, inverse_sum), result(x.y, inverse_sum));
         }
@@ -529,20 +556,20 @@ INLINE void attend_prefill(
         T* out, float* partial_out, float2* partial_stats, u32* arrivals, const T* qkv, T* k_cache, T* v_cache,        \
         const u32* tables, const uint4* sequences, const uint2* decode_list, const float* sinks,                       \
         const float2* angles, const float* q_norm, const float* k_norm, float epsilon, u32 norm_mode,                  \
-        u32 rotary_dim, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale, float softcap, u32 window,           \
-        u32 chunks                                                                                                     \
+        u32 rotary_dim, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens, u32 block_vectors, float scale,      \
+        float softcap, u32 window, u32 chunks                                                                          \
     ) {                                                                                                                \
         attend_decode<HEAD>(out, partial_out, partial_stats, arrivals, qkv, k_cache, v_cache, tables, sequences,       \
                             decode_list, sinks, {angles, q_norm, k_norm, epsilon, norm_mode, rotary_dim},              \
-                            q_heads, kv_heads, block_tokens, scale, softcap, window, chunks);                          \
+                            q_heads, kv_heads, columns, block_tokens, block_vectors, scale, softcap, window, chunks);  \
     }                                                                                                                  \
     KERNEL(128) attend_prefill_hd##HEAD(                                                                               \
-        T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,          \
-        const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 block_tokens, float scale,       \
-        float softcap, u32 window, u32 chunks                                                                          \
+        T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,           \
+        const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,       \
+        u32 block_vectors, float scale, float softcap, u32 window, u32 chunks                                          \
     ) {                                                                                                                \
-        attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads, kv_heads,   \
-                             block_tokens, scale, softcap, window, chunks);                                            \
+        attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads, kv_heads,    \
+                             columns, block_tokens, block_vectors, scale, softcap, window, chunks);                    \
     }
 
 ATTEND(16)
@@ -552,3 +579,4 @@ ATTEND(80)
 ATTEND(96)
 ATTEND(128)
 ATTEND(256)
+ATTEND(512)

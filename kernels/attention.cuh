@@ -28,9 +28,20 @@ constexpr float LOG2_E = 1.4426950408889634f;
 #define UNSEEN __int_as_float(0xff800000)
 
 // Elements from one row of a tile in shared memory to the next: with an odd number of
-// 16-byte pieces, the eight rows that an ldmatrix reads lie in different banks.
+// 16-byte vectors, the eight rows that an ldmatrix reads lie in different banks.
+template <int COLUMNS>
+constexpr int PITCH = COLUMNS + 8;
+
+// Heads of more than 256 elements are computed in pieces of 256, for want of registers and of shared
+// memory: a tile holds one piece of its keys or values at a time, and a block sums up the values of
+// one piece of the results. All blocks of a head compute the same scores, to the bit.
+constexpr u32 MOST_COLUMNS = 256;
 template <int HEAD>
-constexpr int PITCH = HEAD + 8;
+constexpr int COLUMNS = HEAD < int(MOST_COLUMNS) ? HEAD : int(MOST_COLUMNS);
+template <int HEAD>
+constexpr u32 PIECES = HEAD / COLUMNS<HEAD>;
+// Elements of a vector, the unit in which places in the cache are counted.
+constexpr u32 VECTOR = 8;
 
 // 2^x; 0 for -infinity, exactly 1 for 0.
 INLINE float power_of_two(float x) {
@@ -113,57 +124,61 @@ struct Sight {
     INLINE bool sees_any(u32 first, u32 count) const { return first < end && first + count > begin; }
 };
 
-// The blocks of one sequence, and in them one key-value head.
+// The blocks of one sequence, as one key-value head sees them: its cache begins with its first key in
+// the first block.
 struct Pages {
     // The block of position 0 is tables[origin]. If the table begins later in the sequence,
     // `origin` is a place before it, modulo 2^32.
     const u32* tables;
-    u32 origin, block_tokens, kv_heads, kv_head;
+    u32 origin, block_tokens;
+    // Vectors from one block to the next, which may have room for larger layers than this one, and
+    // from one key to the next.
+    u32 block_vectors, key_vectors;
 
-    // Lane i (modulo 8) gets where the unit's granule i begins, counted in rows of a head;
+    // Lane i (modulo 8) gets where the unit's granule i begins, counted in vectors;
     // 0 for a granule of which `sight` sees nothing: its block may be gone.
     INLINE u32 locate(u32 unit, Sight sight) const {
         const u32 granule = unit * UNIT_GRANULES + lane_id() % UNIT_GRANULES;
         if (!sight.sees_any(granule * GRANULE, GRANULE)) return 0;
-        return row_of(granule * GRANULE);
+        return vector_of(granule * GRANULE);
     }
 
-    // The row of a position whose block is in the table.
-    INLINE u32 row_of(u32 position) const {
-        return (tables[origin + position / block_tokens] * kv_heads + kv_head) * block_tokens + position % block_tokens;
+    // The first vector of a position whose block is in the table.
+    INLINE u32 vector_of(u32 position) const {
+        return tables[origin + position / block_tokens] * block_vectors + position % block_tokens * key_vectors;
     }
 };
 
 // Bytes from one row of a tile in shared memory to the next.
-template <int HEAD>
-constexpr u32 PITCH_BYTES = PITCH<HEAD> * sizeof(T);
+template <int COLUMNS>
+constexpr u32 PITCH_BYTES = PITCH<COLUMNS> * sizeof(T);
 
-// Copies `ROWS` keys or values, 16 from row `first` of the cache on and then, if there are
-// more, 16 from row `second` on, to shared memory: the work of `THREADS` threads, of which
+// Copies a piece of `ROWS` keys or values, 16 from vector `first` of the cache on and then, if there
+// are more, 16 from vector `second` on, to shared memory: the work of `THREADS` threads, of which
 // this is number `thread`. Keys that are not seen become zeros, and are not read.
 template <int HEAD, u32 THREADS, u32 ROWS>
 INLINE void copy_rows(
     u32 shared, const T* cache, u32 first, u32 second, u32 thread, u32 first_key, const Sight& sight
 ) {
-    // Pieces of 16 bytes; as many side by side in one access as is a power of two.
-    constexpr u32 PIECES = HEAD / 8, ACROSS = PIECES & (0 - PIECES), STEP = THREADS / ACROSS;
-    const u32 thread_row = thread / ACROSS, column = thread % ACROSS * 8;
+    // As many vectors side by side in one access as is a power of two.
+    constexpr u32 VECTORS = COLUMNS<HEAD> / VECTOR, ACROSS = VECTORS & (0 - VECTORS), STEP = THREADS / ACROSS;
+    const u32 thread_row = thread / ACROSS;
     if (STEP > ROWS && thread_row >= ROWS) return;
-    const u32 to = shared + thread_row * PITCH_BYTES<HEAD> + column * sizeof(T);
+    const u32 to = shared + thread_row * PITCH_BYTES<COLUMNS<HEAD>> + thread % ACROSS * 16;
 #pragma unroll
     for (u32 granule_row = 0; granule_row < ROWS; granule_row += STEP < GRANULE ? GRANULE : STEP) {
-        const u32 start = STEP <= GRANULE ? (granule_row == 0 ? first : second) + thread_row
-                                          : (thread_row < GRANULE ? first : second) + thread_row % GRANULE;
-        const T* from = cache + u64(start) * HEAD + column;
+        const bool in_first = STEP <= GRANULE ? granule_row == 0 : thread_row < GRANULE;
+        const u32 own = thread_row % GRANULE * (HEAD / VECTOR) + thread % ACROSS;
+        const T* from = cache + u64((in_first ? first : second) + own) * VECTOR;
 #pragma unroll
         for (u32 row = 0; row < GRANULE; row += STEP) {
             const u32 bytes = sight.sees(first_key + thread_row + granule_row + row) ? 16 : 0;
 #pragma unroll
-            for (u32 piece = 0; piece < PIECES; piece += ACROSS) {
+            for (u32 vector = 0; vector < VECTORS; vector += ACROSS) {
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 to + (granule_row + row) * PITCH_BYTES<HEAD> + piece * 16
+                                 to + (granule_row + row) * PITCH_BYTES<COLUMNS<HEAD>> + vector * 16
                              ),
-                             "l"(from + row * HEAD + piece * 8), "r"(bytes)
+                             "l"(from + row * HEAD + vector * VECTOR), "r"(bytes)
                              : "memory");
             }
         }
@@ -206,16 +221,20 @@ struct Queries {
         for (int i = 0; i < 4; i++) out[i] = *reinterpret_cast<const u32*>(rows[i % 2] + step * 16 + i / 2 * 8);
     }
 
-    // Scores with the 16 keys at `keys`, as sums of products.
-    INLINE void multiply(float (&first)[4], float (&second)[4], u32 keys) const {
+    // Scores with the 16 keys of which a piece is at `keys`, as sums of products: those of the pieces
+    // before it, and of this one.
+    INLINE void multiply(float (&first)[4], float (&second)[4], u32 keys, int piece) const {
+        constexpr int PIECE_STEPS = STEPS / int(PIECES<HEAD>);
+        if (piece == 0) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) first[i] = second[i] = 0.0f;
+            for (int i = 0; i < 4; i++) first[i] = second[i] = 0.0f;
+        }
         const u32 lane = lane_id();
-        const u32 row = keys + (lane / 16 * 8 + lane % 8) * PITCH_BYTES<HEAD> + lane / 8 % 2 * 16;
+        const u32 row = keys + (lane / 16 * 8 + lane % 8) * PITCH_BYTES<COLUMNS<HEAD>> + lane / 8 % 2 * 16;
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
+        for (int step = piece * PIECE_STEPS; step < (piece + 1) * PIECE_STEPS; step++) {
             u32 b[4];
-            load_matrices_at(b, row + step * 32);
+            load_matrices_at(b, row + step % PIECE_STEPS * 32);
             if (step < KEPT) {
                 matrix_multiply(first, kept[step], b[0], b[1]);
                 matrix_multiply(second, kept[step], b[2], b[3]);
@@ -229,20 +248,20 @@ struct Queries {
     }
 };
 
-// The online softmax of a warp's 16 rows over the keys of one unit. A lane holds, of rows
-// lane / 4 and lane / 4 + 8, the columns 2 (lane % 4) and the next of every eight; its
-// `sum` is over its own columns until `finish`.
-template <int HEAD>
+// The online softmax of a warp's 16 rows over the keys of one unit, and `COLUMNS` columns of its
+// results. A lane holds, of rows lane / 4 and lane / 4 + 8, the columns 2 (lane % 4) and the next of
+// every eight; its `sum` is over its own keys until `finish`.
+template <int COLUMNS>
 struct Softmax {
     float largest[2];
     float sum[2];
-    float out[HEAD / 8][4];
+    float out[COLUMNS / 8][4];
 
     INLINE void reset() {
         largest[0] = largest[1] = UNSEEN;
         sum[0] = sum[1] = 0.0f;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++) {
+        for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) out[n][i] = 0.0f;
         }
@@ -294,7 +313,7 @@ struct Softmax {
         // Most tiles do not raise the largest score: then all factors are 1.
         if (__any_sync(FULL_WARP, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
-            for (int n = 0; n < HEAD / 8; n++) {
+            for (int n = 0; n < COLUMNS / 8; n++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[n][i] *= decay[i / 2];
             }
@@ -304,9 +323,9 @@ struct Softmax {
     // Adds 16 values, at `values`, times their weights.
     INLINE void add(const u32 (&weights)[4], u32 values) {
         const u32 lane = lane_id();
-        const u32 row = values + lane % 16 * PITCH_BYTES<HEAD> + lane / 16 * 16;
+        const u32 row = values + lane % 16 * PITCH_BYTES<COLUMNS> + lane / 16 * 16;
 #pragma unroll
-        for (int pair = 0; pair < HEAD / 16; pair++) {
+        for (int pair = 0; pair < COLUMNS / 16; pair++) {
             u32 b[4];
             load_matrices_transposed_at(b, row + pair * 32);
             matrix_multiply(out[2 * pair], weights, b[0], b[1]);
@@ -314,7 +333,7 @@ struct Softmax {
         }
     }
 
-    // Makes `sum` that of all columns, in every lane of a row.
+    // Makes `sum` that of all keys, in every lane of a row.
     INLINE void finish() {
 #pragma unroll
         for (int r = 0; r < 2; r++) {

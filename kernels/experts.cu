@@ -279,17 +279,18 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
     }
 }
 
-// `out[row] = Σ weight · pair_out[slot]` over the row's experts by index.
-// Grid (rows, ceil(columns / 256)).
-KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight, u32 rows,
-                       u32 columns, u32 top_k) {
+// `out[row] = Σ weight · pair_out[slot]` over the row's experts by index. If there are `scales`, each
+// expert has a factor on its results. Grid (rows, ceil(columns / 256)).
+KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight,
+                       const u32* pair_expert, const float* scales, u32 rows, u32 columns, u32 top_k) {
     wait_for_kernels_before();
     u32 row = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= rows || column >= columns) return;
     float sum = 0.0f;
     for (u32 k = 0; k < top_k; k++) {
         u32 pair = row * top_k + k;
-        sum = fmaf(pair_weight[pair], to_float(pair_out[(u64)pair_slot[pair] * columns + column]), sum);
+        const float weight = scales != nullptr ? pair_weight[pair] * scales[pair_expert[pair]] : pair_weight[pair];
+        sum = fmaf(weight, to_float(pair_out[(u64)pair_slot[pair] * columns + column]), sum);
     }
     out[(u64)row * columns + column] = to_t(sum);
 }

@@ -120,7 +120,8 @@ KERNEL(128) attend_latent(
     // The keys that the row sees. Padding has no tokens, and sees nothing.
     const u32 end = sequence.z == 0 ? 0 : sequence.z - (sequence.x + sequence.y - 1 - row);
     const u32 units = (end + UNIT - 1) / UNIT;
-    const Pages pages = {tables, sequence.w, block_tokens, 1, 0};
+    const u32 key_vectors = head_dim / VECTOR;
+    const Pages pages = {tables, sequence.w, block_tokens, block_tokens * key_vectors, key_vectors};
     const float factor = scale * LOG2_E;
 
     const T* const from = qkv + (u64(row) * (heads + 1) + head) * head_dim;
@@ -143,7 +144,7 @@ KERNEL(128) attend_latent(
             const u32 unit_end = min((unit + 1) * UNIT, end);
 #pragma unroll 1
             for (u32 key = unit * UNIT; key < unit_end; key++) {
-                const T* const from_cache = cache + u64(pages.row_of(key)) * head_dim;
+                const T* const from_cache = cache + u64(pages.vector_of(key)) * VECTOR;
                 float2 x[PAIRS];
                 float score = 0.0f;
 #pragma unroll

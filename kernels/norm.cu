@@ -59,7 +59,8 @@ INLINE void add8(float (&to)[8], const float (&x)[8]) {
 }
 
 // out = kept · factor · weight.
-INLINE void write_kept(T* out, float (&kept)[KEPT][8], float factor, const float* weight, u32 columns) {
+template <class E>
+INLINE void write_kept(E* out, float (&kept)[KEPT][8], float factor, const float* weight, u32 columns) {
 #pragma unroll
     for (u32 k = 0; k < KEPT; k++) {
         if (column_of(k) >= columns) continue;
@@ -69,7 +70,8 @@ INLINE void write_kept(T* out, float (&kept)[KEPT][8], float factor, const float
 }
 
 // out = x / rms(x) · weight.
-KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
+template <class Out, class In>
+INLINE void norm_row(Out* out, const In* x, const float* weight, float epsilon, u32 columns) {
     begin_norm(weight, columns);
     x += u64(blockIdx.x) * columns;
     out += u64(blockIdx.x) * columns;
@@ -89,6 +91,15 @@ KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon,
         scale8(v, factor, weight + column_of(k));
         store8(out + column_of(k), v);
     }
+}
+
+KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon, u32 columns) {
+    norm_row(out, x, weight, epsilon, columns);
+}
+
+// The same for activations, with a float32 result.
+KERNEL(256) rms_norm_full(float* out, const T* x, const float* weight, float epsilon, u32 columns) {
+    norm_row(out, x, weight, epsilon, columns);
 }
 
 // residual += x; out = residual / rms(residual) · weight.

@@ -11,21 +11,23 @@ INLINE void store_two(T* row, T* cached, u32 column, float2 x) {
 // grid (rows, any), 256 threads; one warp per head. With a norm over whole rows there is one block
 // per row, since blocks that rotate heads would change what others add up. The row at `position` has
 // its angles from angles[position · rotary_dim / 2] on; see `rotate`. rotary_dim is a multiple of 4,
-// head_dim of 2.
+// head_dim of 8. A block of the cache has `block_vectors` · 8 elements. Without key-value heads, a
+// row holds queries only, and nothing is stored.
 KERNEL(256) rope_store(
     T* qkv, T* k_cache, T* v_cache, const u32* positions, const u32* slots, const float2* angles, const float* q_norm,
     const float* k_norm, float epsilon, u32 norm_mode, u32 q_heads, u32 kv_heads, u32 head_dim, u32 rotary_dim,
-    u32 block_tokens
+    u32 block_tokens, u32 block_vectors
 ) {
     wait_for_kernels_before();
     __shared__ float scratch[32];
-    const u32 heads = q_heads + 2 * kv_heads, lane_column = lane_id() * 2;
+    const u32 heads = q_heads + 2 * kv_heads;
     const u32 slot = slots[blockIdx.x];
     qkv += u64(blockIdx.x) * heads * head_dim;
     angles += u64(positions[blockIdx.x]) * (rotary_dim / 2);
 
     float q_factor = 0.0f, k_factor = 0.0f;
-    if (norm_mode == NORM_ROW) {
+    const bool of_row = (norm_mode & NORM_ROW) != 0;
+    if (of_row) {
         const u32 q_columns = q_heads * head_dim, k_columns = kv_heads * head_dim, step = blockDim.x * 2;
         const float q = block_sum(squares(qkv, threadIdx.x * 2, q_columns, step), scratch);
         const float k = block_sum(squares(qkv + q_columns, threadIdx.x * 2, k_columns, step), scratch);
@@ -38,24 +40,21 @@ KERNEL(256) rope_store(
         T* row = qkv + head * head_dim;
         T* cached = nullptr;
         if (head >= q_heads && slot != NONE) {
-            const u64 in_block = u64(slot / block_tokens) * kv_heads + (head - q_heads) % kv_heads;
+            const u32 in_block = (head - q_heads) % kv_heads * block_tokens + slot % block_tokens;
             T* cache = head < q_heads + kv_heads ? k_cache : v_cache;
-            cached = cache + (in_block * block_tokens + slot % block_tokens) * head_dim;
+            cached = cache + u64(slot / block_tokens) * block_vectors * 8 + in_block * head_dim;
         }
         if (head >= q_heads + kv_heads) {
-            if (cached == nullptr) continue;
-            for (u32 column = lane_column; column < head_dim; column += 64) {
-                *reinterpret_cast<T2*>(cached + column) = *reinterpret_cast<const T2*>(row + column);
-            }
+            if (cached != nullptr) copy_head(cached, row, (norm_mode & NORM_VALUES) != 0, epsilon, head_dim);
             continue;
         }
 
         const bool query = head < q_heads;
         Norm norm = {nullptr, 1.0f};
-        if (norm_mode == NORM_ROW) {
+        if (of_row) {
             norm.weight = query ? q_norm + head * head_dim : k_norm + (head - q_heads) * head_dim;
             norm.factor = query ? q_factor : k_factor;
-        } else if (norm_mode == NORM_HEADS) {
+        } else if ((norm_mode & NORM_HEADS) != 0) {
             norm = norm_of_head(row, query ? q_norm : k_norm, epsilon, head_dim);
         }
         rotate(row, norm, angles, rotary_dim, head_dim, [&](u32 column, float2 x) { store_two(row, cached, column, x); });

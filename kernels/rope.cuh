@@ -3,7 +3,9 @@
 #pragma once
 #include "common.cuh"
 
-constexpr u32 NORM_HEADS = 1, NORM_ROW = 2;
+// How queries and keys are normalised; and, beside one of the two, that values are, each head on its
+// own and without weights.
+constexpr u32 NORM_HEADS = 1, NORM_ROW = 2, NORM_VALUES = 4;
 
 // RMSNorm on queries or keys.
 struct Norm {
@@ -36,6 +38,16 @@ INLINE float squares(const T* x, u32 first, u32 columns, u32 step) {
 INLINE Norm norm_of_head(const T* row, const float* weight, float epsilon, u32 head_dim) {
     const float sum = warp_sum(squares(row, lane_id() * 2, head_dim, 64));
     return {weight, rsqrtf(sum / float(head_dim) + epsilon)};
+}
+
+// Copies a head, normalised without weights or as it is.
+INLINE void copy_head(T* to, const T* row, bool normalized, float epsilon, u32 head_dim) {
+    const float factor = normalized ? norm_of_head(row, nullptr, epsilon, head_dim).factor : 1.0f;
+#pragma unroll 1
+    for (u32 column = lane_id() * 2; column < head_dim; column += 64) {
+        const float2 x = load_two(row + column);
+        *reinterpret_cast<T2*>(to + column) = to_t2(x.x * factor, x.y * factor);
+    }
 }
 
 // Normalises a head and rotates it: the pair (i, i + rotary_dim / 2) by the angle whose cosine and

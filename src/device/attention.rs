@@ -115,10 +115,15 @@ pub struct AttentionSpec {
 
 /// The part of a [`Device`](super::Device) that computes attention.
 pub trait AttentionOps: RopeOps {
+    /// Fails with [`DeviceError::Unsupported`] unless the device computes attention of these heads.
+    fn check_heads(&self, heads: HeadShape) -> Result<(), DeviceError> {
+        let _ = heads;
+        Ok(())
+    }
+
     /// Computes causal attention of every row over the cached tokens of its sequence, including
-    /// its own. `out` has `heads.out_columns()` columns. `qkv` may also hold queries only, if the
-    /// device computes layers that share a cache
-    /// ([`ModelParts::shared_caches`](super::ModelParts::shared_caches)).
+    /// its own. `out` has `heads.out_columns()` columns. `qkv` may also hold queries only, for layers
+    /// that attend to the cache of another one.
     ///
     /// A sink is a score, one per query head: if there are sinks, the softmax is computed as if
     /// there were one more key with that score, whose value is zero. Xiao et al., *Efficient

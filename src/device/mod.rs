@@ -67,7 +67,7 @@ pub use pooling::{PooledRows, PoolingOps};
 pub use recurrent::{
     BatchState, ConvInput, ConvSpec, RecurrentOps, StatePart, StateShape, StateSnapshot,
 };
-pub use residual::{ModelParts, ResidualOps};
+pub use residual::ResidualOps;
 pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec, Rotary};
 pub use sampling::SamplingOps;
 pub use step::{DeviceLimits, ExpertShape, Finished, ModelShape, Staged, StepMemory, StepOps};

@@ -7,7 +7,8 @@ pub trait NormOps: DeviceTypes {
     /// Loads a vector.
     fn load_vector(&mut self, values: &[f32]) -> Result<Self::Vector, DeviceError>;
 
-    /// Computes `out = x / rms(x) · weight`. Zhang & Sennrich, *RMSNorm*, 2019.
+    /// Computes `out = x / rms(x) · weight`. One of `x` and `out` has full precision, and the other
+    /// one that of activations. Zhang & Sennrich, *RMSNorm*, 2019.
     fn rms_norm(
         &mut self,
         x: &Self::Tensor,
@@ -32,7 +33,8 @@ pub trait NormOps: DeviceTypes {
     /// a bias. Ba et al., *Layer Normalization*, 2016.
     fn centre(&mut self, x: &mut Self::Tensor, rows: usize) -> Result<(), DeviceError>;
 
-    /// Computes `residual += x / rms(x) · weight`, for post-norm layers.
+    /// Computes `residual += x / rms(x) · weight`, for post-norm layers. If the weight is shorter than
+    /// a row, the row consists of parts of that length, each of which is normalised on its own.
     fn rms_norm_add(
         &mut self,
         x: &Self::Tensor,

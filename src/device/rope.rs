@@ -63,8 +63,7 @@ pub struct QkNorm<'a, D: DeviceTypes> {
     /// Whether each head is normalised separately (Qwen 3, Gemma 3) or all heads of a row
     /// together (OLMo 2).
     pub per_head: bool,
-    /// Whether values are normalised as well, each head separately and without a weight, if the
-    /// device computes that ([`ModelParts::value_norms`](super::ModelParts::value_norms)).
+    /// Whether values are normalised as well, each head separately and without a weight (Gemma 4).
     pub values: bool,
 }
 

@@ -1,6 +1,6 @@
 //! Steps: how large they get, what memory they need, and when their operations are enqueued.
 
-use super::{Batch, DeviceError, DeviceTypes, HeadShape, ModelParts};
+use super::{Batch, DeviceError, DeviceTypes, HeadShape};
 
 /// What the caller must do next after staging a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,15 +49,26 @@ pub struct DeviceLimits {
 pub struct ModelShape {
     /// Number of layers.
     pub layers: usize,
-    /// Heads of every attention layer, or of the largest if they differ.
+    /// Heads of every attention layer, or if they differ, of one whose keys and values take the most
+    /// room.
     pub heads: HeadShape,
+    /// Heads of an attention layer with the fewest key-value heads, if they are not those.
+    pub narrow_heads: Option<HeadShape>,
     /// Largest number of columns of a float32 matrix that is multiplied by weights; 0 if there
     /// is none.
     pub full_columns: usize,
     /// The mixture-of-experts layers, if there are any.
     pub experts: Option<ExpertShape>,
-    /// What the model has of the parts that not every device computes.
-    pub parts: ModelParts,
+    /// Number of residual streams, if there are several; otherwise 0.
+    pub streams: usize,
+}
+
+impl ModelShape {
+    /// Returns the heads that attention layers have.
+    #[cfg(any(test, feature = "cuda"))]
+    pub fn all_heads(&self) -> impl Iterator<Item = HeadShape> {
+        [Some(self.heads), self.narrow_heads].into_iter().flatten()
+    }
 }
 
 /// Sizes of a mixture-of-experts layer.

@@ -6,7 +6,7 @@ use super::layer::{
     PerLayerInputs, QkNormKind, Streams,
 };
 use super::{ModelError, RopeConfig};
-use crate::device::{HeadShape, ModelParts, StatePart};
+use crate::device::{HeadShape, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -141,20 +141,12 @@ impl ModelConfig {
         largest.unwrap_or_default()
     }
 
-    /// What the model has of the parts that not every device computes.
-    pub fn parts(&self) -> ModelParts {
-        let heads = self.heads();
-        let any = |has: fn(&Attention) -> bool| self.attentions().any(has);
-        ModelParts {
-            uneven_heads: (self.layers.iter().filter_map(LayerSpec::heads)).any(|own| own != heads),
-            shared_caches: any(|own| own.shares.is_some()),
-            value_norms: any(|own| own.normalizes_values),
-            layer_scales: self.layers.iter().any(|layer| layer.has_scale),
-            per_layer_inputs: self.per_layer_inputs.is_some(),
-            expert_norms: self.experts().is_some_and(|experts| experts.has_own_norms),
-            streams: self.streams.is_some() || self.side_rank().is_some(),
-            sparse_gates: self.layers.iter().any(has_cut),
-        }
+    /// The heads of a layer with the fewest key-value heads, if they differ from
+    /// [`ModelConfig::cache_heads`].
+    pub fn narrow_heads(&self) -> Option<HeadShape> {
+        let heads = self.layers.iter().filter_map(LayerSpec::heads);
+        let narrow = heads.min_by_key(|heads| heads.kv_heads);
+        narrow.filter(|narrow| *narrow != self.cache_heads())
     }
 
     /// The sliding window of the layers that have one.
@@ -347,11 +339,6 @@ impl ModelConfig {
             expected,
         ))
     }
-}
-
-/// Whether the gates of a layer's dense part are cut.
-fn has_cut(layer: &LayerSpec) -> bool {
-    matches!(layer.feed_forward, FeedForward::Dense { cut: Some(_), .. })
 }
 
 /// The error for a layer whose sizes are not those of the first layer of its kind.

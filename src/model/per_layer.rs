@@ -6,6 +6,7 @@ use super::names::Part;
 use super::stored::StoredLinear;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
+use crate::weights::TensorView;
 
 /// The tensors of per-layer inputs that belong to no layer, each for all layers together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +96,29 @@ impl ModelSource {
         let hidden = self.config().hidden;
         let name = self.stream_projection_name(stream, is_begin);
         Ok(StoredLinear::new(vec![self.matrix(&name, hidden, hidden)?]))
+    }
+
+    /// The weights that make factors of residual streams of a router's outputs, one for each stream.
+    pub(super) fn stream_factors(
+        &self,
+        layer: usize,
+        part: Part,
+        [rows, streams]: [usize; 2],
+    ) -> Result<Vec<f32>, ModelError> {
+        let name = self.name(layer, part);
+        let tensor = self.tensor(&name)?;
+        if tensor.shape != [rows, streams] {
+            return Err(ModelError::WrongShape {
+                name,
+                found: tensor.shape.to_vec(),
+                expected: vec![rows, streams],
+            });
+        }
+        let flat = TensorView {
+            shape: &[rows * streams],
+            ..tensor
+        };
+        self.numbers(&flat, rows * streams)
     }
 
     /// The factor on the residual stream after a layer.

@@ -61,7 +61,6 @@ impl<'a> Demand<'a> {
         device: &D,
     ) -> Result<Self, LoadError> {
         let model = source.config();
-        device.check_parts(&model.parts())?;
         let layout = cache_layout(model, config)?;
         let limits = DeviceLimits {
             rows: 1,
@@ -360,17 +359,19 @@ fn shape(model: &ModelConfig) -> ModelShape {
     let normed = model.layers.iter().all(|layer| {
         !(layer.mixer_norms.reads_residual() || layer.feed_forward_norms.reads_residual())
     });
+    let is_read = !normed || model.per_layer_inputs.is_some() || model.streams.is_some();
     ModelShape {
         layers: model.layers.len(),
         heads: model.cache_heads(),
-        // Without a norm, the residual stream itself is multiplied by weights.
-        full_columns: if normed { 0 } else { model.hidden },
+        narrow_heads: model.narrow_heads(),
+        // Whether the residual stream itself is multiplied by weights, without a norm before.
+        full_columns: if is_read { model.hidden } else { 0 },
         experts: model.experts().map(|experts| ExpertShape {
             count: experts.count,
             top_k: experts.routing.top_k,
             columns: model.hidden,
             hidden: experts.width,
         }),
-        parts: model.parts(),
+        streams: model.streams.map_or(0, |streams| streams.count),
     }
 }

@@ -14,24 +14,20 @@ pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
     windows: bool,
 ) {
     const TOKENS: usize = 300;
-    let folder = crate::root().join("tests/fixtures/golden/tiny");
-    let folder = ModelFolder::open(&folder.join(name)).unwrap();
-    let source = ModelSource::from_folder(folder).unwrap();
-    let layers = source.config().layers.iter();
-    let own = layers.map(|layer| {
-        let attention = layer.attention().unwrap();
-        LayerCache {
-            window: attention.window,
-            size: attention.heads.cache_elements(),
-            shares: attention.shares,
-        }
-    });
-    let own: Vec<LayerCache> = own.collect();
+    const CHUNKS: [usize; 5] = [100, 1, 60, 90, 33];
+    let source = source(name);
+    let own = caches(&source);
     let has_windows = own.iter().any(|layer| layer.window.is_some());
     assert_eq!(has_windows, windows, "{name}");
     let mut logits = |layers: &[LayerCache]| {
         let layout = CacheLayout::of_layers(layers, TOKENS, ATTENTION_SPAN).unwrap();
-        logits_of_steps(device(), &source, &layout, TOKENS)
+        let chunks = CHUNKS.into_iter().chain(std::iter::repeat(1));
+        let (logits, firsts) = logits_of_steps(device(), &source, &layout, TOKENS, chunks);
+        for (first, group) in firsts.into_iter().zip(layout.groups()) {
+            let gives_back = matches!(group.kind, GroupKind::Window(_));
+            assert_eq!(first > 0, gives_back, "{:?}", group.kind);
+        }
+        logits
     };
     let all_tokens = own.iter().map(|layer| LayerCache {
         window: None,
@@ -47,21 +43,74 @@ pub fn a_model_has_the_same_bits_in_groups<D: TestDevice>(
     }
 }
 
-/// Computes `tokens` tokens of one sequence, partly in chunks and partly one by one. Each group
-/// gives back the blocks that it no longer needs, which become NaN. Returns the logits of the
-/// last token of each step.
+/// Checks that the logits of a tiny checkpoint, whose layers have windows, have the same bits one by
+/// one and in chunks of any size, and that its layers are in groups, some of which give back blocks.
+pub fn chunks_change_no_bit_of_a_model<D: TestDevice>(device: &mut dyn FnMut() -> D, name: &str) {
+    const TOKENS: usize = 153;
+    // Tokens before those that are computed one by one.
+    const CONTEXT: usize = 130;
+    let source = source(name);
+    let layout = CacheLayout::of_layers(&caches(&source), TOKENS, ATTENTION_SPAN).unwrap();
+    let kinds = layout.groups().iter().map(|group| group.kind);
+    let of_windows = kinds.filter(|kind| matches!(kind, GroupKind::Window(_)));
+    assert!((1..layout.groups().len()).contains(&of_windows.count()));
+    let mut logits = |first: usize, chunk: usize| {
+        let chunks = std::iter::once(first).chain(std::iter::repeat(chunk));
+        logits_of_steps(device(), &source, &layout, TOKENS, chunks)
+    };
+    let (single, firsts) = logits(CONTEXT, 1);
+    assert!(
+        firsts.iter().any(|first| *first > 0),
+        "no block was given back"
+    );
+    for chunk in [7, 16, 64] {
+        let ends = (1..).map(|step| (chunk * step).min(TOKENS));
+        let (found, _) = logits(chunk, chunk);
+        assert_eq!(found.len(), TOKENS.div_ceil(chunk));
+        for (found, end) in found.iter().zip(ends).filter(|(_, end)| *end >= CONTEXT) {
+            assert!(found.iter().all(|value| value.is_finite()));
+            let same = crate::cpu::bits(found) == crate::cpu::bits(&single[end - CONTEXT]);
+            assert!(same, "{name}: token {end} in chunks of {chunk}");
+        }
+    }
+}
+
+fn source(name: &str) -> ModelSource {
+    let folder = crate::root().join("tests/fixtures/golden/tiny");
+    let folder = ModelFolder::open(&folder.join(name)).unwrap();
+    ModelSource::from_folder(folder).unwrap()
+}
+
+/// What the layers of a model keep.
+fn caches(source: &ModelSource) -> Vec<LayerCache> {
+    let layers = source.config().layers.iter();
+    let own = layers.map(|layer| {
+        let attention = layer.attention().unwrap();
+        LayerCache {
+            window: attention.window,
+            size: attention.heads.cache_elements(),
+            shares: attention.shares,
+        }
+    });
+    own.collect()
+}
+
+/// Computes `tokens` tokens of one sequence in chunks. Each group gives back the blocks that it no
+/// longer needs, which become NaN. Returns the logits of the last token of each step, and the first
+/// block that each group still has.
 fn logits_of_steps<D: TestDevice>(
     mut device: D,
     source: &ModelSource,
     layout: &CacheLayout,
     tokens: usize,
-) -> Vec<Vec<f32>> {
+    chunks: impl Iterator<Item = usize>,
+) -> (Vec<Vec<f32>>, Vec<usize>) {
     const BLOCK: usize = 16;
-    const CHUNKS: [usize; 5] = [100, 1, 60, 90, 33];
+    const MOST_ROWS: usize = 130;
     let model = source.config();
     let groups = layout.groups();
     let limits = DeviceLimits {
-        rows: 100,
+        rows: MOST_ROWS,
         sequences: 1,
         sequence_tokens: tokens,
         block_tokens: BLOCK,
@@ -71,7 +120,7 @@ fn logits_of_steps<D: TestDevice>(
     };
     device.reserve(&limits).unwrap();
     let limits = StepLimits {
-        rows: 100,
+        rows: MOST_ROWS,
         samples: 1,
         positions: tokens,
     };
@@ -94,7 +143,8 @@ fn logits_of_steps<D: TestDevice>(
 
     let mut tables = vec![(0, Vec::<u32>::new()); groups.len()];
     let (mut start, mut logits) = (0, Vec::new());
-    for count in CHUNKS.into_iter().chain(std::iter::repeat(1)) {
+    for count in chunks {
+        let count = count.min(tokens - start);
         let end = start + count;
         for (group, (first, blocks)) in tables.iter_mut().enumerate() {
             let needed = layout.first_block(group, start, BLOCK);
@@ -124,9 +174,5 @@ fn logits_of_steps<D: TestDevice>(
             break;
         }
     }
-    for ((first, _), group) in tables.iter().zip(groups) {
-        let gives_back = matches!(group.kind, GroupKind::Window(_));
-        assert_eq!(*first > 0, gives_back, "{:?}", group.kind);
-    }
-    logits
+    (logits, tables.iter().map(|(first, _)| *first).collect())
 }

@@ -73,14 +73,10 @@ fn each_part_of_a_row_is_normalised_on_its_own() {
         let weight = d.load_vector(&weight).unwrap();
         let x = tensor(&mut d, columns, &x);
         let mut sum = tensor(&mut d, columns, &before);
-        d.rms_norm_add_parts(&x, &weight, 1e-3, ROWS, &mut sum)
-            .unwrap();
+        d.rms_norm_add(&x, &weight, 1e-3, ROWS, &mut sum).unwrap();
         near(&values(&sum, ROWS), &expected, "parts");
         let odd = d.load_vector(&[1.0; 7]).unwrap();
-        assert!(
-            d.rms_norm_add_parts(&x, &odd, 1e-3, ROWS, &mut sum)
-                .is_err()
-        );
+        assert!(d.rms_norm_add(&x, &odd, 1e-3, ROWS, &mut sum).is_err());
     }
 }
 
@@ -115,64 +111,68 @@ fn tokens_outside_a_table_have_the_embedding_of_token_0() {
     }
 }
 
-/// Three streams, and the factors of each row.
-fn streams(seed: u64, factors: usize) -> (Vec<Vec<f32>>, Vec<f32>) {
+/// Three streams, what is routed in each row, and the weights of `count` factors.
+fn streams(seed: u64, count: usize) -> (Vec<Vec<f32>>, Vec<f32>, Vec<f32>) {
     let mut random = Random::new(seed);
     let streams = (0..3).map(|_| random.numbers(ROWS * 40)).collect();
-    (streams, random.numbers(ROWS * factors))
+    (streams, random.numbers(ROWS * 3), random.numbers(count * 3))
+}
+
+/// Returns a factor of a row.
+fn factor(routed: &[f32], weights: &[f32], row: usize, index: usize) -> f64 {
+    let products = routed[3 * row..][..3].iter().zip(&weights[3 * index..]);
+    products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
 #[test]
 fn streams_are_mixed_by_the_factors_of_each_row() {
-    let (streams, factors) = streams(3, 9);
+    let (streams, routed, weights) = streams(3, 9);
     let mut d = new(SimdLevel::Auto);
     let own: Vec<CpuTensor> = streams.iter().map(|own| tensor(&mut d, 40, own)).collect();
-    let rows = tensor(&mut d, 9, &factors);
+    let rows = tensor(&mut d, 3, &routed);
+    let vector = d.load_vector(&weights).unwrap();
     let mut out: Vec<CpuTensor> = streams
         .iter()
         .map(|own| tensor(&mut d, 40, &vec![0.0; own.len()]))
         .collect();
-    d.mix_streams(&own, &rows, ROWS, &mut out).unwrap();
+    d.mix_streams(&own, &rows, &vector, ROWS, &mut out).unwrap();
     for (i, out) in out.iter().enumerate() {
         let expected: Vec<f64> = (0..ROWS * 40)
             .map(|at| {
                 let mixed = (0..3).map(|j| {
-                    f64::from(factors[at / 40 * 9 + 3 * i + j]) * f64::from(streams[j][at])
+                    factor(&routed, &weights, at / 40, 3 * i + j) * f64::from(streams[j][at])
                 });
                 f64::from(streams[i][at]) + mixed.sum::<f64>()
             })
             .collect();
         near(&values(out, ROWS), &expected, "mixed");
     }
-    assert!(
-        d.mix_streams(&own[..2], &rows, ROWS, &mut out[..2])
-            .is_err()
-    );
+    let fewer = d.mix_streams(&own[..2], &rows, &vector, ROWS, &mut out[..2]);
+    assert!(fewer.is_err());
 }
 
 #[test]
 fn streams_are_corrected_by_what_changed_in_the_active_one() {
-    let (streams, factors) = streams(4, 3);
+    let (streams, routed, weights) = streams(4, 3);
     let updated = Random::new(5).numbers(ROWS * 40);
     let mut d = new(SimdLevel::Auto);
     let mut own: Vec<CpuTensor> = streams.iter().map(|own| tensor(&mut d, 40, own)).collect();
-    let (rows, update) = (tensor(&mut d, 3, &factors), tensor(&mut d, 40, &updated));
-    d.correct_streams(&update, &rows, 1, ROWS, &mut own)
+    let (rows, update) = (tensor(&mut d, 3, &routed), tensor(&mut d, 40, &updated));
+    let vector = d.load_vector(&weights).unwrap();
+    d.correct_streams(&update, (&rows, &vector), 1, ROWS, &mut own)
         .unwrap();
     for (i, own) in own.iter().enumerate() {
         let expected: Vec<f64> = (0..ROWS * 40)
             .map(|at| {
                 let change = f64::from(updated[at]) - f64::from(streams[1][at]);
-                let factor = 1.0 + f64::from(factors[at / 40 * 3 + i]);
+                let factor = 1.0 + factor(&routed, &weights, at / 40, i);
                 f64::from(streams[i][at]) + factor * change
             })
             .collect();
         near(&values(own, ROWS), &expected, "corrected");
     }
-    assert!(
-        d.correct_streams(&update, &rows, 3, ROWS, &mut own)
-            .is_err()
-    );
+    let absent = d.correct_streams(&update, (&rows, &vector), 3, ROWS, &mut own);
+    assert!(absent.is_err());
 }
 
 #[test]

@@ -59,6 +59,8 @@ fn cases() -> Vec<Case> {
         case((2, 1, 128), None, None, 256),
         case((16, 1, 256), None, None, 16),
         case((2, 1, 256), Some(129), Some(4.0), 32),
+        case((2, 1, 512), None, None, 16),
+        case((17, 1, 512), Some(40), None, 32),
     ]
 }
 
@@ -402,6 +404,7 @@ fn rotating_and_storing_within_attention_changes_no_bit() {
         case((8, 1, 96), None, None, 64),
         case((16, 2, 128), None, None, 16),
         case((2, 1, 256), None, None, 32),
+        case((2, 1, 512), None, None, 16),
     ];
     // Some have several units, and more than one block works on the longest.
     let lengths = [1, 16, 17, 129, 300, 641];
@@ -431,6 +434,7 @@ fn rotating_and_storing_within_attention_changes_no_bit() {
                 let block_tokens = case.block_tokens;
                 let mut layer = Layer::new(&mut device, heads, &rope, block_tokens, blocks);
                 layer.sinks = (sinks.as_ref()).map(|of| layer.device.load_vector(of).unwrap());
+                layer.normalizes_values = index % 2 == 0;
                 layer.norm = per_head.map(|per_head| {
                     let q = layer.device.load_vector(&q).unwrap();
                     (q, layer.device.load_vector(&k).unwrap(), per_head)

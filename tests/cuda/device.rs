@@ -25,9 +25,10 @@ const HEADS: HeadShape = HeadShape {
 const MODEL: ModelShape = ModelShape {
     layers: 1,
     heads: HEADS,
+    narrow_heads: None,
     full_columns: 0,
     experts: None,
-    parts: ModelParts::NONE,
+    streams: 0,
 };
 const LIMITS: DeviceLimits = DeviceLimits {
     rows: 16,
@@ -650,6 +651,21 @@ fn memory_for_steps_is_reserved_as_planned_and_does_not_grow() {
                 top_k: 2,
                 columns: HIDDEN,
                 hidden: 96,
+            }),
+            ..MODEL
+        },
+        ModelShape {
+            // Each of the two takes more of some memory.
+            heads: HeadShape {
+                q_heads: 16,
+                kv_heads: 16,
+                ..HEADS
+            },
+            narrow_heads: Some(HeadShape {
+                q_heads: 16,
+                kv_heads: 2,
+                head_dim: 512,
+                ..HEADS
             }),
             ..MODEL
         },

@@ -90,6 +90,8 @@ struct Layer {
     activations: CudaActivations,
     gate_up: Vec<Matrix>,
     down: Vec<Matrix>,
+    /// Factors on the experts' outputs.
+    scales: Option<Vec<f32>>,
     hidden: usize,
     columns: usize,
 }
@@ -109,6 +111,7 @@ impl Layer {
             activations,
             gate_up: matrices(2 * hidden, columns),
             down: matrices(columns, hidden),
+            scales: None,
             hidden,
             columns,
         }
@@ -119,7 +122,8 @@ impl Layer {
             matrices.iter().map(Matrix::spec).collect()
         }
         let (gate_up, down) = (specs(&self.gate_up), specs(&self.down));
-        device.load_experts(&gate_up, &down, None, None).unwrap()
+        let scales = self.scales.as_deref();
+        device.load_experts(&gate_up, &down, None, scales).unwrap()
     }
 
     /// Returns the result for one row, and the largest sum of magnitudes in it.
@@ -155,9 +159,13 @@ impl Layer {
             });
             let hidden: Vec<f64> = gated.collect();
             let (down, largest) = self.down[expert].times(&hidden);
+            let scale = self
+                .scales
+                .as_ref()
+                .map_or(1.0, |scales| scales[expert].into());
             magnitude = magnitude.max(largest);
             for (out, value) in out.iter_mut().zip(down) {
-                *out += weight / divisor * round(value);
+                *out += weight / divisor * scale * round(value);
             }
         }
         (out, magnitude)
@@ -246,7 +254,8 @@ fn experts_agree_with_float64() {
         let mut device = device(activations);
         for (dtype, shape, routing, rows) in cases {
             let (experts, _, columns) = shape;
-            let layer = Layer::new(&mut random, activations, dtype, shape);
+            let mut layer = Layer::new(&mut random, activations, dtype, shape);
+            layer.scales = (dtype == DType::BF16).then(|| random.numbers(experts));
             let loaded = layer.load(&mut device);
             let x = random.numbers(rows * columns);
             let logits = logits(&mut random, rows, experts);

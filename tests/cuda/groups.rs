@@ -157,6 +157,9 @@ fn models_have_the_same_bits_in_groups() {
     for (name, windows) in [
         ("gemma2", true),
         ("gemma3", true),
+        ("gemma3n", true),
+        ("gemma4", true),
+        ("gemma4-moe", true),
         ("mistral", true),
         ("phi3", false),
     ] {

@@ -78,6 +78,8 @@ pub struct Layer<'d> {
     pub heads: HeadShape,
     /// Weights for queries and for keys, and whether they apply per head.
     pub norm: Option<(CudaVector, CudaVector, bool)>,
+    /// Whether values are normalised where queries and keys are.
+    pub normalizes_values: bool,
     /// The sinks of the heads.
     pub sinks: Option<CudaVector>,
     block_tokens: usize,
@@ -119,6 +121,7 @@ impl<'d> Layer<'d> {
             rope,
             heads,
             norm: None,
+            normalizes_values: false,
             sinks: None,
             block_tokens,
         }
@@ -148,7 +151,7 @@ impl<'d> Layer<'d> {
             k,
             epsilon: EPSILON,
             per_head: *per_head,
-            values: false,
+            values: self.normalizes_values,
         });
         let (rope, cache) = (&self.rope, &mut self.cache);
         self.device
@@ -167,7 +170,7 @@ impl<'d> Layer<'d> {
             k,
             epsilon: EPSILON,
             per_head: *per_head,
-            values: false,
+            values: self.normalizes_values,
         });
         let attention = RotaryAttention {
             rotary: Rotary {

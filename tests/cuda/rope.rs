@@ -17,7 +17,7 @@ enum Norm {
 }
 
 /// Heads, number of rotated elements per head, and tokens per block.
-const SHAPES: [((usize, usize, usize), usize, usize); 8] = [
+const SHAPES: [((usize, usize, usize), usize, usize); 9] = [
     ((2, 1, 16), 16, 16),
     ((3, 3, 32), 8, 32),
     ((9, 3, 64), 64, 48),
@@ -25,6 +25,7 @@ const SHAPES: [((usize, usize, usize), usize, usize); 8] = [
     ((2, 2, 96), 48, 16),
     ((8, 2, 128), 128, 64),
     ((2, 1, 256), 256, 16),
+    ((1, 1, 512), 512, 16),
     ((1, 1, 128), 0, 16),
 ];
 
@@ -202,6 +203,111 @@ fn norm_rotation_and_store_agree_with_float64() {
                 assert_eq!(numbers, written, "{heads:?} {norm:?}");
             }
         }
+    }
+}
+
+#[test]
+fn values_are_normalised_in_the_cache_without_weights() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(43);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for (head_dim, per_head) in [(64, true), (512, true), (32, false)] {
+            let heads = HeadShape {
+                q_heads: 2,
+                kv_heads: 2,
+                head_dim,
+                values: Values::BesideKeys,
+            };
+            let columns = heads.qkv_columns();
+            let numbers = random.numbers(3 * columns).into_iter();
+            let rows: Vec<f32> = numbers.map(|value| kept(kind, value)).collect();
+            let weight = random.numbers(if per_head { head_dim } else { 2 * head_dim });
+            let mut layer = Layer::new(&mut device, heads, &identity(64), 16, 1);
+            let [q, k] = [0, 1].map(|_| layer.device.load_vector(&weight).unwrap());
+            layer.norm = Some((q, k, per_head));
+            layer.normalizes_values = true;
+            let out = layer.store(&[Part {
+                qkv: &rows,
+                range: 0..3,
+                table: &[0],
+            }]);
+            for (position, (row, out)) in rows.chunks(columns).zip(out.chunks(columns)).enumerate()
+            {
+                let what = format!("{kind:?} {head_dim} {position}");
+                let cached = cached(&layer, &[0], 16, position);
+                let cached: Vec<f32> = cached.iter().map(|&bits| decoded(kind, bits)).collect();
+                let (keys, values) = cached.split_at(2 * head_dim);
+                assert!(
+                    bits(keys) == bits(&out[2 * head_dim..4 * head_dim]),
+                    "{what}"
+                );
+                let mut expected: Vec<f64> =
+                    row[4 * head_dim..].iter().map(|&x| x.into()).collect();
+                let ones = vec![1.0; head_dim];
+                let each = expected.chunks_mut(head_dim);
+                each.for_each(|head| normalize(head, &ones));
+                assert_near(kind, values, &expected, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn queries_alone_are_rotated_like_those_beside_keys_and_values() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(44);
+    let heads = HeadShape {
+        q_heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
+        values: Values::BesideKeys,
+    };
+    let (columns, q_columns) = (heads.qkv_columns(), heads.q_columns());
+    for (kind, is_normed) in TYPES.into_iter().zip([true, false]) {
+        let mut device = device(kind);
+        let rows: Vec<f32> = (random.numbers(7 * columns).into_iter())
+            .map(|value| kept(kind, value))
+            .collect();
+        let weight = random.numbers(64);
+        let mut layer = Layer::new(&mut device, heads, &spec(64, 1.25), 16, 1);
+        let [q, k, alone] = [0, 1, 2].map(|_| layer.device.load_vector(&weight).unwrap());
+        layer.norm = is_normed.then_some((q, k, true));
+        let parts = [Part {
+            qkv: &rows,
+            range: 0..7,
+            table: &[0],
+        }];
+        let together = layer.store(&parts);
+        let queries = rows
+            .chunks(columns)
+            .flat_map(|row| row[..q_columns].to_vec());
+        let mut queries = layer.tensor(q_columns, &queries.collect::<Vec<_>>());
+        let (batch, _) = layer.batch(&parts);
+        layer.stage(&batch);
+        let norm = is_normed.then_some((&alone, EPSILON));
+        let (device, rope) = (&mut *layer.device, &layer.rope);
+        device
+            .rope_queries(&mut queries, heads, norm, rope)
+            .unwrap();
+        let found = device.values(&queries, 7).unwrap();
+        for (found, together) in found.chunks(q_columns).zip(together.chunks(columns)) {
+            assert!(bits(found) == bits(&together[..q_columns]), "{kind:?}");
+        }
+        // Norms that do not fit, and rows with keys and values, are refused.
+        let short = layer.device.load_vector(&weight[..32]).unwrap();
+        let (device, rope) = (&mut *layer.device, &layer.rope);
+        let norm = Some((&short, EPSILON));
+        device
+            .rope_queries(&mut queries, heads, norm, rope)
+            .unwrap_err();
+        let mut wide = device
+            .tensor(columns, Precision::Activation, &rows)
+            .unwrap();
+        device
+            .rope_queries(&mut wide, heads, None, rope)
+            .unwrap_err();
+        device.finish(Ok(())).unwrap();
     }
 }
 

@@ -1,6 +1,7 @@
 //! Norms, and additions to the residual stream.
 
 use super::CpuDevice;
+use super::error::require;
 use super::rowwise::{load, store, vectors};
 use super::simd::{Kernel, Simd};
 use super::tensor::{CpuTensor, require_shape};
@@ -78,25 +79,25 @@ impl NormOps for CpuDevice {
         rows: usize,
         residual: &mut CpuTensor,
     ) -> Result<(), DeviceError> {
-        let columns = weight.0.len();
-        require_shape("rms_norm_add", "x", x, (rows, columns))?;
-        require_shape("rms_norm_add", "the residual", residual, (rows, columns))?;
+        const NAME: &str = "rms_norm_add";
+        let (columns, length) = (x.columns(), weight.0.len());
+        require_shape(NAME, "x", x, (rows, columns))?;
+        require_shape(NAME, "the residual", residual, (rows, columns))?;
+        let fits = length > 0 && columns.is_multiple_of(length);
+        require(fits, NAME, || {
+            format!("{columns} columns cannot be divided into parts of {length}")
+        })?;
         let (x, weight) = (x.leading(rows), &weight.0[..]);
         let residual = residual.leading_mut(rows);
-        self.rowwise(
-            "rms_norm_add",
-            (rows, columns),
-            residual,
-            |range, residual| {
-                let x = &x[range.start * columns..range.end * columns];
-                RmsNormAdd {
-                    x,
-                    weight,
-                    epsilon,
-                    residual,
-                }
-            },
-        )
+        self.rowwise(NAME, (rows, columns), residual, |range, residual| {
+            let x = &x[range.start * columns..range.end * columns];
+            RmsNormAdd {
+                x,
+                weight,
+                epsilon,
+                residual,
+            }
+        })
     }
 
     fn add(

@@ -7,17 +7,13 @@ use super::activation::activate;
 use super::error::require;
 use super::linear::CpuLinear;
 use super::memory::Disjoint;
-use super::norm::{CpuVector, RmsNormAdd};
+use super::norm::CpuVector;
 use super::rowwise::{load, store, vectors};
 use super::simd::{Kernel, Simd};
 use super::tensor::{CpuTensor, require_shape};
-use crate::device::{Activation, DeviceError, ModelParts, ResidualOps};
+use crate::device::{Activation, DeviceError, ResidualOps};
 
 impl ResidualOps for CpuDevice {
-    fn check_parts(&self, _: &ModelParts) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     fn copy(&mut self, x: &CpuTensor, rows: usize, out: &mut CpuTensor) -> Result<(), DeviceError> {
         require_shape("copy", "x", x, (rows, x.columns()))?;
         require_shape("copy", "the result", out, (rows, x.columns()))?;
@@ -50,35 +46,6 @@ impl ResidualOps for CpuDevice {
                 let out = unsafe { out.range(row * columns, columns) };
                 table.read_row(if token < vocabulary { token } else { 0 }, out);
                 out.iter_mut().for_each(|value| *value *= scale);
-            }
-        })
-    }
-
-    fn rms_norm_add_parts(
-        &mut self,
-        x: &CpuTensor,
-        weight: &CpuVector,
-        epsilon: f32,
-        rows: usize,
-        residual: &mut CpuTensor,
-    ) -> Result<(), DeviceError> {
-        const NAME: &str = "rms_norm_add_parts";
-        let (columns, weight) = (x.columns(), weight.values());
-        require_shape(NAME, "x", x, (rows, columns))?;
-        require_shape(NAME, "the residual", residual, (rows, columns))?;
-        let fits = !weight.is_empty() && columns.is_multiple_of(weight.len());
-        require(fits, NAME, || {
-            let length = weight.len();
-            format!("{columns} columns cannot be divided into parts of {length}")
-        })?;
-        let x = x.leading(rows);
-        let residual = residual.leading_mut(rows);
-        self.rowwise(NAME, (rows, columns), residual, |range, residual| {
-            RmsNormAdd {
-                x: &x[range.start * columns..range.end * columns],
-                weight,
-                epsilon,
-                residual,
             }
         })
     }
@@ -152,7 +119,8 @@ impl ResidualOps for CpuDevice {
     fn mix_streams(
         &mut self,
         streams: &[CpuTensor],
-        factors: &CpuTensor,
+        routed: &CpuTensor,
+        weight: &CpuVector,
         rows: usize,
         out: &mut [CpuTensor],
     ) -> Result<(), DeviceError> {
@@ -162,7 +130,8 @@ impl ResidualOps for CpuDevice {
         require(out.len() == count, NAME, || {
             format!("there are {count} streams and {} results", out.len())
         })?;
-        require_shape(NAME, "the factors", factors, (rows, count * count))?;
+        require_shape(NAME, "what is routed", routed, (rows, count))?;
+        let weight = require_factors(NAME, weight, count * count, count)?;
         for stream in streams.iter().chain(&*out) {
             require_shape(NAME, "a stream", stream, (rows, columns))?;
         }
@@ -173,7 +142,8 @@ impl ResidualOps for CpuDevice {
                     // SAFETY: each row belongs to one item.
                     let out = unsafe { out.range(row * columns, columns) };
                     out.copy_from_slice(streams[i].row(row));
-                    let factors = &factors.row(row)[i * count..][..count];
+                    let weights = weight[i * count * count..].chunks_exact(count);
+                    let factors = weights.map(|weights| dot(weights, routed.row(row)));
                     for (stream, factor) in streams.iter().zip(factors) {
                         let stream = stream.row(row).iter();
                         out.iter_mut()
@@ -189,7 +159,7 @@ impl ResidualOps for CpuDevice {
     fn correct_streams(
         &mut self,
         updated: &CpuTensor,
-        factors: &CpuTensor,
+        (routed, weight): (&CpuTensor, &CpuVector),
         active: usize,
         rows: usize,
         streams: &mut [CpuTensor],
@@ -199,7 +169,11 @@ impl ResidualOps for CpuDevice {
         require(active < count, NAME, || {
             format!("there is no stream {active}: there are {count}")
         })?;
-        require_shape(NAME, "the factors", factors, (rows, count))?;
+        require_shape(NAME, "what is routed", routed, (rows, count))?;
+        let weight = require_factors(NAME, weight, count, count)?;
+        let factor_of = |row: usize, stream: usize| {
+            1.0 + dot(&weight[stream * count..][..count], routed.row(row))
+        };
         require_shape(NAME, "the update", updated, (rows, columns))?;
         for stream in &*streams {
             require_shape(NAME, "a stream", stream, (rows, columns))?;
@@ -221,7 +195,7 @@ impl ResidualOps for CpuDevice {
                 for row in range {
                     // SAFETY: each row belongs to one item.
                     let own = unsafe { own.range(row * columns, columns) };
-                    let factor = 1.0 + factors.row(row)[stream];
+                    let factor = factor_of(row, stream);
                     let pairs = updated.row(row).iter().zip(active_stream.row(row));
                     for (own, (updated, before)) in own.iter_mut().zip(pairs) {
                         *own += factor * (updated - before);
@@ -235,7 +209,7 @@ impl ResidualOps for CpuDevice {
             for row in range {
                 // SAFETY: each row belongs to one item.
                 let own = unsafe { own.range(row * columns, columns) };
-                let factor = 1.0 + factors.row(row)[active];
+                let factor = factor_of(row, active);
                 for (own, updated) in own.iter_mut().zip(updated.row(row)) {
                     *own += factor * (updated - *own);
                 }
@@ -265,6 +239,28 @@ impl ResidualOps for CpuDevice {
             }
         })
     }
+}
+
+/// Returns the numbers of a matrix of `rows` × `columns` factors.
+fn require_factors<'a>(
+    operation: &'static str,
+    weight: &'a CpuVector,
+    rows: usize,
+    columns: usize,
+) -> Result<&'a [f32], DeviceError> {
+    let weight = weight.values();
+    require(weight.len() == rows * columns, operation, || {
+        format!(
+            "there are {} weights for {rows} factors of {columns} streams",
+            weight.len()
+        )
+    })?;
+    Ok(weight)
+}
+
+/// Returns the sum of the products, in the order of the elements.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// Returns the mean of `of` over the elements.

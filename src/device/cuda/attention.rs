@@ -8,7 +8,7 @@
 //! other.
 
 use super::CudaDevice;
-use super::cache::{CudaCache, require_head_dim, require_heads};
+use super::cache::{CachePlace, CudaCache, require_head_dim, require_heads};
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
@@ -23,14 +23,14 @@ use super::step::{Bounds, MOST_UNITS, UNIT, UnitSpread};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::attention::rope_then_attend;
 use crate::device::{
-    AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, Precision,
-    RotaryAttention, Values,
+    AttentionOps, AttentionSpec, CacheLayer, DeviceError, DeviceLimits, HeadShape, ModelShape,
+    Precision, RotaryAttention, Values,
 };
 
 kernels! {
     /// Kernels of `kernels/attention.cu`.
     pub(super) struct Kernels in "attention" {
-        attend_decode_hd[16, 32, 64, 80, 96, 128, 256](
+        attend_decode_hd[16, 32, 64, 80, 96, 128, 256, 512](
             out: Ptr,
             partial_out: Ptr,
             partial_stats: Ptr,
@@ -50,13 +50,15 @@ kernels! {
             rotary_dim: u32,
             q_heads: u32,
             kv_heads: u32,
+            columns: u32,
             block_tokens: u32,
+            block_vectors: u32,
             scale: f32,
             softcap: f32,
             window: u32,
             chunks: u32,
         );
-        attend_prefill_hd[16, 32, 64, 80, 96, 128, 256](
+        attend_prefill_hd[16, 32, 64, 80, 96, 128, 256, 512](
             out: Ptr,
             qkv: Ptr,
             k_cache: Ptr,
@@ -67,7 +69,9 @@ kernels! {
             sinks: Ptr,
             q_heads: u32,
             kv_heads: u32,
+            columns: u32,
             block_tokens: u32,
+            block_vectors: u32,
             scale: f32,
             softcap: f32,
             window: u32,
@@ -127,6 +131,14 @@ impl AttentionKernels {
     }
 }
 
+/// Returns the largest of the numbers of bytes of [`partial_bytes`] of a model's layers.
+pub(super) fn most_partial_bytes(model: &ModelShape, units: usize) -> [usize; 2] {
+    let all = model.all_heads().map(|heads| partial_bytes(heads, units));
+    all.fold([0, 0], |[out, stats], [own_out, own_stats]| {
+        [out.max(own_out), stats.max(own_stats)]
+    })
+}
+
 /// Returns the bytes of the counts of blocks of this many sequences.
 pub(super) fn arrival_bytes(heads: HeadShape, sequences: usize) -> usize {
     if heads.values != Values::BesideKeys {
@@ -152,16 +164,18 @@ pub(super) fn partial_bytes(heads: HeadShape, units: usize) -> [usize; 2] {
 pub(super) fn unit_room(limits: &DeviceLimits, bytes: usize) -> usize {
     let longest = limits.sequence_tokens.div_ceil(UNIT).max(1);
     let of_all = limits.sequences.saturating_mul(longest);
-    let of_one: usize = partial_bytes(limits.model.heads, 1).iter().sum();
+    let of_one: usize = most_partial_bytes(&limits.model, 1).iter().sum();
     let fit = bytes.checked_div(of_one).unwrap_or(MOST_UNITS);
     of_all.min(MOST_UNITS).min(fit).max(longest)
 }
 
-/// Returns how the units of a step are spread over CUDA blocks.
-pub(super) fn unit_spread(heads: HeadShape) -> UnitSpread {
+/// Returns how the units of a step are spread over CUDA blocks, in the layers that spread them the
+/// most: the others have the same launches wherever those do.
+pub(super) fn unit_spread(model: &ModelShape) -> UnitSpread {
+    let fewest = model.all_heads().map(blocks_of_heads).min();
     UnitSpread {
         block_units: WARPS,
-        most_blocks: MOST_BLOCKS / blocks_of_heads(heads).max(1),
+        most_blocks: MOST_BLOCKS / fewest.unwrap_or(1).max(1),
     }
 }
 
@@ -174,28 +188,38 @@ fn blocks_of_units(units: usize, others: usize) -> usize {
 /// Returns the number of CUDA blocks of a decode launch per row and group of units.
 fn blocks_of_heads(heads: HeadShape) -> usize {
     let group = heads.q_heads.checked_div(heads.kv_heads).unwrap_or(0);
-    heads.kv_heads * group.div_ceil(WARP_ROWS)
+    heads.kv_heads * group.div_ceil(WARP_ROWS) * pieces(heads.head_dim)
+}
+
+/// The largest number of columns of results that a CUDA block computes.
+const MOST_COLUMNS: usize = 256;
+
+/// Returns the number of pieces that heads are computed in: each by a CUDA block of its own.
+fn pieces(head_dim: usize) -> usize {
+    head_dim.div_ceil(MOST_COLUMNS)
 }
 
 /// Returns the bytes of dynamic shared memory of a decode block: 16 queries, and a ring of slots per
-/// warp, each slot for 16 keys or values; all of them are padded by 16 bytes.
+/// warp, each slot for a piece of 16 keys or values; all of them are padded by 16 bytes.
 fn decode_shared(head_dim: usize) -> usize {
     let slots = match head_dim {
         0..=64 => 8,
         65..=128 => 4,
         _ => 2,
     };
-    (1 + WARPS * slots) * WARP_ROWS * (2 * head_dim + 16)
+    let slots = WARPS * slots * (2 * head_dim.min(MOST_COLUMNS) + 16);
+    WARP_ROWS * (2 * head_dim + 16 + slots)
 }
 
-/// Returns the bytes of dynamic shared memory of a prefill block: a ring of slots, each for 32
-/// keys or values padded by 16 bytes, and for large heads the float32 sums of all rows.
+/// Returns the bytes of dynamic shared memory of a prefill block: a ring of slots, each for a piece
+/// of 32 keys or values padded by 16 bytes, and for large heads the float32 sums of all rows.
 fn prefill_shared(head_dim: usize) -> usize {
-    let (slots, sums) = match head_dim {
+    let columns = head_dim.min(MOST_COLUMNS);
+    let (slots, sums) = match columns {
         0..=128 => (4, 0),
-        _ => (2, WARPS * WARP_ROWS * head_dim * 4),
+        _ => (2, WARPS * WARP_ROWS * columns * 4),
     };
-    slots * 32 * (2 * head_dim + 16) + sums
+    slots * 32 * (2 * columns + 16) + sums
 }
 
 /// Returns the maximum number of units that a window of this many keys overlaps, where 0 stands
@@ -211,7 +235,10 @@ fn most_units(window: u32) -> usize {
 struct ScalarParameters {
     q_heads: u32,
     kv_heads: u32,
+    /// Elements of a row of queries, or of queries, keys and values.
+    columns: u32,
     block_tokens: u32,
+    block_vectors: u32,
     scale: f32,
     softcap: f32,
     window: u32,
@@ -220,11 +247,13 @@ struct ScalarParameters {
 }
 
 impl ScalarParameters {
-    fn new(spec: &AttentionSpec, block_tokens: usize) -> Self {
+    fn new(spec: &AttentionSpec, columns: usize, block_tokens: usize, place: &CachePlace) -> Self {
         Self {
             q_heads: spec.heads.q_heads as u32,
             kv_heads: spec.heads.kv_heads as u32,
+            columns: columns as u32,
             block_tokens: block_tokens as u32,
+            block_vectors: place.block_vectors,
             scale: spec.scale,
             softcap: spec.softcap.unwrap_or(0.0),
             // A window that exceeds `u32` covers all positions, so it is no window.
@@ -241,6 +270,13 @@ impl ScalarParameters {
 }
 
 impl AttentionOps for CudaDevice {
+    fn check_heads(&self, heads: HeadShape) -> Result<(), DeviceError> {
+        match heads.values {
+            Values::BesideKeys => require_head_dim(heads.head_dim),
+            Values::InKeys(_) => Ok(()),
+        }
+    }
+
     fn attend(
         &mut self,
         qkv: &CudaTensor,
@@ -333,16 +369,13 @@ impl CudaDevice {
         require(count == heads.q_heads, NAME, || {
             format!("there are {count} sinks for {} heads", heads.q_heads)
         })?;
-        let rows_of_heads = shape.kv_heads * shape.blocks * shape.block_tokens;
-        if rows_of_heads > u32::MAX as usize {
-            return Err(unsupported(
-                format!("a cache of {rows_of_heads} keys per layer"),
-                "a layer must have fewer than 2³² keys over all heads",
-            ));
-        }
         let rows = self.step.padded(self.step.rows());
         let activation = Precision::Activation;
-        require_shape(NAME, "qkv", qkv, (rows, heads.qkv_columns()), activation)?;
+        let columns = match qkv.columns() == heads.q_columns() {
+            true => heads.q_columns(),
+            false => heads.qkv_columns(),
+        };
+        require_shape(NAME, "qkv", qkv, (rows, columns), activation)?;
         require_shape(
             NAME,
             "the result",
@@ -359,11 +392,12 @@ impl CudaDevice {
         let window = spec.window.unwrap_or(usize::MAX);
         self.step.require_window(layer.group, window, NAME)?;
         self.graphs.limit_window(layer.group, window);
-        let scalars = ScalarParameters::new(spec, shape.block_tokens);
+        let place = cache.place(heads, layer);
+        let scalars = ScalarParameters::new(spec, columns, shape.block_tokens, &place);
         let operands = Operands {
             qkv: qkv.ptr(),
-            keys: cache.keys(layer.index),
-            values: cache.values(layer.index),
+            keys: place.keys,
+            values: place.values,
             sequences: self.step.sequences(layer.group),
             sinks: sinks.map_or(Ptr::NULL, CudaVector::ptr),
             out: out.ptr(),
@@ -432,7 +466,9 @@ impl CudaDevice {
             rotary.rotary_dim,
             scalars.q_heads,
             scalars.kv_heads,
+            scalars.columns,
             scalars.block_tokens,
+            scalars.block_vectors,
             scalars.scale,
             scalars.softcap,
             scalars.window,
@@ -450,7 +486,11 @@ impl CudaDevice {
         let group = heads.q_heads / heads.kv_heads;
         let context: &Context = &self.context;
         let (work, items) = self.step.prefill_work(context, group)?;
-        let blocks = [items as u32, scalars.kv_heads, 1];
+        let blocks = [
+            items as u32,
+            (heads.kv_heads * pieces(heads.head_dim)) as u32,
+            1,
+        ];
         let grid = Grid::new(blocks, [32 * WARPS as u32, 1, 1])
             .shared(prefill_shared(heads.head_dim) as u32);
         self.attention.kernels.attend_prefill_hd(
@@ -467,7 +507,9 @@ impl CudaDevice {
             operands.sinks,
             scalars.q_heads,
             scalars.kv_heads,
+            scalars.columns,
             scalars.block_tokens,
+            scalars.block_vectors,
             scalars.scale,
             scalars.softcap,
             scalars.window,
@@ -499,7 +541,6 @@ struct Operands {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::ModelShape;
     use crate::device::cuda::cache::HEAD_DIMS;
 
     #[test]
@@ -514,15 +555,30 @@ mod tests {
 
     #[test]
     fn launches_do_not_depend_on_how_units_are_rounded() {
-        for (q_heads, kv_heads) in [(32, 8), (9, 3), (64, 1), (16, 16)] {
-            let heads = HeadShape {
-                q_heads,
-                kv_heads,
-                head_dim: 64,
-                values: Values::BesideKeys,
+        let of = |(q_heads, kv_heads, head_dim)| HeadShape {
+            q_heads,
+            kv_heads,
+            head_dim,
+            values: Values::BesideKeys,
+        };
+        for (heads, narrow) in [
+            ((32, 8, 64), None),
+            ((9, 3, 64), None),
+            ((64, 1, 64), None),
+            ((16, 16, 64), None),
+            ((32, 16, 256), Some((32, 4, 512))),
+            ((8, 2, 512), Some((8, 1, 256))),
+        ] {
+            let model = ModelShape {
+                heads: of(heads),
+                narrow_heads: narrow.map(of),
+                ..ModelShape::default()
             };
-            let spread = unit_spread(heads);
-            for rows in [1, 2, 7, 24, 100, 256, 5000] {
+            let spread = unit_spread(&model);
+            for (heads, rows) in [1, 2, 7, 24, 100, 256, 5000]
+                .into_iter()
+                .flat_map(|rows| model.all_heads().map(move |heads| (heads, rows)))
+            {
                 let others = blocks_of_heads(heads) * rows;
                 for (power, window) in (0..14).flat_map(|power| [(power, 0), (power, 700)]) {
                     let units = 1 << power;

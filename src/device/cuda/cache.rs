@@ -3,6 +3,8 @@
 //! Each layer of a block has two arrays, keys and values, of shape
 //! `[blocks][kv_heads][block_tokens][head_dim]` in the activation type. All arrays are stored
 //! one after the other. Where values are in the keys (latent attention), there are only the keys.
+//! The arrays of a block have room for the largest layer. Smaller layers follow each other in them,
+//! each with its own number of heads and their size.
 
 use super::CudaDevice;
 use super::error::{require, require_ok, unsupported};
@@ -21,9 +23,11 @@ kernels! {
 
 /// Bytes per element of a key or value.
 const ELEMENT: usize = 2;
+/// Bytes of a vector, the unit in which kernels count.
+const VECTOR_BYTES: usize = 16;
 
 /// Head sizes, in elements, for which there are attention kernels.
-pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
+pub(super) const HEAD_DIMS: [usize; 8] = [16, 32, 64, 80, 96, 128, 256, 512];
 
 /// The largest key, in elements, of attention whose values are in the keys, as in
 /// `kernels/latent.cu`.
@@ -37,6 +41,16 @@ pub struct CudaCache {
     pub(super) states: Option<States>,
 }
 
+/// Where the keys and values of a layer are.
+pub(super) struct CachePlace {
+    /// Address of the first key in the first block.
+    pub(super) keys: Ptr,
+    /// Address of the first value in the first block.
+    pub(super) values: Ptr,
+    /// Number of vectors of eight elements from one block to the next.
+    pub(super) block_vectors: u32,
+}
+
 /// The memory for the states of recurrent layers: one slot after the other.
 pub(super) struct States {
     pub(super) shape: StateShape,
@@ -47,6 +61,19 @@ impl CudaCache {
     /// Returns the shape that the cache was allocated for.
     pub fn shape(&self) -> &CacheShape {
         &self.shape
+    }
+
+    /// Returns where the keys and values of a layer with these heads are. [`require_heads`] must
+    /// hold.
+    pub(super) fn place(&self, heads: HeadShape, layer: CacheLayer) -> CachePlace {
+        let CacheShape { block_tokens, .. } = self.shape;
+        let own = heads.kv_heads * block_tokens * heads.head_dim * ELEMENT;
+        let first = |array: Ptr| array.offset_bytes(layer.part * own);
+        CachePlace {
+            keys: first(self.keys(layer.index)),
+            values: first(self.values(layer.index)),
+            block_vectors: (block_bytes(&self.shape) / VECTOR_BYTES) as u32,
+        }
     }
 
     /// Returns the address of the keys of a layer. `layer` must be below `shape().layers`.
@@ -191,7 +218,8 @@ fn require_keys(shape: &CacheShape) -> Result<(), DeviceError> {
     ))
 }
 
-/// Returns [`DeviceError::Failed`] unless the heads are consistent and match the cache.
+/// Returns [`DeviceError::Failed`] unless the heads are consistent and fit the layer's place in the
+/// cache.
 pub(super) fn require_heads(
     operation: &'static str,
     heads: HeadShape,
@@ -199,16 +227,23 @@ pub(super) fn require_heads(
     CacheLayer { group, index, part }: CacheLayer,
 ) -> Result<(), DeviceError> {
     let shape = cache.shape();
-    let fits = heads.kv_heads == shape.kv_heads
-        && heads.head_dim == shape.head_dim
+    let own = heads.kv_heads.saturating_mul(heads.head_dim);
+    let room = shape.kv_heads * shape.head_dim;
+    let has_room = match heads.values {
+        Values::BesideKeys => own.saturating_mul(part.saturating_add(1)) <= room,
+        Values::InKeys(_) => own == room && part == 0,
+    };
+    let fits = has_room
         && heads.values == shape.values
         && heads.kv_heads > 0
         && heads.q_heads > 0
         && heads.q_heads.is_multiple_of(heads.kv_heads)
-        && index < shape.layers
-        && part == 0;
+        && index < shape.layers;
     require(fits, operation, || {
-        format!("{heads:?} of layer {index} of group {group} do not fit the cache, {shape:?}")
+        format!(
+            "{heads:?} of part {part} of layer {index} of group {group} do not fit the cache, \
+             {shape:?}"
+        )
     })
 }
 
@@ -238,13 +273,21 @@ impl CacheOps for CudaDevice {
         }
         require_keys(shape)?;
         let slots = shape.blocks.checked_mul(shape.block_tokens);
+        let one_array = CacheShape {
+            layers: 1,
+            values: Values::InKeys(0),
+            ..*shape
+        };
+        let vectors = bytes(&one_array).map(|bytes| bytes / VECTOR_BYTES);
         let countable = slots.is_some_and(|slots| slots < u32::MAX as usize)
+            && vectors.is_some_and(|vectors| vectors < u32::MAX as usize)
             && shape.layers <= 1 << 14
             && bytes(shape).is_some();
         if !countable {
             return Err(unsupported(
                 format!("a cache of {shape:?}"),
-                "a cache must have fewer than 2³² tokens and at most 16384 layers",
+                "a cache must have fewer than 2³² tokens, at most 16384 layers, and less than \
+                 64 GiB of keys per layer",
             ));
         }
         let bytes = self.cache_bytes(shape);
@@ -292,7 +335,10 @@ mod tests {
     fn unsupported_head_sizes_are_refused_with_the_supported_ones() {
         let error = require_head_dim(48).unwrap_err().to_string();
         assert!(error.contains("heads of 48 elements"), "{error}");
-        assert!(error.contains("16, 32, 64, 80, 96, 128, 256"), "{error}");
+        assert!(
+            error.contains("16, 32, 64, 80, 96, 128, 256, 512"),
+            "{error}"
+        );
         for head_dim in HEAD_DIMS {
             require_head_dim(head_dim).unwrap();
         }

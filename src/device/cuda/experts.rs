@@ -37,8 +37,8 @@ kernels! {
         );
         add_pair_bias(pair_out: Ptr, pair_slot: Ptr, pair_expert: Ptr, bias: Ptr, columns: u32);
         combine_experts(
-            out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, rows: u32, columns: u32,
-            top_k: u32
+            out: Ptr, pair_out: Ptr, pair_slot: Ptr, pair_weight: Ptr, pair_expert: Ptr,
+            scales: Ptr, rows: u32, columns: u32, top_k: u32
         );
     }
 }
@@ -66,6 +66,8 @@ pub struct CudaExperts {
     down_bias: Option<Buffer>,
     /// What is added to the experts' weights to choose, if anything is.
     corrections: Option<Buffer>,
+    /// Factors on the experts' outputs, if there are some.
+    scales: Option<Buffer>,
 }
 
 /// Gates and ups of pairs that are not gated in the product itself.
@@ -258,12 +260,6 @@ impl ExpertOps for CudaDevice {
         corrections: Option<&[f32]>,
         scales: Option<&[f32]>,
     ) -> Result<CudaExperts, DeviceError> {
-        if scales.is_some() {
-            return Err(unsupported(
-                "factors on the outputs of experts",
-                "models that have them are computed on the CPU",
-            ));
-        }
         let (gates, downs) = (gate_up.len(), down.len());
         if gates != downs {
             let reason =
@@ -280,16 +276,23 @@ impl ExpertOps for CudaDevice {
         require(found == gates, "load_experts", || {
             format!("there are {found} corrections for {gates} experts")
         })?;
+        let found = scales.map_or(gates, <[f32]>::len);
+        require(found == gates, "load_experts", || {
+            format!("there are {found} scales for {gates} experts")
+        })?;
         let activations = self.options.activations;
         self.weights(|context| {
             let (gate_up_bias, gate_up) = split_biases(context, gate_up)?;
             let (down_bias, down) = split_biases(context, down)?;
             let gate_up = load::load(context, activations, &gate_up)?;
             let down = load::load(context, activations, &down)?;
-            let corrections = match corrections {
-                Some(corrections) => Some(context.upload(corrections, "corrections")?),
-                None => None,
+            let upload = |values: Option<&[f32]>, what: &str| {
+                values
+                    .map(|values| context.upload(values, what))
+                    .transpose()
             };
+            let corrections = upload(corrections, "corrections")?;
+            let scales = upload(scales, "the scales of experts")?;
             // Without a gate, there is only the up projection.
             let width = down.inputs;
             let fits = [width, 2 * width].contains(&gate_up.outputs);
@@ -306,6 +309,7 @@ impl ExpertOps for CudaDevice {
                 gate_up_bias,
                 down_bias,
                 corrections,
+                scales,
             })
         })
     }
@@ -427,6 +431,8 @@ impl ExpertOps for CudaDevice {
             places.out,
             places.slot,
             places.weight,
+            places.expert,
+            address(experts.scales.as_ref()),
             rows as u32,
             columns as u32,
             top_k as u32,

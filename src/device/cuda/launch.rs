@@ -360,7 +360,8 @@ mod tests {
         CudaActivations, activation::ActivationKernels, attention::AttentionKernels,
         cache::CacheKernels, embedding::EmbeddingKernels, experts::ExpertKernels, images,
         latent::LatentKernels, linear::LinearKernels, linear::QuantKernels, norm::NormKernels,
-        recurrent::RecurrentKernels, rope::RopeKernels, sampling::SamplingKernels,
+        recurrent::RecurrentKernels, residual::ResidualKernels, rope::RopeKernels,
+        sampling::SamplingKernels,
     };
     use std::collections::BTreeSet;
 
@@ -375,6 +376,7 @@ mod tests {
         (NormKernels::FILE, NormKernels::SIGNATURES),
         (QuantKernels::FILE, QuantKernels::SIGNATURES),
         (RecurrentKernels::FILE, RecurrentKernels::SIGNATURES),
+        (ResidualKernels::FILE, ResidualKernels::SIGNATURES),
         (RopeKernels::FILE, RopeKernels::SIGNATURES),
         (SamplingKernels::FILE, SamplingKernels::SIGNATURES),
     ];

@@ -82,6 +82,7 @@ use linear::{LinearKernels, Products, QuantKernels};
 use norm::NormKernels;
 use pooling::Pooler;
 use recurrent::RecurrentKernels;
+use residual::ResidualKernels;
 use rope::RopeKernels;
 use sampling::{Sampler, SamplingKernels};
 use step::StepInputs;
@@ -110,6 +111,7 @@ pub struct CudaDevice {
     products: Products,
     quant: QuantKernels,
     recurrent: RecurrentKernels,
+    residual: ResidualKernels,
     rope: RopeKernels,
     sampling: SamplingKernels,
     sampler: Sampler,
@@ -197,6 +199,7 @@ impl CudaDevice {
             products: Products::new(&context, options, found.room())?,
             quant: QuantKernels::load(&modules)?,
             recurrent: RecurrentKernels::load(&modules)?,
+            residual: ResidualKernels::load(&modules)?,
             rope: RopeKernels::load(&modules)?,
             sampling: SamplingKernels::load(&modules)?,
             sampler: Sampler::new(),

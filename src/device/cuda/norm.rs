@@ -1,6 +1,7 @@
 //! Norms, and additions to the residual stream.
 
 use super::CudaDevice;
+use super::error::require;
 use super::launch::{kernels, row_grid, vector_grid};
 use super::memory::{Buffer, Ptr};
 use super::tensor::{CudaTensor, require_shape};
@@ -10,6 +11,7 @@ kernels! {
     /// Kernels of `kernels/norm.cu`.
     pub(super) struct NormKernels in "norm" {
         rms_norm(out: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
+        rms_norm_full(out: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         add_rms_norm(out: Ptr, residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         centre(x: Ptr, columns: u32);
         rms_norm_add(residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
@@ -59,18 +61,22 @@ impl NormOps for CudaDevice {
         const NAME: &str = "rms_norm";
         let rows = self.step.padded(rows);
         let shape = (rows, weight.length);
-        require_shape(NAME, "x", x, shape, Precision::Full)?;
-        require_shape(NAME, "the result", out, shape, Precision::Activation)?;
-        let columns = weight.length as u32;
-        self.norm.rms_norm(
-            &self.context,
-            row_grid(rows),
-            out.ptr(),
-            x.ptr(),
-            weight.ptr(),
-            epsilon,
-            columns,
-        )
+        let (of_x, of_out) = match x.precision() {
+            Precision::Full => (Precision::Full, Precision::Activation),
+            Precision::Activation => (Precision::Activation, Precision::Full),
+        };
+        require_shape(NAME, "x", x, shape, of_x)?;
+        require_shape(NAME, "the result", out, shape, of_out)?;
+        let (context, grid, columns) = (&self.context, row_grid(rows), weight.length as u32);
+        let (to, from, weight) = (out.ptr(), x.ptr(), weight.ptr());
+        match of_out {
+            Precision::Activation => self
+                .norm
+                .rms_norm(context, grid, to, from, weight, epsilon, columns),
+            Precision::Full => self
+                .norm
+                .rms_norm_full(context, grid, to, from, weight, epsilon, columns),
+        }
     }
 
     fn add_rms_norm(
@@ -119,13 +125,22 @@ impl NormOps for CudaDevice {
     ) -> Result<(), DeviceError> {
         const NAME: &str = "rms_norm_add";
         let rows = self.step.padded(rows);
-        let shape = (rows, weight.length);
+        let (columns, length) = (x.columns(), weight.length);
+        let shape = (rows, columns);
         require_shape(NAME, "x", x, shape, Precision::Activation)?;
         require_shape(NAME, "the residual", residual, shape, Precision::Full)?;
-        let columns = weight.length as u32;
+        let fits = length > 0 && length.is_multiple_of(8) && columns.is_multiple_of(length);
+        require(fits, NAME, || {
+            format!(
+                "{columns} columns cannot be divided into parts of {length}, which must be a \
+                 multiple of 8"
+            )
+        })?;
+        // The parts of a row follow each other like rows.
+        let (parts, columns) = (rows * (columns / length), length as u32);
         self.norm.rms_norm_add(
             &self.context,
-            row_grid(rows),
+            row_grid(parts),
             residual.ptr(),
             x.ptr(),
             weight.ptr(),

@@ -1,7 +1,7 @@
 //! Rotary position embedding, fused with the norms before it and the write to the KV cache.
 
 use super::CudaDevice;
-use super::cache::{CudaCache, require_heads};
+use super::cache::{CachePlace, CudaCache, require_heads};
 use super::context::Context;
 use super::error::{require, unsupported};
 use super::images::Modules;
@@ -36,6 +36,7 @@ kernels! {
             head_dim: u32,
             rotary_dim: u32,
             block_tokens: u32,
+            block_vectors: u32,
         );
         scale_queries(
             qkv: Ptr,
@@ -54,6 +55,8 @@ mod norm_mode {
     pub(super) const NONE: u32 = 0;
     pub(super) const HEADS: u32 = 1;
     pub(super) const ROW: u32 = 2;
+    /// Added if values are normalised as well.
+    pub(super) const VALUES: u32 = 4;
 }
 
 /// The kernels, and the loaded tables. Layers with and without a sliding window often share a
@@ -180,45 +183,39 @@ impl RopeOps for CudaDevice {
             })?;
             return self.store_latents(qkv, heads, &parameters, cache, layer);
         }
-        // A warp per head. A norm over whole rows needs all of a row in one block.
-        const WARPS: usize = 8;
-        let blocks = match parameters.norm_mode {
-            norm_mode::ROW => 1,
-            _ => (heads.q_heads + 2 * heads.kv_heads).div_ceil(WARPS),
-        };
-        let grid = Grid::new([rows as u32, blocks as u32, 1], [32 * WARPS as u32, 1, 1]);
-        self.rope.kernels.rope_store(
-            &self.context,
-            grid,
-            qkv.ptr(),
-            cache.keys(layer.index),
-            cache.values(layer.index),
-            self.step.positions(),
-            self.step.slots(layer.group),
-            parameters.angles,
-            parameters.q_norm,
-            parameters.k_norm,
-            parameters.epsilon,
-            parameters.norm_mode,
-            heads.q_heads as u32,
-            heads.kv_heads as u32,
-            heads.head_dim as u32,
-            parameters.rotary_dim,
-            cache.shape().block_tokens as u32,
-        )
+        let slots = self.step.slots(layer.group);
+        let to = Some((cache.place(heads, layer), slots, cache.shape().block_tokens));
+        self.rotate_rows(qkv, heads, &parameters, to)
     }
 
     fn rope_queries(
         &mut self,
-        _: &mut CudaTensor,
-        _: HeadShape,
-        _: Option<(&CudaVector, f32)>,
-        _: &CudaRope,
+        q: &mut CudaTensor,
+        heads: HeadShape,
+        norm: Option<(&CudaVector, f32)>,
+        rope: &CudaRope,
     ) -> Result<(), DeviceError> {
-        Err(unsupported(
-            "layers that share a KV cache",
-            "models that have them are computed on the CPU",
-        ))
+        const NAME: &str = "rope_queries";
+        let rows = self.step.padded(self.step.rows());
+        let shape = (rows, heads.q_columns());
+        require_shape(NAME, "q", q, shape, Precision::Activation)?;
+        self.require_rope(NAME, heads, rope)?;
+        let length = norm.map_or(heads.head_dim, |(weight, _)| weight.length());
+        require(length == heads.head_dim, NAME, || {
+            format!(
+                "a norm has {length} weights for heads of {}",
+                heads.head_dim
+            )
+        })?;
+        let parameters = RopeParameters {
+            angles: rope.angles.ptr(),
+            q_norm: norm.map_or(Ptr::NULL, |(weight, _)| weight.ptr()),
+            epsilon: norm.map_or(0.0, |(_, epsilon)| epsilon),
+            norm_mode: norm.map_or(norm_mode::NONE, |_| norm_mode::HEADS),
+            rotary_dim: rope.rotary_dim as u32,
+            ..RopeParameters::default()
+        };
+        self.rotate_rows(q, heads, &parameters, None)
     }
 
     fn scale_queries(
@@ -229,7 +226,10 @@ impl RopeOps for CudaDevice {
     ) -> Result<(), DeviceError> {
         const NAME: &str = "scale_queries";
         let rows = self.step.padded(self.step.rows());
-        let columns = heads.qkv_columns();
+        let columns = match qkv.columns() == heads.q_columns() {
+            true => heads.q_columns(),
+            false => heads.qkv_columns(),
+        };
         require_shape(NAME, "qkv", qkv, (rows, columns), Precision::Activation)?;
         require(scale.interval > 0, NAME, || {
             "the interval is 0, but must be at least 1".to_owned()
@@ -288,12 +288,8 @@ impl CudaDevice {
     ) -> Result<RopeParameters, DeviceError> {
         let shape = *cache.shape();
         require_heads(NAME, heads, cache, layer)?;
-        require(rope.rotary_dim <= heads.head_dim, NAME, || {
-            let (rotary, head) = (rope.rotary_dim, heads.head_dim);
-            format!("{rotary} rotated elements exceed the {head} elements of a head")
-        })?;
+        self.require_rope(NAME, heads, rope)?;
         let bounds = Bounds {
-            positions: rope.max_positions,
             slots: shape.blocks * shape.block_tokens,
             ..Bounds::UNLIMITED
         };
@@ -309,12 +305,6 @@ impl CudaDevice {
                 ..RopeParameters::default()
             });
         };
-        if norm.values {
-            return Err(unsupported(
-                "norms on values",
-                "models that have them are computed on the CPU",
-            ));
-        }
         let (norm_mode, q, k) = match norm.per_head {
             true => (norm_mode::HEADS, heads.head_dim, heads.head_dim),
             false => (
@@ -332,9 +322,78 @@ impl CudaDevice {
             q_norm: norm.q.ptr(),
             k_norm: norm.k.ptr(),
             epsilon: norm.epsilon,
-            norm_mode,
+            norm_mode: norm_mode | if norm.values { norm_mode::VALUES } else { 0 },
             rotary_dim,
         })
+    }
+
+    /// Checks that a rotation fits the heads, and that the step and its replays have only positions
+    /// that it knows.
+    fn require_rope(
+        &mut self,
+        operation: &'static str,
+        heads: HeadShape,
+        rope: &CudaRope,
+    ) -> Result<(), DeviceError> {
+        require(rope.rotary_dim <= heads.head_dim, operation, || {
+            let (rotary, head) = (rope.rotary_dim, heads.head_dim);
+            format!("{rotary} rotated elements exceed the {head} elements of a head")
+        })?;
+        let bounds = Bounds {
+            positions: rope.max_positions,
+            ..Bounds::UNLIMITED
+        };
+        self.step.require_within(bounds, operation)?;
+        self.graphs.limit(bounds);
+        Ok(())
+    }
+
+    /// Enqueues the rotation of rows, and the writing of keys and values to their place in a cache,
+    /// given with the slots of the rows and the number of tokens per block. Rows without a place hold
+    /// queries only.
+    fn rotate_rows(
+        &self,
+        rows: &mut CudaTensor,
+        heads: HeadShape,
+        parameters: &RopeParameters,
+        to: Option<(CachePlace, Ptr, usize)>,
+    ) -> Result<(), DeviceError> {
+        // A warp per head. A norm over whole rows needs all of a row in one block.
+        const WARPS: usize = 8;
+        let kv_heads = if to.is_some() { heads.kv_heads } else { 0 };
+        let blocks = match parameters.norm_mode & norm_mode::ROW {
+            0 => (heads.q_heads + 2 * kv_heads).div_ceil(WARPS),
+            _ => 1,
+        };
+        let count = self.step.padded(self.step.rows());
+        let grid = Grid::new([count as u32, blocks as u32, 1], [32 * WARPS as u32, 1, 1]);
+        let nowhere = CachePlace {
+            keys: Ptr::NULL,
+            values: Ptr::NULL,
+            block_vectors: 0,
+        };
+        // The kernel reads a slot of each row, even if it writes to none.
+        let (place, slots, block_tokens) = to.unwrap_or((nowhere, self.step.slots(0), 1));
+        self.rope.kernels.rope_store(
+            &self.context,
+            grid,
+            rows.ptr(),
+            place.keys,
+            place.values,
+            self.step.positions(),
+            slots,
+            parameters.angles,
+            parameters.q_norm,
+            parameters.k_norm,
+            parameters.epsilon,
+            parameters.norm_mode,
+            heads.q_heads as u32,
+            kv_heads as u32,
+            heads.head_dim as u32,
+            parameters.rotary_dim,
+            block_tokens as u32,
+            place.block_vectors,
+        )
     }
 }
 

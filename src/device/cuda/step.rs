@@ -232,8 +232,9 @@ pub(super) fn input_words(limits: &DeviceLimits) -> usize {
 
 /// Returns the maximum number of words of the work items of prefill attention.
 pub(super) fn work_words(limits: &DeviceLimits) -> usize {
-    let heads = limits.model.heads;
-    let group = heads.q_heads.checked_div(heads.kv_heads).unwrap_or(1);
+    let groups = limits.model.all_heads();
+    let groups = groups.filter_map(|heads| heads.q_heads.checked_div(heads.kv_heads));
+    let group = groups.max().unwrap_or(1);
     2 * ((limits.rows * group).div_ceil(PREFILL_ROWS) + limits.rows.min(limits.sequences))
 }
 

@@ -7,10 +7,11 @@
 //! eight megabytes are an exception, too; when they grow, all graphs are recorded again.
 
 use super::CudaDevice;
-use super::attention::{arrival_bytes, partial_bytes, unit_room, unit_spread};
+use super::attention::{arrival_bytes, most_partial_bytes, unit_room, unit_spread};
 use super::experts::pair_bytes;
 use super::linear::converted_bytes;
 use super::memory::UPLOADER_BYTES;
+use super::residual::check_streams;
 use super::sampling::SamplerSizes;
 use super::scratch::rounded;
 use super::step::{StepKey, bucket_within, input_words, keys_within, token_bytes, work_words};
@@ -23,8 +24,10 @@ use crate::device::{
 /// graphs, as divisors. A sequence of the maximum length may take more.
 const SHARE: usize = 32;
 
-/// Kernels per layer of a decode step, rounded up, and kernels outside of the layers.
-const LAYER_NODES: usize = 20;
+/// Kernels per layer of a decode step, rounded up, those that a layer takes for several residual
+/// streams, and kernels outside of the layers.
+const LAYER_NODES: usize = 24;
+const STREAM_NODES: usize = 20;
 const OTHER_NODES: usize = 8;
 
 /// Device memory per kernel of a graph. Not measured; other engines report 5 to 8 MB for graphs
@@ -33,7 +36,11 @@ const NODE_BYTES: usize = 16 << 10;
 
 /// Returns the approximate size of the graph of a decode step.
 fn graph_bytes(model: ModelShape) -> usize {
-    (model.layers * LAYER_NODES + OTHER_NODES) * NODE_BYTES
+    let of_layer = match model.streams {
+        0 => LAYER_NODES,
+        _ => LAYER_NODES + STREAM_NODES,
+    };
+    (model.layers * of_layer + OTHER_NODES) * NODE_BYTES
 }
 
 impl CudaDevice {
@@ -44,7 +51,7 @@ impl CudaDevice {
 
     /// Returns how many graphs are kept at most; 0 if steps are not recorded.
     fn most_graphs(&self, limits: &DeviceLimits) -> usize {
-        let sizes = keys_within(limits, unit_spread(limits.model.heads)).len();
+        let sizes = keys_within(limits, unit_spread(&limits.model)).len();
         let fit = (self.memory / SHARE / graph_bytes(limits.model)).max(1);
         self.options.max_graphs.min(sizes).min(fit)
     }
@@ -58,7 +65,7 @@ impl CudaDevice {
         let Some(rows) = bucket_within(limits, sequences.min(limits.rows)) else {
             return Vec::new();
         };
-        let keys = keys_within(limits, unit_spread(limits.model.heads)).into_iter();
+        let keys = keys_within(limits, unit_spread(&limits.model)).into_iter();
         let most = self.most_graphs(limits);
         keys.filter(|key| key.rows <= rows).take(most).collect()
     }
@@ -67,7 +74,9 @@ impl CudaDevice {
 impl StepOps for CudaDevice {
     fn step_memory(&self, limits: &DeviceLimits) -> StepMemory {
         let DeviceLimits { rows, model, .. } = *limits;
-        let partials = partial_bytes(model.heads, self.unit_room(limits));
+        let partials = most_partial_bytes(&model, self.unit_room(limits));
+        let arrivals = model.all_heads();
+        let arrivals = arrivals.map(|heads| arrival_bytes(heads, limits.sequences));
         let sampler = SamplerSizes::new(limits.sequences, limits.vocabulary);
         let uploads = [input_words(limits), work_words(limits), sampler.parameters];
         let uploads = uploads.map(upload_bytes);
@@ -78,7 +87,7 @@ impl StepOps for CudaDevice {
             model.experts.map_or(0, |shape| pair_bytes(rows, shape)),
             token_bytes(limits),
             downloads.0,
-            arrival_bytes(model.heads, limits.sequences),
+            arrivals.max().unwrap_or(0),
         ];
         let scratch = scratch.into_iter().chain(partials).chain(sampler.scratch);
         let scratch = scratch
@@ -96,15 +105,17 @@ impl StepOps for CudaDevice {
 
     fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
         let DeviceLimits { rows, model, .. } = *limits;
+        check_streams(model.streams)?;
         let units = self.unit_room(limits);
         self.limits = Some(*limits);
         self.graphs.set_most(self.most_graphs(limits));
         let context = &self.context;
-        let spread = unit_spread(model.heads);
+        let spread = unit_spread(&model);
         self.step.reserve(context, limits, (spread, units))?;
-        let sequences = limits.sequences;
-        self.attention
-            .partials(context, model.heads, (units, sequences))?;
+        for heads in model.all_heads() {
+            self.attention
+                .partials(context, heads, (units, limits.sequences))?;
+        }
         self.products.reserve(context, rows * model.full_columns)?;
         if let Some(shape) = model.experts {
             self.expert_scratch.reserve(context, rows, shape)?;

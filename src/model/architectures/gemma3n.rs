@@ -279,7 +279,10 @@ mod tests {
         widths[3] = 256;
         let model = read(json!({"intermediate_size": widths})).unwrap();
         assert_eq!(model.dense_widths(), [[128, 256], [256, 512]]);
-        assert!(model.parts().streams && model.parts().sparse_gates);
+        assert_eq!(model.streams.map(|streams| streams.count), Some(4));
+        assert!(model.layers.iter().any(|layer| {
+            matches!(layer.feed_forward, FeedForward::Dense { cut: Some(_), .. })
+        }));
     }
 
     #[test]

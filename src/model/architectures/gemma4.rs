@@ -383,8 +383,8 @@ mod tests {
             [None, Some(6), Some(6), Some(6), Some(5)]
         );
         assert_eq!(model.dense_widths(), [[128, 256], [256, 512]]);
-        let parts = model.parts();
-        assert!(parts.shared_caches && parts.uneven_heads && parts.layer_scales);
+        assert_ne!(model.layers[0].heads(), model.layers[5].heads());
+        assert!(model.layers.iter().all(|layer| layer.has_scale));
     }
 
     #[test]
@@ -398,6 +398,13 @@ mod tests {
         let attention = |layer: usize| *model.layers[layer].attention().unwrap();
         assert!(!attention(4).keys_are_values && attention(5).keys_are_values);
         assert_eq!(attention(5).heads.kv_heads, 1);
+        // A device learns of the heads of both kinds of layers.
+        let known = [Some(model.cache_heads()), model.narrow_heads()];
+        assert!(
+            [4, 5]
+                .iter()
+                .all(|&layer| known.contains(&Some(attention(layer).heads)))
+        );
         assert_eq!(model.per_layer_inputs, None);
         let experts = model.experts().unwrap();
         assert!(experts.has_own_norms);

@@ -44,8 +44,6 @@ impl<D: Device> NormedExperts<'_, D> {
         device.rms_norm(residual, &norms.expert_input, epsilon, rows, normed)?;
         device.experts(normed, router, self.routing, self.experts, rows, delta)?;
         device.rms_norm_add(delta, &norms.expert_output, epsilon, rows, beside)?;
-        // The sum is in `beside`, and what follows reads `delta`.
-        std::mem::swap(delta, beside);
-        Ok(())
+        device.copy(beside, rows, delta)
     }
 }

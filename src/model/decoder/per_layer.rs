@@ -60,7 +60,7 @@ impl<D: Device> InputWeights<D> {
         let scale = (self.inputs.width as f32).sqrt() * FRAC_1_SQRT_2;
         device.embed_within(&self.table, scale, inputs)?;
         device.linear(residual, &self.projection, rows, projected)?;
-        device.rms_norm_add_parts(projected, &self.norm, self.epsilon, rows, inputs)
+        device.rms_norm_add(projected, &self.norm, self.epsilon, rows, inputs)
     }
 }
 

@@ -109,8 +109,9 @@ pub(super) struct LayerStreams<D: Device> {
     router: D::Linear,
     /// The norm on the router's input, divided by the hidden size.
     router_norm: D::Vector,
-    prediction: D::Linear,
-    correction: D::Linear,
+    /// The weights of the factors, of the router's outputs.
+    prediction: D::Vector,
+    correction: D::Vector,
     /// Factors on the active stream before the layer's own input is gated by it.
     scale: Option<D::Vector>,
     /// Added to the mean square in norms.
@@ -128,11 +129,13 @@ impl<D: Device> LayerStreams<D> {
             return Ok(None);
         };
         let (count, hidden) = (spec.count, config.hidden);
-        let mut linear =
-            |part, rows, columns| load_linear(source, device, layer, (part, rows), columns);
-        let router = linear(Part::StreamRouter, count, hidden)?;
-        let prediction = linear(Part::StreamPrediction, count * count, count)?;
-        let correction = linear(Part::StreamCorrection, count, count)?;
+        let router = load_linear(source, device, layer, (Part::StreamRouter, count), hidden)?;
+        let mut factors = |part: Part, rows: usize| {
+            let weights = source.stream_factors(layer, part, [rows, count])?;
+            Ok::<_, ModelError>(device.load_vector(&weights)?)
+        };
+        let prediction = factors(Part::StreamPrediction, count * count)?;
+        let correction = factors(Part::StreamCorrection, count)?;
         let mut router_norm = source.norm(layer, Part::StreamRouterNorm, hidden)?;
         let divisor = hidden as f32;
         router_norm.iter_mut().for_each(|weight| *weight /= divisor);
@@ -185,13 +188,10 @@ impl<D: Device> LayerStreams<D> {
             current,
             predicted,
             routed,
-            prediction,
-            ..
         } = space;
         let active = self.spec.active;
         self.route(device, rows, &current[active], (normed, routed))?;
-        device.linear(routed, &self.prediction, rows, prediction)?;
-        device.mix_streams(current, prediction, rows, predicted)?;
+        device.mix_streams(current, routed, &self.prediction, rows, predicted)?;
         device.copy(&predicted[active], rows, residual)
     }
 
@@ -218,13 +218,11 @@ impl<D: Device> LayerStreams<D> {
             current,
             predicted,
             routed,
-            correction,
-            ..
         } = space;
         let active = self.spec.active;
         self.route(device, rows, residual, (normed, routed))?;
-        device.linear(routed, &self.correction, rows, correction)?;
-        device.correct_streams(residual, correction, active, rows, predicted)?;
+        let factors = (&*routed, &self.correction);
+        device.correct_streams(residual, factors, active, rows, predicted)?;
         if let (Some(input), Some(inputs)) = (input, inputs) {
             match &self.scale {
                 Some(scale) => device.multiply(&predicted[active], scale, rows, normed)?,

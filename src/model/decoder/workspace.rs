@@ -32,7 +32,7 @@ pub(super) struct Workspace<T> {
     pub(super) router: Option<T>,
     /// Gate of the dense part beside experts: one column.
     pub(super) shared_gate: Option<T>,
-    /// Output of a dense part beside experts that have norms of their own.
+    /// Sum of the outputs of experts that have norms of their own and of the dense part beside.
     pub(super) beside: Option<T>,
     pub(super) inputs: Option<InputSpace<T>>,
     /// Between the matrices of a path beside a mixer.
@@ -77,9 +77,6 @@ pub(super) struct StreamSpace<T> {
     pub(super) predicted: Vec<T>,
     /// Outputs of a layer's router.
     pub(super) routed: T,
-    /// What they give for the prediction, and for the correction.
-    pub(super) prediction: T,
-    pub(super) correction: T,
 }
 
 /// Returns the intermediates of this attention.
@@ -181,8 +178,6 @@ impl<T> Workspace<T> {
                     current,
                     predicted,
                     routed: make(rows, count, full)?,
-                    prediction: make(rows, count * count, full)?,
-                    correction: make(rows, count, full)?,
                 })
             }
             None => None,
@@ -207,7 +202,7 @@ impl<T> Workspace<T> {
             mamba2,
             shared_gate: optional(gated.map(|_| 1), full)?,
             router: optional(experts.map(|experts| experts.count), full)?,
-            beside: optional(normed.map(|_| config.hidden), activation)?,
+            beside: optional(normed.map(|_| config.hidden), full)?,
             side: optional(config.side_rank(), activation)?,
             attentions,
             dense,
