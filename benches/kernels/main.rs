@@ -21,6 +21,8 @@ mod comparison;
 mod counts;
 #[path = "linear.rs"]
 mod linear;
+#[path = "recurrent.rs"]
+mod recurrent;
 #[path = "report.rs"]
 mod report;
 #[path = "rows.rs"]
@@ -207,6 +209,9 @@ fn run() -> Result<bool, Box<dyn Error>> {
     let sampled = if small { [1, 2, 4] } else { [1, 64, 256] };
     rows::sampling(&mut bench, &shapes[0], &sampled)?;
     linear::experts(&mut bench, &experts, &rows)?;
+    if !small {
+        recurrent::run(&mut bench)?;
+    }
     if has("--peers") {
         bench.report.compare();
     }

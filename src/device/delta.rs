@@ -83,16 +83,20 @@ pub trait DeltaOps: RecurrentOps + NormOps {
         Ok(())
     }
 
-    /// Computes the gated delta rule for all rows, those of a sequence one after the other. Yang
-    /// et al., *Gated Delta Networks*, 2024.
+    /// Returns the number of elements that this device keeps of all tokens so far: those of the
+    /// state, and what else it needs; a multiple of 16.
+    fn delta_elements(&self, heads: &DeltaHeads) -> usize {
+        heads.state_elements()
+    }
+
+    /// Computes the gated delta rule for all rows. Yang et al., *Gated Delta Networks*, 2024.
     ///
     /// A row of `gates` is `[b | a]`, with one number per head of values each. The contents are
     /// unspecified afterwards. With `β = sigmoid(b)`, `α = exp(decay · softplus(a + bias))`, and
     /// `q` and `k` divided by their lengths, the state `S` of a head becomes
     /// `α S + k ⊗ β (v − α Sᵀ k)`, and the result is `Sᵀ q / √key_dim`.
     ///
-    /// A state holds, for each head of values and for each sixteen elements of a value, one row
-    /// of sixteen numbers per element of a key.
+    /// `part` has [`DeltaOps::delta_elements`] elements.
     fn gated_delta(
         &mut self,
         input: &DeltaInput<'_, Self>,

@@ -66,9 +66,16 @@ pub trait Mamba2Ops: RecurrentOps {
         Ok(())
     }
 
-    /// Computes the recurrence of all rows. The input is a projection, whose rows are
-    /// `[z | x | b | c | dt]`, and the convolution of `[x | b | c]` of each row. With
-    /// `step = softplus(dt + step_bias)`, limited to the spec's limits, a head computes
+    /// Returns the number of elements that this device keeps of all tokens so far: those of the
+    /// state, and what else it needs; a multiple of 16.
+    fn mamba2_elements(&self, spec: &Mamba2Spec) -> usize {
+        spec.state_elements()
+    }
+
+    /// Computes the recurrence of all rows. `part` has [`Mamba2Ops::mamba2_elements`] elements. The
+    /// input is a projection, whose rows are `[z | x | b | c | dt]`, and the convolution of
+    /// `[x | b | c]` of each row. With `step = softplus(dt + step_bias)`, limited to the spec's
+    /// limits, a head computes
     ///
     /// ```text
     /// state = exp(step · rate) · state + step · x ⊗ b

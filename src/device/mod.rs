@@ -65,7 +65,8 @@ pub use mamba2::{Mamba2Ops, Mamba2Spec, Mamba2Weights};
 pub use norm::NormOps;
 pub use pooling::{PooledRows, PoolingOps};
 pub use recurrent::{
-    BatchState, ConvInput, ConvSpec, RecurrentOps, StatePart, StateShape, StateSnapshot,
+    BatchState, ConvInput, ConvSpec, RecurrentOps, SNAPSHOT_TOKENS, StatePart, StateShape,
+    StateSnapshot,
 };
 pub use residual::ResidualOps;
 pub use rope::{QkNorm, QueryScale, RopeOps, RopeSpec, Rotary};

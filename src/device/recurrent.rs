@@ -31,10 +31,15 @@ impl BatchState {
     }
 }
 
+/// States are kept after multiples of this many tokens only, so that a device may advance them in
+/// steps of that size.
+pub const SNAPSHOT_TOKENS: usize = 16;
+
 /// A state to keep, which is copied when it is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateSnapshot {
-    /// Number of rows of the sequence in this step after which the state is kept, from 1 on.
+    /// Number of rows of the sequence in this step after which the state is kept, from 1 on. The
+    /// number of tokens before the next row is a multiple of [`SNAPSHOT_TOKENS`].
     pub rows: usize,
     /// Slot that gets the state.
     pub slot: u32,
@@ -96,8 +101,9 @@ impl ConvSpec {
 
 /// The part of a [`Device`](super::Device) that computes recurrent layers.
 ///
-/// Rows of a sequence are computed one after the other, so that the state after a row does not
-/// depend on how the sequence was cut into steps. States are float32.
+/// Results do not depend on how a sequence was cut into steps: a device computes its rows one
+/// after the other, or in intervals at fixed positions. States are float32. What a device keeps in
+/// a slot is its own matter; only the slot of a snapshot, or of the last step, is read again.
 pub trait RecurrentOps: CacheOps {
     /// Returns the number of bytes that memory for states takes on this device.
     fn state_bytes(&self, shape: &StateShape) -> usize {

@@ -6,7 +6,7 @@ use super::layer::{
     PerLayerInputs, QkNormKind, Streams,
 };
 use super::{ModelError, RopeConfig};
-use crate::device::{HeadShape, StatePart};
+use crate::device::{Device, HeadShape, StatePart};
 use std::fmt::Debug;
 
 /// Which projections have a bias: `None` means those that the file has one for.
@@ -108,11 +108,11 @@ impl ModelConfig {
         self.layers.iter().filter_map(LayerSpec::attention)
     }
 
-    /// Where the recurrent layers keep what they know of the tokens so far.
-    pub fn states(&self) -> StateLayout {
+    /// Where the recurrent layers keep what they know of the tokens so far on a device.
+    pub fn states<D: Device>(&self, device: &D) -> StateLayout {
         let mut layout = StateLayout::default();
         for layer in &self.layers {
-            let parts = layer.state_elements(self.hidden).map(|elements| {
+            let parts = layer.kept_elements(self.hidden, device).map(|elements| {
                 let part = StatePart {
                     offset: layout.elements,
                     elements,

@@ -101,7 +101,7 @@ impl<D: Device> Decoder<D> {
         let workspace = Workspace::allocate(&config, device, limits)?;
         Ok(Self {
             places: (0..config.layers.len()).map(place).collect(),
-            states: config.states().layers,
+            states: config.states(device).layers,
             config,
             embedding,
             layers,

@@ -5,7 +5,7 @@
 //! know which architecture they came from.
 
 use crate::device::{
-    Activation, DeltaHeads, HeadShape, LatentShape, Mamba2Spec, QueryScale, RoutingSpec,
+    Activation, DeltaHeads, Device, HeadShape, LatentShape, Mamba2Spec, QueryScale, RoutingSpec,
 };
 
 /// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
@@ -267,9 +267,9 @@ impl LayerSpec {
         self.attention()?.window
     }
 
-    /// Numbers of elements that the mixer keeps of all tokens so far: those of its convolution,
-    /// and those of its recurrence. Both are 0 for attention, which keeps keys and values.
-    /// `hidden` is the width of the residual stream.
+    /// Numbers of elements of the mixer's state: those of its convolution, and those of its
+    /// recurrence. Both are 0 for attention, which keeps keys and values. `hidden` is the width of
+    /// the residual stream.
     pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
         match self.mixer {
             Mixer::Attention(_) | Mixer::Latent(_) | Mixer::None => [0, 0],
@@ -285,6 +285,17 @@ impl LayerSpec {
                 heads.state_elements(),
             ],
         }
+    }
+
+    /// Numbers of elements that a device keeps of all tokens so far: at least those of the state.
+    pub fn kept_elements<D: Device>(&self, hidden: usize, device: &D) -> [usize; 2] {
+        let [convolution, state] = self.state_elements(hidden);
+        let recurrence = match &self.mixer {
+            Mixer::GatedDelta(GatedDelta { heads, .. }) => device.delta_elements(heads),
+            Mixer::Mamba2(Mamba2 { recurrence, .. }) => device.mamba2_elements(recurrence),
+            _ => state,
+        };
+        [convolution, recurrence]
     }
 }
 

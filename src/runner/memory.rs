@@ -231,7 +231,7 @@ pub(super) fn state_shape<D: Device>(
     budget: usize,
     device: &D,
 ) -> Result<StateShape, LoadError> {
-    let elements = model.states().elements;
+    let elements = model.states(device).elements;
     if elements == 0 {
         return Ok(StateShape::default());
     }
@@ -267,7 +267,7 @@ pub(super) fn least_cache<D: Device>(
     device: &D,
 ) -> usize {
     let block = block_bytes(&one_block(model, config, layout), device);
-    let slots = slot_bytes(model.states().elements, device).saturating_mul(LEAST_SLOTS);
+    let slots = slot_bytes(model.states(device).elements, device).saturating_mul(LEAST_SLOTS);
     block
         .saturating_mul(layout.groups().len())
         .saturating_add(slots)

@@ -6,7 +6,7 @@ use super::memory::swap_info;
 use super::{LoadError, ModelInfo, Runner, RunnerInfo, StateInfo, StepOutput};
 use crate::cache::{BlockId, CachePlace, StateSlot, Transfers};
 use crate::config::EngineConfig;
-use crate::device::{CacheLayer, Device, DeviceError};
+use crate::device::{CacheLayer, Device, DeviceError, SNAPSHOT_TOKENS};
 use crate::model::{Decoder, ModelSource};
 use crate::sampling::SamplingDefaults;
 use crate::schedule::{Sequences, StepPlan};
@@ -25,6 +25,17 @@ mod gpu;
 /// while tokens are generated take their place, so a smaller number costs only copies; a turn of a
 /// conversation computes at most this many tokens again.
 const STATE_INTERVAL: usize = 64;
+
+/// Returns the number of tokens between snapshots: a multiple of the tokens per block, and of what
+/// devices ask for.
+fn state_interval(block_tokens: usize) -> usize {
+    let mut unit = block_tokens.max(1);
+    while !unit.is_multiple_of(SNAPSHOT_TOKENS) {
+        unit *= 2;
+    }
+    STATE_INTERVAL.next_multiple_of(unit)
+}
+const _: () = assert!(SNAPSHOT_TOKENS.is_power_of_two());
 
 /// A decoder on a device, with its KV cache.
 pub struct ModelRunner<D: Device> {
@@ -120,7 +131,7 @@ impl<D: Device> ModelRunner<D> {
             layout,
             states: (states.slots > 0).then(|| StateInfo {
                 slots: states.slots,
-                interval: STATE_INTERVAL.next_multiple_of(shape.block_tokens),
+                interval: state_interval(shape.block_tokens),
             }),
             swap,
             model: Some(ModelInfo {

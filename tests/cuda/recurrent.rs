@@ -119,11 +119,12 @@ impl Layer {
         }
     }
 
-    fn state_elements(&self) -> usize {
-        match self.operation {
+    /// Number of elements that a device keeps of all tokens so far.
+    fn elements<D: Device>(&self, device: &D) -> usize {
+        match &self.operation {
             Conv(spec, _) => spec.state_elements(),
-            Delta(heads) => heads.state_elements(),
-            Mamba(spec) => spec.state_elements(),
+            Delta(heads) => device.delta_elements(heads),
+            Mamba(spec) => device.mamba2_elements(spec),
         }
     }
 
@@ -182,7 +183,11 @@ fn state(before: Option<u32>, after: u32) -> BatchState {
 type Piece<'a> = (&'a Sequence, Range<usize>, BatchState);
 
 impl<'a, D: TestDevice> Loaded<'a, D> {
-    fn new(mut device: D, layer: &'a Layer) -> Self {
+    fn new(device: D, layer: &'a Layer) -> Self {
+        Self::with_slots(device, layer, SLOTS)
+    }
+
+    fn with_slots(mut device: D, layer: &'a Layer, slots: usize) -> Self {
         let shape = CacheShape {
             layers: 1,
             kv_heads: 1,
@@ -194,14 +199,14 @@ impl<'a, D: TestDevice> Loaded<'a, D> {
         let mut cache = device.allocate_cache(&shape).unwrap();
         let part = StatePart {
             offset: 32,
-            elements: layer.state_elements(),
+            elements: layer.elements(&device),
         };
         let shape = StateShape {
-            slots: SLOTS,
+            slots,
             elements: part.offset + part.elements + 16,
         };
         device.allocate_states(&mut cache, &shape).unwrap();
-        let slots: Vec<u32> = (0..SLOTS as u32).collect();
+        let slots: Vec<u32> = (0..slots as u32).collect();
         device.poison_states(&mut cache, &slots).unwrap();
         let weights = layer.weights.each_ref();
         let weights = weights.map(|values| device.load_vector(values).unwrap());
@@ -300,13 +305,98 @@ fn recurrent_operations_agree_with_the_cpu_device() {
             let cpu = common::cpu::device(SimdLevel::Auto, 1, Activations::F32);
             let expected = Loaded::new(cpu, &layer).step(&[piece]).remove(0);
             let found = whole(&layer, kind, &sequence);
-            for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let error = f64::from(found - expected).abs();
-                assert!(
-                    error <= rounding(kind) * f64::from(expected.abs()) + 2e-5,
-                    "{operation:?} in {kind:?}: {found} instead of {expected} at {at}"
-                );
-            }
+            assert_close(kind, &found, &expected, &format!("{operation:?}"));
+        }
+    }
+}
+
+/// Checks numbers that were computed in float32 and rounded once.
+fn assert_close(kind: CudaActivations, found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len());
+    for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = f64::from(found - expected).abs();
+        assert!(
+            error <= rounding(kind) * f64::from(expected.abs()) + 2e-5,
+            "{what} in {kind:?}: {found} instead of {expected} at {at}"
+        );
+    }
+}
+
+/// Computes pieces of sequences, step after step, on both devices. A sequence has the slot of its
+/// index.
+fn assert_steps_agree(
+    layer: &Layer,
+    kind: CudaActivations,
+    sequences: &[Sequence],
+    steps: &[Vec<Range<usize>>],
+) {
+    let cpu = common::cpu::device(SimdLevel::Auto, 1, Activations::F32);
+    let mut cpu = Loaded::with_slots(cpu, layer, sequences.len());
+    let mut cuda = Loaded::with_slots(device(kind), layer, sequences.len());
+    for (number, rows) in steps.iter().enumerate() {
+        let pieces = (0..).zip(sequences).zip(rows).map(|((slot, one), rows)| {
+            let before = (rows.start > 0).then_some(slot);
+            (one, rows.clone(), state(before, slot))
+        });
+        let pieces: Vec<Piece<'_>> = pieces.filter(|piece| !piece.1.is_empty()).collect();
+        let expected = cpu.step(&pieces);
+        let found = cuda.step(&pieces);
+        for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let what = format!("{:?}, step {number}, piece {index}", layer.operation);
+            assert_close(kind, found, expected, &what);
+        }
+    }
+}
+
+fn recurrences() -> impl Iterator<Item = Operation> {
+    let all = operations().into_iter();
+    all.filter(|operation| !matches!(operation, Conv(..)))
+}
+
+#[test]
+fn steps_that_begin_and_end_anywhere_agree_with_the_cpu_device() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(79);
+    for (operation, kind) in recurrences().zip(TYPES.into_iter().cycle()) {
+        let layer = Layer::new(&mut random, operation);
+        // Intervals have sixteen tokens. The first four sequences begin inside of one, at its end,
+        // at its start, and at its last token. Then one is decoded, and others cross one end or
+        // several.
+        let steps = [
+            vec![0..7, 0..16, 0..32, 0..15, 0..1],
+            vec![7..12, 16..17, 32..47, 15..16, 1..60],
+            vec![12..33, 17..40, 47..49, 16..48, 60..61],
+        ];
+        let lengths = [33, 40, 49, 48, 61];
+        let sequences = lengths.map(|rows| layer.sequence(&mut random, kind, rows));
+        assert_steps_agree(&layer, kind, &sequences, &steps);
+    }
+}
+
+#[test]
+fn batches_of_decoded_tokens_agree_with_the_cpu_device() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(80);
+    let small = [
+        heads([2, 6], [32, 48], DeltaOrder::Grouped),
+        mamba([16, 48], 72, 4),
+    ];
+    let large = [
+        heads([1, 2], [128, 128], DeltaOrder::Tiled),
+        mamba([8, 64], 128, 1),
+    ];
+    let cases = [(small, 1), (small, 16), (small, 256), (large, 16)];
+    for (operations, count) in cases {
+        for (operation, kind) in operations.into_iter().zip(TYPES) {
+            let layer = Layer::new(&mut random, operation);
+            let sequences: Vec<Sequence> = (0..count)
+                .map(|index| layer.sequence(&mut random, kind, index % 18 + 3))
+                .collect();
+            let ends = sequences.iter().map(|sequence| sequence.rows);
+            let prompts = ends.clone().map(|end| 0..end - 2).collect();
+            let second = ends.clone().map(|end| end - 2..end - 1).collect();
+            let last = ends.map(|end| end - 1..end).collect();
+            assert_steps_agree(&layer, kind, &sequences, &[prompts, second, last]);
         }
     }
 }
@@ -317,9 +407,9 @@ fn chunks_and_other_sequences_change_no_bit_of_a_sequence() {
     let mut random = Random::new(72);
     for (operation, kind) in operations().into_iter().zip(TYPES.into_iter().cycle()) {
         let layer = Layer::new(&mut random, operation);
-        let sequences = [37, 20].map(|rows| layer.sequence(&mut random, kind, rows));
+        let sequences = [70, 20].map(|rows| layer.sequence(&mut random, kind, rows));
         let expected = sequences.each_ref().map(|one| whole(&layer, kind, one));
-        for chunk in [1, 3, 16, 33] {
+        for chunk in [1, 3, 16, 33, 47] {
             let mut loaded = Loaded::new(device(kind), &layer);
             let found = in_chunks(&mut loaded, &sequences, chunk);
             for (found, expected) in found.iter().zip(&expected) {
@@ -375,26 +465,26 @@ fn a_snapshot_continues_as_the_sequence_did() {
     let kind = CudaActivations::F16;
     for operation in operations() {
         let layer = Layer::new(&mut random, operation);
-        let sequence = layer.sequence(&mut random, kind, 24);
+        let sequence = layer.sequence(&mut random, kind, 48);
         let expected = whole(&layer, kind, &sequence);
-        // The state is kept after one row, after some, and after the last one.
-        for rows in [1, 10, 24] {
+        // The state is kept after the first interval, after some, and after the last one.
+        for rows in [16, 32, 48] {
             let mut loaded = Loaded::new(device(kind), &layer);
             let snapshot = Some(StateSnapshot { rows, slot: 3 });
             let kept = BatchState {
                 snapshot,
                 ..state(None, 0)
             };
-            let all = loaded.step(&[(&sequence, 0..24, kept)]);
+            let all = loaded.step(&[(&sequence, 0..48, kept)]);
             assert!(bits(&all[0]) == bits(&expected), "{operation:?}");
-            if rows == 24 {
+            if rows == 48 {
                 continue;
             }
             let poisoned = loaded.device.poison_states(&mut loaded.cache, &[0]);
             poisoned.unwrap();
             let [_, _, width] = layer.columns();
             for after in [5, 6] {
-                let piece = (&sequence, rows..24, state(Some(3), after));
+                let piece = (&sequence, rows..48, state(Some(3), after));
                 let rest = loaded.step(&[piece]);
                 let expected = &expected[rows * width..];
                 assert!(
@@ -402,6 +492,33 @@ fn a_snapshot_continues_as_the_sequence_did() {
                     "{operation:?} after {rows} rows, slot {after}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_after_a_decoded_token_continues_as_the_sequence_did() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(81);
+    let kind = CudaActivations::Bf16;
+    for operation in recurrences() {
+        let layer = Layer::new(&mut random, operation);
+        let sequence = layer.sequence(&mut random, kind, 35);
+        let expected = whole(&layer, kind, &sequence);
+        let mut loaded = Loaded::new(device(kind), &layer);
+        loaded.step(&[(&sequence, 0..15, state(None, 0))]);
+        let kept = BatchState {
+            snapshot: Some(StateSnapshot { rows: 1, slot: 3 }),
+            ..state(Some(0), 0)
+        };
+        loaded.step(&[(&sequence, 15..16, kept)]);
+        let [_, _, width] = layer.columns();
+        let mut before = 3;
+        for rows in [16..17, 17..18, 18..35] {
+            let found = loaded.step(&[(&sequence, rows.clone(), state(Some(before), 5))]);
+            let expected = &expected[rows.start * width..rows.end * width];
+            assert!(bits(&found[0]) == bits(expected), "{operation:?}, {rows:?}");
+            before = 5;
         }
     }
 }
@@ -426,7 +543,7 @@ fn decoded(
     let mut gates = loaded.layer.gates(&mut loaded.device, &gates);
     let mut out = loaded.device.create(width, &vec![7.0; 4 * width]);
     let mut slots: [Option<u32>; 3] = [None; 3];
-    for step in 0..10 {
+    for step in 0..36 {
         let mut pieces: Vec<Piece<'_>> = Vec::new();
         for (index, slot) in slots.iter_mut().enumerate() {
             let after = (index + step / 2 % 2 * 3) as u32;

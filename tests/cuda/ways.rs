@@ -51,6 +51,9 @@ same_bits! {
     gpt_oss_has_the_same_bits: tiny("gpt-oss"), LONG;
     // Latents.
     deepseek_v3_has_the_same_bits: tiny("deepseek-v3"), SHORT;
+    // Heads of two sizes, windows, and layers that share the cache of others.
+    gemma4_has_the_same_bits: tiny("gemma4"), SHORT;
+    gemma3n_has_the_same_bits: tiny("gemma3n"), SHORT;
     // States beside keys and values.
     qwen3_next_has_the_same_bits: tiny("qwen3-next"), SHORT;
     qwen3_5_has_the_same_bits: gguf("qwen3.5"), SHORT;

@@ -2,7 +2,7 @@
 //! minute on the virtual GPU.
 
 use crate::shapes::{EXPERTS, ExpertShape, MODELS, Shape};
-use crate::{Bench, attention, linear, rows};
+use crate::{Bench, attention, linear, recurrent, rows};
 use quell::internals::device::DeviceError;
 use quell::internals::weights::DType;
 
@@ -39,5 +39,6 @@ pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     rows::run(bench, &LLAMA)?;
     attention::run(bench, &LLAMA)?;
     rows::sampling(bench, &LLAMA, &[1, 4])?;
-    linear::experts(bench, &FEWER_EXPERTS, &[1])
+    linear::experts(bench, &FEWER_EXPERTS, &[1])?;
+    recurrent::run(bench)
 }

@@ -5,26 +5,30 @@ use super::cache::CudaCache;
 use super::error::{require, unsupported};
 use super::launch::Grid;
 use super::norm::CudaVector;
-use super::recurrent::{WARP_COLUMNS, WARPS};
+use super::recurrent::{
+    MOST_KEYS, RecurrentKernels, WARP_COLUMNS, recurrence_elements, recurrence_grid,
+};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{
     DeltaHeads, DeltaInput, DeltaOps, DeltaOrder, DeviceError, Precision, StatePart,
 };
 
-/// Largest number of elements of a head's key: what the lanes of a warp have registers for.
-const MOST_KEY_DIM: usize = 128;
 /// Heads per block of the norm.
 const NORM_HEADS: usize = 8;
 
 impl DeltaOps for CudaDevice {
     fn check_delta(&self, heads: &DeltaHeads) -> Result<(), DeviceError> {
-        if heads.key_dim <= MOST_KEY_DIM {
+        if heads.key_dim <= MOST_KEYS {
             return Ok(());
         }
         Err(unsupported(
             format!("a gated delta net with keys of {} elements", heads.key_dim),
-            format!("at most {MOST_KEY_DIM} are supported"),
+            format!("at most {MOST_KEYS} are supported"),
         ))
+    }
+
+    fn delta_elements(&self, heads: &DeltaHeads) -> usize {
+        recurrence_elements(heads.value_heads, heads.value_dim, heads.key_dim)
     }
 
     fn gated_delta(
@@ -56,13 +60,16 @@ impl DeltaOps for CudaDevice {
         let activation = Precision::Activation;
         require_shape(NAME, "query, key and value", qkv, wide, activation)?;
         require_shape(NAME, "the result", out, (rows, columns), activation)?;
-        let states = self.part_of_states(NAME, cache, part, heads.state_elements())?;
-        let (sequences, _) = self.step.state_sequences();
-        let blocks = columns.div_ceil(WARP_COLUMNS * WARPS) as u32;
-        let threads = 32 * WARPS as u32;
-        self.recurrent.gated_delta(
+        let states = self.part_of_states(NAME, cache, part, self.delta_elements(heads))?;
+        let (sequences, longest) = self.step.state_sequences();
+        let launch = match longest {
+            0 | 1 => RecurrentKernels::gated_delta_token,
+            _ => RecurrentKernels::gated_delta,
+        };
+        launch(
+            &self.recurrent,
             &self.context,
-            Grid::new([blocks, sequences as u32, 1], [threads, 1, 1]),
+            recurrence_grid(heads.value_heads, heads.value_dim, sequences),
             out.ptr(),
             qkv.ptr(),
             gates.ptr(),

@@ -5,21 +5,17 @@ use super::cache::CudaCache;
 use super::error::{require, unsupported};
 use super::launch::Grid;
 use super::norm::CudaVector;
-use super::recurrent::{WARP_COLUMNS, WARPS};
+use super::recurrent::{MOST_KEYS, RecurrentKernels, recurrence_elements, recurrence_grid};
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::{DeviceError, Mamba2Ops, Mamba2Spec, Mamba2Weights, Precision, StatePart};
-
-/// Largest number of elements of the state for each column: what the lanes of a warp have
-/// registers for.
-const MOST_STATE_SIZE: usize = 128;
 
 impl Mamba2Ops for CudaDevice {
     fn check_mamba2(&self, spec: &Mamba2Spec) -> Result<(), DeviceError> {
         let (size, projected) = (spec.state_size, spec.projected());
-        if size > MOST_STATE_SIZE {
+        if size > MOST_KEYS {
             return Err(unsupported(
                 format!("a Mamba-2 layer with {size} elements of the state for each column"),
-                format!("at most {MOST_STATE_SIZE} are supported"),
+                format!("at most {MOST_KEYS} are supported"),
             ));
         }
         if !projected.is_multiple_of(8) {
@@ -29,6 +25,10 @@ impl Mamba2Ops for CudaDevice {
             ));
         }
         Ok(())
+    }
+
+    fn mamba2_elements(&self, spec: &Mamba2Spec) -> usize {
+        recurrence_elements(spec.heads, spec.head_dim, spec.state_size)
     }
 
     fn mamba2(
@@ -61,13 +61,17 @@ impl Mamba2Ops for CudaDevice {
             && spec.heads.is_multiple_of(spec.groups)
             && per_head.iter().all(|vector| vector.length() == spec.heads);
         require(fits, NAME, || format!("{spec:?} does not fit its operands"))?;
-        let states = self.part_of_states(NAME, cache, part, spec.state_elements())?;
-        let (sequences, _) = self.step.state_sequences();
-        let blocks = columns.div_ceil(WARP_COLUMNS * WARPS) as u32;
+        let states = self.part_of_states(NAME, cache, part, self.mamba2_elements(spec))?;
+        let (sequences, longest) = self.step.state_sequences();
         let [least, most] = spec.step_limits;
-        self.recurrent.mamba2(
+        let launch = match longest {
+            0 | 1 => RecurrentKernels::mamba2_token,
+            _ => RecurrentKernels::mamba2,
+        };
+        launch(
+            &self.recurrent,
             &self.context,
-            Grid::new([blocks, sequences as u32, 1], [32 * WARPS as u32, 1, 1]),
+            recurrence_grid(spec.heads, spec.head_dim, sequences),
             out.ptr(),
             projected.ptr(),
             convolved.ptr(),

@@ -10,7 +10,8 @@ use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
 use crate::device::blocks::check_blocks;
 use crate::device::{
-    ConvInput, ConvSpec, DeviceError, Precision, RecurrentOps, StatePart, StateShape,
+    ConvInput, ConvSpec, DeviceError, Precision, RecurrentOps, SNAPSHOT_TOKENS, StatePart,
+    StateShape,
 };
 
 kernels! {
@@ -26,7 +27,17 @@ kernels! {
             query_scale: f32, slot_elements: u32, key_heads: u32, value_heads: u32, key_dim: u32,
             value_dim: u32, tiled: u32
         );
+        gated_delta_token(
+            out: Ptr, qkv: Ptr, gates: Ptr, decay: Ptr, bias: Ptr, states: Ptr, sequences: Ptr,
+            query_scale: f32, slot_elements: u32, key_heads: u32, value_heads: u32, key_dim: u32,
+            value_dim: u32, tiled: u32
+        );
         mamba2(
+            out: Ptr, projected: Ptr, convolved: Ptr, rates: Ptr, skips: Ptr, step_biases: Ptr,
+            states: Ptr, sequences: Ptr, least: f32, most: f32, slot_elements: u32, heads: u32,
+            head_dim: u32, state_size: u32, groups: u32
+        );
+        mamba2_token(
             out: Ptr, projected: Ptr, convolved: Ptr, rates: Ptr, skips: Ptr, step_biases: Ptr,
             states: Ptr, sequences: Ptr, least: f32, most: f32, slot_elements: u32, heads: u32,
             head_dim: u32, state_size: u32, groups: u32
@@ -42,8 +53,31 @@ kernels! {
 
 /// Columns of a recurrence that a warp computes.
 pub(super) const WARP_COLUMNS: usize = 16;
-/// Warps per block of a recurrence.
-pub(super) const WARPS: usize = 4;
+/// Warps per block of a recurrence, all of which compute the same head.
+const WARPS: usize = 4;
+/// Columns of a head that a block computes.
+const BLOCK_COLUMNS: usize = WARP_COLUMNS * WARPS;
+/// Tokens after which the matrix of a recurrence is advanced, counted from the first one.
+const INTERVAL: usize = SNAPSHOT_TOKENS;
+/// Largest number of keys of a recurrence: what the lanes of a warp have registers for.
+pub(super) const MOST_KEYS: usize = 128;
+
+/// Returns the number of elements that heads of `columns` columns with this many keys each keep:
+/// a matrix of keys and columns, what each token of an interval adds to each column, and for
+/// each block the keys of these tokens, of 16 bits, and products of their decays. See
+/// `kernels/recurrence.cuh`.
+pub(super) fn recurrence_elements(heads: usize, columns: usize, keys: usize) -> usize {
+    let blocks = columns.div_ceil(BLOCK_COLUMNS);
+    let of_block = INTERVAL / 2 * keys + INTERVAL;
+    heads * (columns * (keys + INTERVAL) + blocks * of_block)
+}
+
+/// Returns the grid of a recurrence with heads of `columns` columns.
+pub(super) fn recurrence_grid(heads: usize, columns: usize, sequences: usize) -> Grid {
+    let blocks = heads * columns.div_ceil(BLOCK_COLUMNS);
+    let threads = 32 * WARPS as u32;
+    Grid::new([blocks as u32, sequences as u32, 1], [threads, 1, 1])
+}
 
 /// The part of the states that an operation reads and writes.
 #[derive(Clone, Copy)]

@@ -9,7 +9,9 @@ use super::error;
 use super::memory::{Buffer, Ptr};
 use super::transfer::Uploads;
 use crate::device::attention::check_window;
-use crate::device::{ATTENTION_SPAN, Batch, BatchSequence, BatchState, DeviceError, DeviceLimits};
+use crate::device::{
+    ATTENTION_SPAN, Batch, BatchSequence, BatchState, DeviceError, DeviceLimits, SNAPSHOT_TOKENS,
+};
 use std::ops::Range;
 
 /// Sentinel: no row, no slot.
@@ -265,13 +267,30 @@ fn append_each<Array: IntoIterator<Item = u32>>(
     GroupArrays { first, stride }
 }
 
-/// Returns the entry of [`StepInputs::states`] of a sequence with these rows, {first, count}.
-fn words_of_state(rows: [u32; 2], state: Option<&BatchState>) -> [u32; STATE_WORDS] {
+/// Returns the entry of [`StepInputs::states`] of a sequence with these rows, {first, count}, of
+/// which the first one is at position `start`.
+fn words_of_state(rows: [u32; 2], start: u32, state: Option<&BatchState>) -> [u32; STATE_WORDS] {
     let before = state.and_then(|state| state.before).unwrap_or(NONE);
     let after = state.map_or(NONE, |state| state.after);
     let kept = state.and_then(|state| state.snapshot);
     let [kept_rows, kept] = kept.map_or([0, NONE], |kept| [kept.rows as u32, kept.slot]);
-    [rows[0], rows[1], before, after, kept_rows, kept, 0, 0]
+    [rows[0], rows[1], before, after, kept_rows, kept, start, 0]
+}
+
+/// Checks that states are kept only at the end of an interval. What tokens in the middle of one
+/// leave for those after them is not copied.
+fn check_snapshots(batch: &Batch) -> Result<(), String> {
+    for (sequence, state) in batch.sequences.iter().zip(&batch.states) {
+        let Some(kept) = state.snapshot else { continue };
+        let start = batch.positions.get(sequence.rows.start).copied();
+        let tokens = start.unwrap_or(0) as usize + kept.rows;
+        if !tokens.is_multiple_of(SNAPSHOT_TOKENS) {
+            return Err(format!(
+                "a state is kept after {tokens} tokens, which is no multiple of {SNAPSHOT_TOKENS}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The decode list, cut into launches.
@@ -427,8 +446,9 @@ impl StepInputs {
 
     /// Returns where the sequences find and leave their states: two `uint4` per sequence, {first
     /// row, number of rows, slot of the state before them, slot of that after them} and {number
-    /// of rows after which the state is kept, slot that gets it, 0, 0}. [`NONE`] stands for a
-    /// state of zeros, or for a state that is not kept; nothing is kept after 0 rows.
+    /// of rows after which the state is kept, slot that gets it, position of the first row, 0}.
+    /// [`NONE`] stands for a state of zeros, or for a state that is not kept; nothing is kept
+    /// after 0 rows.
     pub(super) fn states(&self) -> Ptr {
         self.at(self.layout.states)
     }
@@ -756,9 +776,10 @@ impl StepInputs {
         let states = (0..).zip(&batch.sequences).map(|(index, sequence)| {
             let (first, count, _) = describe(sequence);
             let rows = [first as u32, count as u32];
-            words_of_state(rows, batch.states.get(index))
+            let start = batch.positions.get(first).copied().unwrap_or(0);
+            words_of_state(rows, start, batch.states.get(index))
         });
-        let padded_states = padding.clone().map(|row| words_of_state([row, 1], None));
+        let padded_states = padding.clone().map(|row| words_of_state([row, 1], 0, None));
         let states = append(words, states.chain(padded_states).flatten());
         let lengths = batch.sequences.iter().map(|sequence| sequence.rows.len());
         let longest = lengths.chain(padding.clone().map(|_| 1)).max();
@@ -783,6 +804,7 @@ impl StepInputs {
     /// says why it is not.
     fn check(&mut self, batch: &Batch) -> Result<(), String> {
         batch.check(self.sampled_count, &mut self.sorted)?;
+        check_snapshots(batch)?;
         for group in &batch.groups {
             let mut longest = usize::MAX;
             if let Some(DeviceLimits { block_tokens, .. }) = self.limits {
@@ -912,7 +934,7 @@ mod tests {
 
     #[test]
     fn each_sequence_has_its_rows_and_its_slots_of_states() {
-        let mut batch = batch(&[(1, 0), (3, 300)]);
+        let mut batch = batch(&[(1, 0), (3, 304)]);
         batch.states = vec![
             BatchState {
                 before: Some(4),
@@ -929,7 +951,7 @@ mod tests {
         let found = &step.words[step.layout.states..][..3 * STATE_WORDS];
         let expected = [
             [0, 1, 4, 5, 0, NONE, 0, 0],
-            [1, 3, NONE, 7, 2, 9, 0, 0],
+            [1, 3, NONE, 7, 2, 9, 302, 0],
             [4, 1, NONE, NONE, 0, NONE, 0, 0],
         ];
         assert_eq!(found, expected.as_flattened());
@@ -1045,6 +1067,16 @@ mod tests {
         refused(|batch| batch.positions[0] = 7);
         refused(|batch| batch.sequences[1].rows = 1..3);
         refused(|batch| batch.groups[0].tables[1].entries = 0..1000);
+        let reason = refused(|batch| {
+            let states = (0..).zip(&batch.sequences).map(|(after, _)| BatchState {
+                before: None,
+                after,
+                snapshot: None,
+            });
+            batch.states = states.collect();
+            batch.states[0].snapshot = Some(StateSnapshot { rows: 1, slot: 9 });
+        });
+        assert!(reason.contains("no multiple of 16"), "{reason}");
         refused(|batch| batch.sample_rows[0] = 3);
         refused(|batch| batch.feedback.push(Feedback { row: 9, sample: 0 }));
         refused(|batch| batch.sequences.truncate(batch.sequences.len() - 1));

@@ -739,7 +739,7 @@ fn gated_delta_nets_take_their_sizes_from_the_settings() {
     assert!(experts.has_shared_gate && experts.routing.normalize);
     assert_eq!(config.shared_width(), Some(512));
     let elements = 3 * 8192 + 32 * 128 * 128;
-    assert_eq!(config.states().elements, 36 * elements);
+    assert_eq!(recurrent::state_elements(&config), 36 * elements);
     let dense = read(&json!({
         "model_type": "qwen3_5", "vision_config": {},
         "text_config": {

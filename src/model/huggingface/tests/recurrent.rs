@@ -13,6 +13,14 @@ fn refusals(config: &Value, cases: &[(Value, &str)]) {
     }
 }
 
+/// Number of elements of the states of all layers.
+pub(super) fn state_elements(config: &ModelConfig) -> usize {
+    let layers = config.layers.iter();
+    layers
+        .flat_map(|layer| layer.state_elements(config.hidden))
+        .sum()
+}
+
 fn has_attention(config: &ModelConfig) -> Vec<bool> {
     let layers = config.layers.iter();
     layers.map(|layer| layer.attention().is_some()).collect()
@@ -40,14 +48,14 @@ fn lfm2_convolves_in_the_layers_without_attention() {
     assert_eq!(config.layers[0].mixer, Mixer::ShortConv(expected));
     assert!(attention(&config, 2).qk_norm.is_some());
     assert_eq!(config.ropes[0].theta, 1e6);
-    assert_eq!(config.states().elements, 3 * 2 * 2560);
+    assert_eq!(state_elements(&config), 3 * 2 * 2560);
     let types = json!({"layer_types": ["full_attention", "conv", "conv", "conv"]});
     let config = read(&with(lfm2(), types)).unwrap();
     assert_eq!(has_attention(&config), [true, false, false, false]);
     // Without either list, no layer is recurrent.
     let config = read(&json!({"model_type": "lfm2"})).unwrap();
     assert_eq!(has_attention(&config), [true; 32]);
-    assert_eq!(config.states().elements, 0);
+    assert_eq!(state_elements(&config), 0);
     let biased = read(&with(lfm2(), json!({"conv_bias": true}))).unwrap();
     assert_eq!(biased.biases.recurrent, Some(true));
     assert_eq!(biased.biases.feed_forward, Some(false));
@@ -147,9 +155,9 @@ fn granite_mixes_mamba2_and_attention_without_rope() {
         (experts.count, experts.width, experts.shared),
         (64, 512, Some(1024))
     );
-    let [convolution, state] = config.states().layers[2];
-    assert_eq!(convolution.elements, 3 * (3072 + 256));
-    assert_eq!(state.elements, 3072 * 128);
+    let [convolution, state] = config.layers[2].state_elements(config.hidden);
+    assert_eq!(convolution, 3 * (3072 + 256));
+    assert_eq!(state, 3072 * 128);
     let limited = read(&with(granite(), json!({"time_step_limit": [0.001, 0.1]})));
     let spec = mamba2(&limited.unwrap().layers[0]);
     assert_eq!(spec.recurrence.step_limits, [0.001, 0.1]);
@@ -168,7 +176,7 @@ fn granite_may_have_neither_experts_nor_recurrent_layers() {
     assert_eq!(has_attention(&config), [true; 3]);
     assert_eq!(attention(&config, 0).rope, Some(0));
     assert_eq!((config.dense_width(), config.experts()), (Some(4096), None));
-    assert_eq!(config.states().elements, 0);
+    assert_eq!(state_elements(&config), 0);
 }
 
 #[test]

@@ -100,8 +100,17 @@ pub enum Action {
     /// `d × 4, a..., b..., c × 4`.
     Multiply {
         depth: u8,
-        brain: bool,
+        factors: Factors,
     },
+}
+
+/// Type of the factors of a product of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    F16,
+    Bf16,
+    /// The upper 19 bits of a float32.
+    Tf32,
 }
 
 /// A load, store or atomic operation.

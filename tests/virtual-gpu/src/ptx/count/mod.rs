@@ -9,7 +9,7 @@ mod sectors;
 
 pub use kind::{Class, Kind};
 
-use super::instruction::LANES;
+use super::instruction::{Factors, LANES};
 use sectors::{SECTOR, Touched};
 
 /// Requests of warps to global memory.
@@ -75,7 +75,7 @@ pub struct Counts {
     /// Bytes of the sectors that the launch writes, each counted once.
     pub written: u64,
     pub shared: SharedCounts,
-    /// Floating-point operations of `mma`.
+    /// Floating-point operations of `mma` with 16-bit factors, or as many as take the same time.
     pub multiplications: u64,
 }
 
@@ -207,9 +207,11 @@ impl Counter {
         self.counts.divergent += u64::from(taken != 0 && taken != reached);
     }
 
-    /// Records a product of matrices of 16 × `depth` and `depth` × 8 elements.
-    pub fn multiplication(&mut self, depth: u8) {
-        self.counts.multiplications += 2 * 16 * 8 * u64::from(depth);
+    /// Records a product of matrices of 16 × `depth` and `depth` × 8 elements. An operation on
+    /// tf32 counts as two, because it takes as long as two on 16-bit factors.
+    pub fn multiplication(&mut self, depth: u8, factors: Factors) {
+        let each = if factors == Factors::Tf32 { 2 } else { 1 };
+        self.counts.multiplications += each * 2 * 16 * 8 * u64::from(depth);
     }
 
     /// Records a request of the lanes of `mask` to global memory. `bytes` is the number of bytes

@@ -2,7 +2,7 @@
 
 use super::form::Form;
 use super::{Assembler, Result};
-use crate::ptx::instruction::{Action, Barrier, Reduce, Shuffle, Vote};
+use crate::ptx::instruction::{Action, Barrier, Factors, Reduce, Shuffle, Vote};
 use crate::ptx::syntax::Operand;
 use crate::ptx::types::{Class, Type};
 
@@ -242,11 +242,15 @@ impl<'a> Assembler<'a> {
         if !form.has("row") || !form.has("col") {
             return self.error("only the layout .row.col is known");
         }
-        let brain = match form.types.as_slice() {
-            [Type::F32, Type::Bf16, Type::Bf16, Type::F32] => true,
-            [Type::F32, Type::F16, Type::F16, Type::F32] => false,
+        // Only factors have the type tf32, which is therefore not among the types.
+        let factors = match (form.types.as_slice(), form.has("tf32")) {
+            ([Type::F32, Type::Bf16, Type::Bf16, Type::F32], false) => Factors::Bf16,
+            ([Type::F32, Type::F16, Type::F16, Type::F32], false) => Factors::F16,
+            ([Type::F32, Type::F32], true) if depth == 8 => Factors::Tf32,
             _ => return self.error("these types are not known"),
         };
+        // Registers of a and b hold two factors, or one.
+        let per_register = if factors == Factors::Tf32 { 1 } else { 2 };
         let [d, a, b, c] = operands else {
             return self.error("expected four operands");
         };
@@ -256,7 +260,7 @@ impl<'a> Assembler<'a> {
             parts(b).len(),
             parts(c).len(),
         ];
-        if lengths != [4, depth / 4, depth / 8, 4] {
+        if lengths != [4, depth / 2 / per_register, depth / 4 / per_register, 4] {
             return self.error("the fragments have unexpected sizes");
         }
         let mut writes = Vec::new();
@@ -270,7 +274,7 @@ impl<'a> Assembler<'a> {
         self.emit(
             Action::Multiply {
                 depth: depth as u8,
-                brain,
+                factors,
             },
             &writes,
             &reads,

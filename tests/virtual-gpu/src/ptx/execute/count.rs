@@ -25,8 +25,8 @@ impl Block<'_> {
             counter.instruction(kind, active);
             match i.action {
                 Action::Branch(_) => counter.branch(active, lanes),
-                Action::Multiply { depth, .. } if active == u32::MAX => {
-                    counter.multiplication(depth);
+                Action::Multiply { depth, factors } if active == u32::MAX => {
+                    counter.multiplication(depth, factors);
                 }
                 _ => {}
             }

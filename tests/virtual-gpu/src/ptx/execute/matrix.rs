@@ -7,27 +7,28 @@ use super::registers::Registers;
 use super::warp::Warp;
 use super::{Block, Outcome};
 use crate::ptx::fault::{FaultKind, Stop};
-use crate::ptx::instruction::{Instruction, LANES};
+use crate::ptx::instruction::{Factors, Instruction, LANES};
 
 /// Computes `d = a · b + c` in single precision, where a is 16 × `depth` (8 or 16) and b is
 /// `depth` × 8. The products are added to c one by one, by ascending k, and each sum is rounded
-/// to nearest. (PTX leaves the order and the rounding of a GPU's additions open.)
-pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
+/// to nearest. (PTX leaves the order and the rounding of a GPU's additions open.) Of factors in
+/// tf32, the lower 13 bits are ignored.
+pub fn multiply(file: &mut Registers, i: &Instruction, depth: u8, factors: Factors) {
     #[cfg(target_arch = "x86_64")]
     if has_vectors() {
         // SAFETY: the CPU has the features that the function is compiled for.
-        return unsafe { multiply_vector(file, i, depth, brain) };
+        return unsafe { multiply_vector(file, i, depth, factors) };
     }
-    multiply_typed(file, i, depth, brain, add_products, add_products);
+    multiply_typed(file, i, depth, factors, add_products, add_products);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-fn multiply_vector(file: &mut Registers, i: &Instruction, depth: u8, brain: bool) {
+fn multiply_vector(file: &mut Registers, i: &Instruction, depth: u8, factors: Factors) {
     // Closures defined in here are compiled with the same features.
     let one = |a: &Halves<1>, b: &Halves<1>, sums: &mut Sums| add_products_vector(a, b, sums);
     let two = |a: &Halves<2>, b: &Halves<2>, sums: &mut Sums| add_products_vector(a, b, sums);
-    multiply_typed(file, i, depth, brain, one, two);
+    multiply_typed(file, i, depth, factors, one, two);
 }
 
 #[inline(always)]
@@ -35,15 +36,16 @@ fn multiply_typed(
     file: &mut Registers,
     i: &Instruction,
     depth: u8,
-    brain: bool,
+    factors: Factors,
     one: impl Fn(&Halves<1>, &Halves<1>, &mut Sums),
     two: impl Fn(&Halves<2>, &Halves<2>, &mut Sums),
 ) {
-    match (depth, brain) {
-        (16, true) => multiply_body::<Brain, 2>(file, i, two),
-        (16, false) => multiply_body::<Half, 2>(file, i, two),
-        (_, true) => multiply_body::<Brain, 1>(file, i, one),
-        (_, false) => multiply_body::<Half, 1>(file, i, one),
+    match (depth, factors) {
+        (16, Factors::Bf16) => multiply_body::<Pairs<Brain>, 2>(file, i, two),
+        (16, _) => multiply_body::<Pairs<Half>, 2>(file, i, two),
+        (_, Factors::Bf16) => multiply_body::<Pairs<Brain>, 1>(file, i, one),
+        (_, Factors::F16) => multiply_body::<Pairs<Half>, 1>(file, i, one),
+        (_, Factors::Tf32) => multiply_body::<Singles, 1>(file, i, one),
     }
 }
 
@@ -115,45 +117,113 @@ fn halves<S: Small>(words: &[u32; LANES]) -> [[f32; LANES]; 2] {
     out
 }
 
+/// How registers hold eight columns of operand a and eight rows of operand b.
+trait Fragments {
+    /// Registers of b for eight rows. Of a, twice as many hold eight columns.
+    const REGISTERS: usize;
+
+    /// Returns eight columns of rows 0 to 7 of a, or of rows 8 to 15 if `lower` is 1. `registers`
+    /// are those of all rows.
+    fn a(file: &Registers, registers: &[u16], lower: usize) -> [[f32; LANES]; 2];
+
+    /// Returns eight rows of b: the even ones, then the odd ones, each in the order of the
+    /// results.
+    fn b(file: &Registers, registers: &[u16]) -> [[f32; LANES]; 2];
+}
+
+/// Index of a column of b in a row that is in the order of the results.
+const fn place(column: usize) -> usize {
+    column / 2 + column % 2 * 4
+}
+
+/// Two factors per register. Lane 4 g + t holds columns 2 t and 2 t + 1 of row g of a, and the
+/// same two rows of column g of b.
+struct Pairs<S>(std::marker::PhantomData<S>);
+
+impl<S: Small> Fragments for Pairs<S> {
+    const REGISTERS: usize = 1;
+
+    #[inline(always)]
+    fn a(file: &Registers, registers: &[u16], lower: usize) -> [[f32; LANES]; 2] {
+        halves::<S>(file.words(registers[lower]))
+    }
+
+    #[inline(always)]
+    fn b(file: &Registers, registers: &[u16]) -> [[f32; LANES]; 2] {
+        let words = file.words(registers[0]);
+        let mut rows = [0; LANES];
+        for t in 0..4 {
+            for column in 0..8 {
+                rows[t * 8 + place(column)] = words[column * 4 + t];
+            }
+        }
+        halves::<S>(&rows)
+    }
+}
+
+/// One factor per register, in tf32. Lane 4 g + t holds columns t and t + 4 of row g of a, and
+/// the same two rows of column g of b.
+struct Singles;
+
+fn tf32(word: u32) -> f32 {
+    f32::from_bits(word & !0x1fff)
+}
+
+impl Fragments for Singles {
+    const REGISTERS: usize = 2;
+
+    #[inline(always)]
+    fn a(file: &Registers, registers: &[u16], lower: usize) -> [[f32; LANES]; 2] {
+        let mut out = [[0.0; LANES]; 2];
+        for upper in 0..2 {
+            let words = file.words(registers[2 * upper + lower]);
+            for (lane, word) in words.iter().enumerate() {
+                let k = 4 * upper + lane % 4;
+                out[k % 2][lane / 4 * 4 + k / 2] = tf32(*word);
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn b(file: &Registers, registers: &[u16]) -> [[f32; LANES]; 2] {
+        let mut out = [[0.0; LANES]; 2];
+        for upper in 0..2 {
+            let words = file.words(registers[upper]);
+            for (lane, word) in words.iter().enumerate() {
+                let k = 4 * upper + lane % 4;
+                out[k % 2][k / 2 * 8 + place(lane / 4)] = tf32(*word);
+            }
+        }
+        out
+    }
+}
+
 /// Computes a product whose depth k is `EIGHTS` × 8.
 ///
-/// Lane 4 g + t holds columns 2 t and 2 t + 1 of row g of operand a, and the same two rows of
-/// column g of operand b. Of row g of c and d, it holds the same two columns, each in a
-/// register of its own. Therefore a row of results is stored as its even columns followed by
-/// its odd ones.
+/// Of row g of c and d, lane 4 g + t holds columns 2 t and 2 t + 1, each in a register of its
+/// own. Therefore a row of results is stored as its even columns followed by its odd ones.
 #[inline(always)]
-fn multiply_body<S: Small, const EIGHTS: usize>(
+fn multiply_body<F: Fragments, const EIGHTS: usize>(
     file: &mut Registers,
     i: &Instruction,
     add: impl Fn(&Halves<EIGHTS>, &Halves<EIGHTS>, &mut Sums),
 ) {
-    let operands = &i.slots[4..];
-    // For each group of eight k: the even rows of b, then the odd ones, each row in the order
-    // of the results.
+    let (a_registers, others) = i.slots[4..].split_at(2 * EIGHTS * F::REGISTERS);
+    let (b_registers, c_registers) = others.split_at(EIGHTS * F::REGISTERS);
     let mut b = [[[0.0; LANES]; 2]; EIGHTS];
     for (eight, b) in b.iter_mut().enumerate() {
-        let words = file.words(operands[2 * EIGHTS + eight]);
-        let mut rows = [0; LANES];
-        for t in 0..4 {
-            for column in 0..8 {
-                let place = column / 2 + column % 2 * 4;
-                rows[t * 8 + place] = words[column * 4 + t];
-            }
-        }
-        *b = halves::<S>(&rows);
+        *b = F::b(file, &b_registers[eight * F::REGISTERS..]);
     }
     // Rows 0 to 7 are in the even registers of a and the first two of c and d, rows 8 to 15 in
     // the others.
     let mut results = [[0u32; LANES]; 4];
     for lower in 0..2 {
-        let (even, odd) = (
-            operands[3 * EIGHTS + 2 * lower],
-            operands[3 * EIGHTS + 2 * lower + 1],
-        );
-        let (even, odd) = (file.words(even), file.words(odd));
+        let even = file.words(c_registers[2 * lower]);
+        let odd = file.words(c_registers[2 * lower + 1]);
         let mut a = [[[0.0; LANES]; 2]; EIGHTS];
         for (eight, a) in a.iter_mut().enumerate() {
-            *a = halves::<S>(file.words(operands[2 * eight + lower]));
+            *a = F::a(file, &a_registers[2 * eight * F::REGISTERS..], lower);
         }
         let mut sums = [[0.0; 8]; 8];
         for (row, sums) in sums.iter_mut().enumerate() {

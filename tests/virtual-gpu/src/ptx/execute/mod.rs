@@ -266,11 +266,11 @@ impl<'a> Block<'a> {
             }
             Action::AsyncCommit => warp.commit(active),
             Action::AsyncWait(pending) => self.wait(warp, pending, active),
-            Action::Multiply { depth, brain } => {
+            Action::Multiply { depth, factors } => {
                 if !warp.gathered(lanes, active, u32::MAX)? {
                     return Ok(Flow::Lanes);
                 }
-                matrix::multiply(&mut warp.file, i, depth, brain);
+                matrix::multiply(&mut warp.file, i, depth, factors);
             }
             Action::LoadMatrix { count, transposed } => {
                 if !warp.gathered(lanes, active, u32::MAX)? {

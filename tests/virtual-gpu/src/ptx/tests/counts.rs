@@ -226,10 +226,12 @@ fn products_of_matrices_are_counted_by_their_operations() {
     let counts = counts(
         "mov.u32 %r1, 0; mov.f32 %f0, 0f00000000;
          mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1,%f2,%f3,%f4}, {%r1,%r1,%r1,%r1}, {%r1,%r1}, {%f0,%f0,%f0,%f0};
-         mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r1,%r1}, {%r1}, {%f0,%f0,%f0,%f0};",
+         mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r1,%r1}, {%r1}, {%f0,%f0,%f0,%f0};
+         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1,%f2,%f3,%f4}, {%r1,%r1,%r1,%r1}, {%r1,%r1}, {%f0,%f0,%f0,%f0};",
     );
-    assert_eq!(counts.multiplications, 2 * 16 * 8 * (16 + 8));
-    assert_eq!(of(&counts, Class::Multiply), 2);
+    // Those of tf32 count twice.
+    assert_eq!(counts.multiplications, 2 * 16 * 8 * (16 + 8 + 2 * 8));
+    assert_eq!(of(&counts, Class::Multiply), 3);
 }
 
 #[test]

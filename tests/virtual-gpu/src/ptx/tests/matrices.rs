@@ -131,6 +131,53 @@ fn mma_m16n8k8_of_f16_multiplies() {
     check_product(8, "f16", half);
 }
 
+/// The fragments of tf32 hold one element per register. The lower 13 bits of a factor change
+/// nothing.
+#[test]
+fn mma_m16n8k8_of_tf32_multiplies() {
+    let factor = |value: i32| (value as f32).to_bits() | 0x1fff;
+    let mut x = vec![0u32; 32 * 12];
+    for (lane, x) in x.chunks_mut(12).enumerate() {
+        let (group, thread) = (lane >> 2, lane % 4);
+        for i in 0..4 {
+            // a_i: row = groupID for i = 0 and 2, else groupID + 8; col = threadID for i < 2, else
+            //      that + 4.
+            let row = group + i % 2 * 8;
+            x[i] = factor(element(row, thread + i / 2 * 4, 1));
+            // c_i: as for other types.
+            let row = group + i / 2 * 8;
+            x[8 + i] = (element(row, thread * 2 + i % 2, 3) as f32).to_bits();
+        }
+        for i in 0..2 {
+            // b_i: row = threadID for i = 0, else that + 4; col = groupID.
+            x[4 + i] = factor(element(thread + i * 4, group, 2));
+        }
+    }
+    let out = run_words(
+        "mul.wide.u32 %rd0, %lane, 48; add.s64 %rd0, %rd0, %x;
+         ld.global.v4.u32 {%r0,%r1,%r2,%r3}, [%rd0]; ld.global.v2.u32 {%r4,%r5}, [%rd0+16];
+         ld.global.v4.f32 {%f0,%f1,%f2,%f3}, [%rd0+32];
+         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f4,%f5,%f6,%f7}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%f0,%f1,%f2,%f3};
+         mul.wide.u32 %rd1, %lane, 16; add.s64 %rd1, %rd1, %out;
+         st.global.v4.f32 [%rd1], {%f4,%f5,%f6,%f7};",
+        32,
+        &x,
+        128,
+    )
+    .unwrap_or_else(|e| panic!("{e}"));
+    for (at, found) in out.iter().enumerate() {
+        let (lane, i) = (at / 4, at % 4);
+        let (row, column) = ((lane >> 2) + i / 2 * 8, lane % 4 * 2 + i % 2);
+        let products = (0..8).map(|k| element(row, k, 1) * element(k, column, 2));
+        let expected = products.sum::<i32>() + element(row, column, 3);
+        assert_eq!(
+            f32::from_bits(*found),
+            expected as f32,
+            "row {row}, column {column}"
+        );
+    }
+}
+
 /// Stores element (row, column) of matrix m as 1000 m + 10 row + column, loads it with
 /// `ldmatrix`, and checks the result.
 fn check_load(count: usize, transposed: bool) {

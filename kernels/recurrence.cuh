@@ -1,0 +1,245 @@
+// What the recurrences share: gated delta nets and Mamba-2, in the chunkwise form (Yang et al., 2024;
+// Dao & Gu, 2024).
+//
+// The matrix S of a head, keys × columns, is advanced only at positions that are multiples of INTERVAL.
+// Token t of an interval that begins with S has the keys kₜ, the query qₜ, the input uₜ and the decay αₜ.
+// With r(t, i) = α of token i + 1 · … · α of token t, and r(t) = α of the first token · … · α of token t,
+//
+//     its result is r(t) Sᵀqₜ + Σ_{i ≤ t} r(t, i) (kᵢ · qₜ) uᵢ,
+//     and the next interval begins with r(L) S + Σᵢ r(L, i) kᵢ ⊗ uᵢ, where L is the last token.
+//
+// The keys of Mamba-2 are its b, the queries its c, and uₜ is its scaled x. That of a delta net is
+// β (vₜ − r(t) Sᵀkₜ − Σ_{i < t} r(t, i) (kᵢ · kₜ) uᵢ), for each token after the ones before it.
+//
+// A state therefore has, beside S, what the tokens of the current interval have left: their keys, their
+// inputs u, and the products r of their decays. Every sum has an order that depends on nothing but the
+// token's place in its interval: sums over keys are those of the matrix instructions, in ascending order of
+// keys, where an element of a result depends only on its row of one operand and its column of the other;
+// sums over tokens are float32 operations, in ascending order. So it does not matter how many tokens a step
+// computes, nor where it begins.
+//
+// Products with S take TF32: a number of 16 bits is exact in it, and S is the sum of two such numbers but
+// for its last two bits.
+#pragma once
+#include "vector.cuh"
+
+constexpr u32 INTERVAL = 16;
+// A warp has sixteen columns of a head, and a block has those of four warps.
+constexpr u32 COLUMNS = 16, WARPS = 4, WIDTH = WARPS * COLUMNS;
+// Keys are read eight at a time; a chunk of a row has sixteen bytes. A row has at most so many chunks.
+constexpr u32 CHUNKS = 16, ROW_BYTES = CHUNKS * 16, TILE_BYTES = INTERVAL * ROW_BYTES;
+
+// A sequence of the step and its slots, as src/device/cuda/step.rs lays them out.
+struct Sequence {
+    // Its rows.
+    u32 first, rows;
+    // Slot of the state before them; NONE: zeros. Slot of the state after them; NONE: nowhere.
+    u32 before, after;
+    // The state after `kept_rows` rows goes to slot `kept`; after 0 rows: nowhere.
+    u32 kept_rows, kept;
+    // Position of the first row.
+    u32 start;
+};
+
+INLINE Sequence sequence_of(const uint4* sequences, u32 index) {
+    const uint4 rows = sequences[2 * index], kept = sequences[2 * index + 1];
+    return {rows.x, rows.y, rows.z, rows.w, kept.x, kept.y, kept.z};
+}
+
+// ln(1 + e^x); beyond 20, the two are the same number.
+INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// What a block computes: up to WIDTH columns of a head, from the `part`-th on.
+struct Columns {
+    u32 head, part;
+    // Columns of a head, and keys.
+    u32 dim, keys;
+
+    // Grid (heads · parts per head, sequences).
+    INLINE Columns(u32 dim, u32 keys) : dim(dim), keys(keys) {
+        const u32 parts = (dim + WIDTH - 1) / WIDTH;
+        head = blockIdx.x / parts, part = blockIdx.x % parts;
+    }
+    // The first column of the block, and of the warp.
+    INLINE u32 first() const { return part * WIDTH; }
+    INLINE u32 first_of_warp() const { return first() + warp_id() * COLUMNS; }
+    INLINE bool has_warp() const { return first_of_warp() < dim; }
+    INLINE u32 width() const { return min(dim - first(), WIDTH); }
+    INLINE u32 chunks() const { return keys / 8; }
+};
+
+// The parts of a state in a slot that a block reads and writes. A head has its matrix, for every sixteen
+// columns in the order in which a warp's lanes have it; then INTERVAL rows of inputs u; and then, for
+// each block, INTERVAL rows of keys and INTERVAL products of decays. See src/device/cuda/recurrent.rs.
+struct Place {
+    u32 matrix, inputs, keys, decays;
+
+    INLINE explicit Place(const Columns& of) {
+        const u32 parts = (of.dim + WIDTH - 1) / WIDTH, of_part = INTERVAL / 2 * of.keys + INTERVAL;
+        const u32 head = of.head * (of.dim * (of.keys + INTERVAL) + parts * of_part);
+        matrix = head + of.first_of_warp() * of.keys;
+        inputs = head + of.dim * of.keys + of.first_of_warp();
+        keys = head + of.dim * (of.keys + INTERVAL) + of.part * of_part;
+        decays = keys + INTERVAL / 2 * of.keys;
+    }
+};
+
+// Where a block finds the rows of its sequence: the keys and queries of its head, and its first column.
+struct Rows {
+    const T *keys, *queries, *values;
+    T* out;
+    // Elements from a row to the next.
+    u32 stride, out_stride;
+};
+
+// Sᵀ of a warp: columns × keys. Of each chunk of keys, lane 4 g + t has {column g, keys 2 t and 2 t + 1} and
+// {column g + 8, the same keys}: what the matrix instructions call an accumulator.
+typedef float Matrix[CHUNKS][4];
+
+INLINE void read_matrix(Matrix& matrix, const float* from, u32 chunks) {
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHUNKS; chunk++) {
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (from != nullptr && chunk < chunks) x = reinterpret_cast<const float4*>(from)[chunk * 32 + lane_id()];
+        matrix[chunk][0] = x.x, matrix[chunk][1] = x.y, matrix[chunk][2] = x.z, matrix[chunk][3] = x.w;
+    }
+}
+
+INLINE void write_matrix(float* to, const Matrix& matrix, u32 chunks) {
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHUNKS; chunk++) {
+        const float* x = matrix[chunk];
+        if (chunk < chunks) reinterpret_cast<float4*>(to)[chunk * 32 + lane_id()] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+}
+
+// Starts to read what a warp reads of the matrix.
+INLINE void prefetch_matrix(const Columns& columns, const Sequence& sequence, const float* states, u64 slot) {
+    if (sequence.before == NONE || !columns.has_warp() || lane_id() != 0) return;
+    const float* from = states + u64(sequence.before) * slot + Place(columns).matrix;
+    prefetch(from, columns.keys * COLUMNS * sizeof(float));
+}
+
+// d += a · b for a of 16 × 8, b of 8 × 8, in TF32.
+INLINE void multiply_tf32(float (&d)[4], const u32 (&a)[4], float b0, float b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// An accumulator as operand a, in two summands. The instruction's inner index t is the accumulator's column
+// 2 t, and t + 4 is 2 t + 1. The second summand has thirteen bits, of which TF32 takes eleven.
+struct Split {
+    u32 high[4], low[4];
+
+    INLINE explicit Split(const float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float value = x[i % 2 * 2 + i / 2];
+            high[i] = __float_as_uint(value) & 0xffffe000u;
+            low[i] = __float_as_uint(value - __uint_as_float(high[i]));
+        }
+    }
+};
+
+INLINE float2 widened(u32 pair) { return to_float2(*reinterpret_cast<T2*>(&pair)); }
+
+// A row of keys or queries in shared memory, of which a lane gives the address to ldmatrix. Where a chunk
+// lies depends on the row, so that eight rows of the same chunk lie in different banks.
+struct SharedRow {
+    const u8* at;
+    u32 turn;
+
+    INLINE SharedRow(const u8* tile, u32 row) : at(tile + row * ROW_BYTES), turn(row & 7) {}
+    INLINE const u8* chunk(u32 chunk) const { return at + (chunk ^ turn) * 16; }
+};
+
+// Adds Sᵀ · the rows of `TILES` tiles, eight rows each, the first of which are `row`, to sums: columns × rows.
+// The second sum of a tile is that of the second summands of S.
+template <u32 TILES>
+INLINE void multiply_matrix(float (&sums)[TILES][2][4], const Matrix& matrix, const SharedRow& row, u32 chunks) {
+#pragma unroll
+    for (u32 quad = 0; quad < CHUNKS / 4; quad++) {
+        if (quad * 4 >= chunks) continue;
+        u32 b[TILES][4];
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; tile++) {
+            load_matrices(b[tile], row.chunk(quad * 4 + lane_id() / 8) + tile * 8 * ROW_BYTES);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const Split a(matrix[quad * 4 + i]);
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; tile++) {
+                const float2 x = widened(b[tile][i]);
+                multiply_tf32(sums[tile][0], a.high, x.x, x.y);
+                multiply_tf32(sums[tile][1], a.low, x.x, x.y);
+            }
+        }
+    }
+}
+
+// S = decay · S + Σ keys of a token ⊗ its u, for the tokens of a whole interval. `u` has an accumulator of
+// columns × tokens for each half of the tokens. Lanes give the addresses of the rows of the first half.
+INLINE void advance_matrix(
+    Matrix& matrix, float decay, const float (&u)[2][4], const SharedRow& row, u32 chunks
+) {
+    const Split a[2] = {Split(u[0]), Split(u[1])};
+#pragma unroll
+    for (u32 quad = 0; quad < CHUNKS / 4; quad++) {
+        if (quad * 4 >= chunks) continue;
+        u32 b[2][4];
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            load_matrices_transposed(b[half], row.chunk(quad * 4 + lane_id() / 8) + half * 8 * ROW_BYTES);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            float (&sums)[4] = matrix[quad * 4 + i];
+#pragma unroll
+            for (int x = 0; x < 4; x++) sums[x] *= decay;
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const float2 x = widened(b[half][i]);
+                multiply_tf32(sums, a[half].high, x.x, x.y);
+                multiply_tf32(sums, a[half].low, x.x, x.y);
+            }
+        }
+    }
+}
+
+// The products of the keys of an interval's tokens with eight rows: lane 4 g + t has those of tokens g and
+// g + 8 with rows 2 t and 2 t + 1. `squares`, if wanted, becomes the sum of the squares of row g.
+// Lanes give the addresses of row lane % 16 of the keys, and of row lane % 8 of the others.
+template <bool SQUARES>
+INLINE void multiply_rows(float (&sums)[4], float& squares, const SharedRow& keys, const SharedRow& row, u32 chunks) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[i] = 0.0f;
+    squares = 0.0f;
+#pragma unroll
+    for (u32 quad = 0; quad < CHUNKS / 4; quad++) {
+        if (quad * 4 >= chunks) continue;
+        u32 b[4], a[4];
+        load_matrices(b, row.chunk(quad * 4 + lane_id() / 8));
+#pragma unroll
+        for (u32 pair = 0; pair < 2; pair++) {
+            load_matrices(a, keys.chunk(quad * 4 + pair * 2 + lane_id() / 16));
+            matrix_multiply(sums, a, b[2 * pair], b[2 * pair + 1]);
+        }
+        if constexpr (SQUARES) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 x = widened(b[i]);
+                squares = fmaf(x.y, x.y, fmaf(x.x, x.x, squares));
+            }
+        }
+    }
+    if constexpr (SQUARES) {
+        squares += __shfl_xor_sync(FULL_WARP, squares, 1);
+        squares += __shfl_xor_sync(FULL_WARP, squares, 2);
+    }
+}
+
+// 1 / √(Σ x² + ε).
+INLINE float inverse_length(float squares) { return 1.0f / sqrtf(squares + 1e-6f); }
