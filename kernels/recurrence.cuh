@@ -120,6 +120,20 @@ INLINE void prefetch_matrix(const Columns& columns, const Sequence& sequence, co
     prefetch(from, columns.keys * COLUMNS * sizeof(float));
 }
 
+// As `load_matrices` and `load_matrices_transposed`, for an address that is already one of shared memory.
+INLINE void load_matrices_at(u32 (&out)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row)
+                 : "memory");
+}
+INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row)
+                 : "memory");
+}
+
 // d += a · b for a of 16 × 8, b of 8 × 8, in TF32.
 INLINE void multiply_tf32(float (&d)[4], const u32 (&a)[4], float b0, float b1) {
     asm volatile(
@@ -145,14 +159,23 @@ struct Split {
 
 INLINE float2 widened(u32 pair) { return to_float2(*reinterpret_cast<T2*>(&pair)); }
 
-// A row of keys or queries in shared memory, of which a lane gives the address to ldmatrix. Where a chunk
-// lies depends on the row, so that eight rows of the same chunk lie in different banks.
-struct SharedRow {
-    const u8* at;
-    u32 turn;
+// Where a chunk of keys or queries lies in a tile in shared memory. That depends on the row, so that eight
+// rows of the same chunk lie in different banks.
+INLINE u32 place_in_tile(u32 row, u32 chunk) { return row * ROW_BYTES + (chunk ^ (row & 7)) * 16; }
 
-    INLINE SharedRow(const u8* tile, u32 row) : at(tile + row * ROW_BYTES), turn(row & 7) {}
-    INLINE const u8* chunk(u32 chunk) const { return at + (chunk ^ turn) * 16; }
+// A row of a tile, of which a lane gives the addresses of chunks to ldmatrix: of chunk `chunk` of every
+// four, or of every two of these.
+struct SharedRow {
+    u32 at, turned;
+
+    INLINE SharedRow(const u8* tile, u32 row, u32 chunk)
+        : at(shared_address(tile) + row * ROW_BYTES), turned((chunk ^ (row & 7)) * 16) {
+        // Addresses are not computed anew wherever they are used.
+        asm volatile("" : "+r"(at), "+r"(turned));
+    }
+    // Only the lowest three bits of a chunk's number depend on the row.
+    INLINE u32 quad(u32 quad) const { return at + (turned ^ quad % 2 * 64) + quad / 2 * 128; }
+    INLINE u32 pair(u32 pair) const { return at + (turned ^ pair % 4 * 32) + pair / 4 * 128; }
 };
 
 // Adds Sᵀ · the rows of `TILES` tiles, eight rows each, the first of which are `row`, to sums: columns × rows.
@@ -165,7 +188,7 @@ INLINE void multiply_matrix(float (&sums)[TILES][2][4], const Matrix& matrix, co
         u32 b[TILES][4];
 #pragma unroll
         for (u32 tile = 0; tile < TILES; tile++) {
-            load_matrices(b[tile], row.chunk(quad * 4 + lane_id() / 8) + tile * 8 * ROW_BYTES);
+            load_matrices_at(b[tile], row.quad(quad) + tile * 8 * ROW_BYTES);
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
@@ -192,7 +215,7 @@ INLINE void advance_matrix(
         u32 b[2][4];
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
-            load_matrices_transposed(b[half], row.chunk(quad * 4 + lane_id() / 8) + half * 8 * ROW_BYTES);
+            load_matrices_transposed_at(b[half], row.quad(quad) + half * 8 * ROW_BYTES);
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
@@ -221,10 +244,10 @@ INLINE void multiply_rows(float (&sums)[4], float& squares, const SharedRow& key
     for (u32 quad = 0; quad < CHUNKS / 4; quad++) {
         if (quad * 4 >= chunks) continue;
         u32 b[4], a[4];
-        load_matrices(b, row.chunk(quad * 4 + lane_id() / 8));
+        load_matrices_at(b, row.quad(quad));
 #pragma unroll
         for (u32 pair = 0; pair < 2; pair++) {
-            load_matrices(a, keys.chunk(quad * 4 + pair * 2 + lane_id() / 16));
+            load_matrices_at(a, keys.pair(quad * 2 + pair));
             matrix_multiply(sums, a, b[2 * pair], b[2 * pair + 1]);
         }
         if constexpr (SQUARES) {

@@ -46,9 +46,8 @@ INLINE void compute_prompt(
             const u64 at = (row_before + row) * rows.stride + chunk * 8;
             const void* key = rows.keys + at;
             if (row < first) key = before + place.keys + (row * chunks + chunk) * 4;
-            const u32 place_in_tile = row * ROW_BYTES + (chunk ^ (row & 7)) * 16;
-            copy_async(to[0] + place_in_tile, key, exists);
-            copy_async(to[1] + place_in_tile, rows.queries + at, exists && row >= first);
+            copy_async(to[0] + place_in_tile(row, chunk), key, exists);
+            copy_async(to[1] + place_in_tile(row, chunk), rows.queries + at, exists && row >= first);
         }
         const u32 row = threadIdx.x / (WIDTH / 8), chunk = threadIdx.x % (WIDTH / 8);
         const bool exists = row >= first && row < end && chunk * 8 < columns.width();
@@ -96,8 +95,9 @@ INLINE void compute_prompt(
         const u32 kind = DELTA ? warp / 2 : 1, half_of_warp = warp % 2;
         if (DELTA || warp < 2) {
             float sums[4], squares;
-            const SharedRow row(tiles[kind], half_of_warp * 8 + lane % 8);
-            multiply_rows<DELTA>(sums, squares, SharedRow(tiles[0], lane % 16), row, chunks);
+            const SharedRow keys(tiles[0], lane % 16, lane / 16);
+            const SharedRow row(tiles[kind], half_of_warp * 8 + lane % 8, lane / 8);
+            multiply_rows<DELTA>(sums, squares, keys, row, chunks);
             const u32 token = half_of_warp * 8 + first_token;
             if (DELTA) {
                 float length = inverse_length(squares);
@@ -117,7 +117,7 @@ INLINE void compute_prompt(
         }
         constexpr u32 TILES = DELTA ? 4 : 2;
         float sums[TILES][2][4] = {};
-        if (has_warp) multiply_matrix(sums, matrix, SharedRow(tiles[DELTA ? 0 : 1], lane % 8), chunks);
+        if (has_warp) multiply_matrix(sums, matrix, SharedRow(tiles[DELTA ? 0 : 1], lane % 8, lane / 8), chunks);
         __syncthreads();
         // What a step in the middle of the interval leaves for the next one. What is there already stays.
         const bool leaves = end < INTERVAL && sequence.after != NONE;
@@ -128,7 +128,7 @@ INLINE void compute_prompt(
                 const u32 row = index / CHUNKS, chunk = index % CHUNKS;
                 if (row < first_left || row >= end || chunk >= chunks) continue;
                 reinterpret_cast<uint4*>(after + place.keys)[row * chunks + chunk] =
-                    *reinterpret_cast<const uint4*>(SharedRow(tiles[0], row).chunk(chunk));
+                    *reinterpret_cast<const uint4*>(tiles[0] + place_in_tile(row, chunk));
             }
             if (warp == 0 && lane < INTERVAL) after[place.decays + lane] = product;
         }
@@ -224,7 +224,7 @@ INLINE void compute_prompt(
 #pragma unroll
             for (u32 c = 0; c < 2; c++) scaled[i / 2][c * 2 + i % 2] = u[c][i] * decay;
         }
-        advance_matrix(matrix, decays[INTERVAL - 1][0], scaled, SharedRow(tiles[0], lane % 8), chunks);
+        advance_matrix(matrix, decays[INTERVAL - 1][0], scaled, SharedRow(tiles[0], lane % 8, lane / 8), chunks);
         if ((interval + 1) * INTERVAL == begin + sequence.kept_rows && sequence.kept_rows != 0) {
             write_matrix(states + u64(sequence.kept) * slot + place.matrix, matrix, chunks);
         }

@@ -33,7 +33,7 @@ INLINE void compute_token(
         if (row > token) continue;
         const void* key = row < token ? (const void*)(before + place.keys + (row * chunks + chunk) * 4)
                                       : (const void*)(rows.keys + chunk * 8);
-        copy_async(shared.keys + row * ROW_BYTES + (chunk ^ (row & 7)) * 16, key, chunk < chunks);
+        copy_async(shared.keys + place_in_tile(row, chunk), key, chunk < chunks);
     }
     if (const u32 chunk = threadIdx.x; chunk < CHUNKS) {
         copy_async(shared.query + chunk * 16, rows.queries + chunk * 8, chunk < chunks);
@@ -65,7 +65,7 @@ INLINE void compute_token(
             const u32 row = index / CHUNKS, chunk = index % CHUNKS;
             if ((row < token && !moves) || chunk >= chunks) continue;
             reinterpret_cast<uint4*>(after + place.keys)[row * chunks + chunk] =
-                *reinterpret_cast<const uint4*>(SharedRow(shared.keys, row).chunk(chunk));
+                *reinterpret_cast<const uint4*>(shared.keys + place_in_tile(row, chunk));
         }
         if (warp == 0 && lane < INTERVAL) after[place.decays + lane] = product;
     }
@@ -73,9 +73,10 @@ INLINE void compute_token(
 
     // Of the eight rows that the instructions take, the first is the key, and the others are the query.
     const bool is_key = DELTA && lane % 8 == 0;
-    const SharedRow row = is_key ? SharedRow(shared.keys, token) : SharedRow(shared.query, 0);
+    const SharedRow row(is_key ? shared.keys : shared.query, is_key ? token : 0, lane / 8);
+    const SharedRow keys(shared.keys, min(lane % 16, token), lane / 16);
     float products[4], squares, key_scale = 1.0f, query_scale = 1.0f;
-    multiply_rows<DELTA>(products, squares, SharedRow(shared.keys, min(lane % 16, token)), row, chunks);
+    multiply_rows<DELTA>(products, squares, keys, row, chunks);
     if (DELTA) {
         const float length = inverse_length(squares);
         key_scale = __shfl_sync(FULL_WARP, length, 0);
@@ -140,7 +141,7 @@ INLINE void compute_token(
 #pragma unroll
             for (u32 c = 0; c < 2; c++) scaled[i / 2][c * 2 + i % 2] = all[of][group + c * 8] * decay_of;
         }
-        advance_matrix(matrix, decay, scaled, SharedRow(shared.keys, lane % 8), chunks);
+        advance_matrix(matrix, decay, scaled, SharedRow(shared.keys, lane % 8, lane / 8), chunks);
         if (sequence.kept_rows != 0) write_matrix(states + u64(sequence.kept) * slot + place.matrix, matrix, chunks);
     }
     write_matrix(after + place.matrix, matrix, chunks);
