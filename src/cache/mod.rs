@@ -332,6 +332,7 @@ impl BlockCache {
     ///
     /// # Errors
     /// Returns [`OutOfBlocks`] and changes nothing if not enough blocks are available.
+    #[inline]
     pub fn prepare(
         &mut self,
         table: &mut BlockTable,
@@ -346,9 +347,21 @@ impl BlockCache {
         if needed > free {
             return Err(OutOfBlocks { needed, free });
         }
-        if needed == 0 {
-            return Ok(());
+        if needed > 0 {
+            self.allocate_missing(table, start, extent, step, transfers);
         }
+        Ok(())
+    }
+
+    /// Allocates the blocks that [`BlockCache::prepare`] has found to be missing and available.
+    fn allocate_missing(
+        &mut self,
+        table: &mut BlockTable,
+        start: usize,
+        extent: Extent,
+        step: StepId,
+        transfers: &mut Transfers,
+    ) {
         let mut replaced = Vec::new();
         for group in 0..self.groups() {
             if let Some(index) = self.shared_at(table, group, start) {
@@ -373,7 +386,6 @@ impl BlockCache {
         if !replaced.is_empty() {
             self.release_blocks(replaced, step);
         }
-        Ok(())
     }
 
     /// Allocates a free block, or else the least recently used cached block, whose tokens are
@@ -407,10 +419,20 @@ impl BlockCache {
     /// Releases the blocks of `table` that no token from `position` on needs. Returns the number
     /// of blocks that no table holds any more. They can be allocated again when step `touched`,
     /// the last that may use them, has completed.
+    #[inline]
     pub fn give_back(&mut self, table: &mut BlockTable, position: usize, touched: StepId) -> usize {
-        if !self.windowed {
-            return 0;
+        match self.windowed {
+            true => self.give_back_behind(table, position, touched),
+            false => 0,
         }
+    }
+
+    fn give_back_behind(
+        &mut self,
+        table: &mut BlockTable,
+        position: usize,
+        touched: StepId,
+    ) -> usize {
         let size = self.block_tokens;
         let mut behind = Vec::new();
         for (index, group) in table.groups.iter_mut().enumerate() {

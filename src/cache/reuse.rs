@@ -259,6 +259,7 @@ impl BlockCache {
     /// these have been computed by completed steps. A block whose tokens are known already is
     /// replaced by the known block; it can be allocated again when step `touched` has
     /// completed.
+    #[inline]
     pub fn publish(
         &mut self,
         table: &mut BlockTable,
@@ -267,6 +268,18 @@ impl BlockCache {
         touched: StepId,
     ) {
         let whole = written.min(tokens.len()) / self.block_tokens;
+        if table.published < whole {
+            self.publish_to(table, tokens, whole, touched);
+        }
+    }
+
+    fn publish_to(
+        &mut self,
+        table: &mut BlockTable,
+        tokens: &[u32],
+        whole: usize,
+        touched: StepId,
+    ) {
         let mut replaced = Vec::new();
         while table.published < whole {
             let index = table.published;

@@ -321,7 +321,20 @@ impl BlockCache {
     /// Publishes the snapshots of the first `written` tokens of `table`, whose blocks are
     /// published up to there. Those after `prompt` tokens are of generated tokens. Without a
     /// prefix cache, the table itself holds the latest ones.
+    #[inline]
     pub fn publish_states(
+        &mut self,
+        table: &mut BlockTable,
+        written: usize,
+        prompt: usize,
+        touched: StepId,
+    ) {
+        if self.states.is_some() && !table.states.kept.is_empty() {
+            self.publish_kept_states(table, written, prompt, touched);
+        }
+    }
+
+    fn publish_kept_states(
         &mut self,
         table: &mut BlockTable,
         written: usize,

@@ -175,6 +175,7 @@ impl Scheduler {
 
 /// Appends a token to a sequence. Returns why the sequence ends with it, if it does. A token
 /// that the constraint refuses is not appended.
+#[inline]
 fn append(sequence: &mut Sequence, token: u32) -> Result<Option<FinishReason>, ConstraintError> {
     let spec = &mut sequence.spec;
     let mut stopped = spec.stop_tokens.contains(&token);

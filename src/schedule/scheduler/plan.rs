@@ -88,6 +88,7 @@ impl Scheduler {
 
     /// Plans the next `count` tokens of a running sequence, or fewer, if there is room for
     /// them.
+    #[inline]
     fn plan_rows(
         &mut self,
         key: SequenceKey,
@@ -105,6 +106,7 @@ impl Scheduler {
     }
 
     /// Adds an item that is within the budget to the plan, and updates the sequence.
+    #[inline]
     pub(super) fn push_item(
         &mut self,
         plan: &mut StepPlan,
@@ -120,11 +122,11 @@ impl Scheduler {
         let sampled = next - usize::from(sequence.samples_last(count))..next;
         let end = sequence.ends_with_prompt() && next == sequence.length();
         let report = sequence.report(count);
-        let interval = self.cache.state_interval();
-        let wanted = interval.and_then(|interval| sequence.snapshot_within(count, interval));
-        let state = self
-            .cache
-            .plan_state(&mut sequence.table, start..next, wanted);
+        let state = self.cache.state_interval().and_then(|interval| {
+            let wanted = sequence.snapshot_within(count, interval);
+            self.cache
+                .plan_state(&mut sequence.table, start..next, wanted)
+        });
         let input = if start >= sequence.tokens.len() {
             TokenInput::Feedback {
                 sample: sequence.last_sample,

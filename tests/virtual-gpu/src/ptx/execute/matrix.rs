@@ -188,8 +188,8 @@ impl Fragments for Singles {
     #[inline(always)]
     fn b(file: &Registers, registers: &[u16]) -> [[f32; LANES]; 2] {
         let mut out = [[0.0; LANES]; 2];
-        for upper in 0..2 {
-            let words = file.words(registers[upper]);
+        for (upper, register) in registers[..2].iter().enumerate() {
+            let words = file.words(*register);
             for (lane, word) in words.iter().enumerate() {
                 let k = 4 * upper + lane % 4;
                 out[k % 2][k / 2 * 8 + place(lane / 4)] = tf32(*word);
