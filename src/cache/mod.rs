@@ -219,16 +219,20 @@ impl BlockCache {
     /// Returns the number of blocks that must be allocated before the tokens from `start` on can
     /// be written through `table`. `end` returns the index after the last block that is needed
     /// in a group, given the group and the index of the first block that it holds.
+    #[inline]
     fn missing_blocks(
         &self,
         table: &BlockTable,
         start: usize,
         end: impl Fn(usize, usize) -> usize,
     ) -> usize {
+        let index = start / self.block_tokens;
         let missing = |group: usize| {
-            let held = table.groups.get(group).map_or(0..0, Group::range);
-            let growth = end(group, held.start).saturating_sub(held.end);
-            growth + usize::from(self.shared_at(table, group, start).is_some())
+            let Some(held) = table.groups.get(group) else {
+                return end(group, 0);
+            };
+            let shared = held.get(index).is_some_and(|block| self.is_shared(block));
+            end(group, held.first).saturating_sub(held.range().end) + usize::from(shared)
         };
         (0..self.groups()).map(missing).sum()
     }
@@ -279,16 +283,12 @@ impl BlockCache {
         })
     }
 
-    /// Returns the index of the block of `group` for the token at `start`, if `table` has that
-    /// block and must not write to it because others may read it.
-    fn shared_at(&self, table: &BlockTable, group: usize, start: usize) -> Option<usize> {
-        let index = start / self.block_tokens;
-        let block = table.groups.get(group)?.get(index)?;
-        let known = self
-            .prefix
-            .as_ref()
-            .is_some_and(|prefix| prefix.knows(block));
-        (known || self.pool.references(block) > 1).then_some(index)
+    /// Returns whether a table that holds a block must not write to it, because others may read
+    /// it.
+    #[inline]
+    fn is_shared(&self, block: BlockId) -> bool {
+        let prefix = self.prefix.as_ref();
+        prefix.is_some_and(|prefix| prefix.knows(block)) || self.pool.references(block) > 1
     }
 
     /// Returns whether releasing `table` would leave a block that no table holds.
@@ -362,9 +362,11 @@ impl BlockCache {
         step: StepId,
         transfers: &mut Transfers,
     ) {
+        let index = start / self.block_tokens;
         let mut replaced = Vec::new();
         for group in 0..self.groups() {
-            if let Some(index) = self.shared_at(table, group, start) {
+            let written = table.groups[group].get(index);
+            if written.is_some_and(|block| self.is_shared(block)) {
                 self.unpublish_from(table, index);
                 let first = table.groups[group].first;
                 let Some(own) = self.allocate() else { continue };

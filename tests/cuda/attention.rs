@@ -778,7 +778,7 @@ fn invalid_attention_arguments_are_refused() {
         (good, 2, 128, 0, "layer 2"),
         (good, 1, 64, 0, "the result"),
         (good, 1, 128, 2, "block 2"),
-        (other(4, 1, 64), 1, 256, 0, "qkv"),
+        (other(3, 1, 64), 1, 192, 0, "qkv"),
         (other(2, 2, 64), 1, 128, 0, "the cache"),
         (other(2, 1, 128), 1, 256, 0, "the cache"),
     ] {
