@@ -193,10 +193,15 @@ impl<'a> Config<'a> {
     pub(super) fn heads(&self) -> Result<HeadShape, ModelError> {
         let (settings, class) = (self.settings, self.class());
         let q_heads = settings.size_or("num_attention_heads", class.q_heads)?;
-        let split = self.hidden()?.checked_div(q_heads).unwrap_or(0);
+        let hidden = self.hidden()?;
+        let split = hidden.checked_div(q_heads).unwrap_or(0);
         let key = "head_dim";
         let head_dim = match (settings.size(key)?, class.head_dim) {
             (Some(head_dim), _) => head_dim,
+            (None, None) if split == 0 && q_heads > 0 => {
+                let expected = format!("at least the number of attention heads, {q_heads}");
+                return Err(settings.refused("hidden_size", hidden, expected));
+            }
             (None, None) => split,
             (None, Some(_)) if settings.says(key) => {
                 return Err(settings.refused(key, "null", "a whole number"));

@@ -4,3 +4,4 @@
 mod folder;
 mod gguf;
 mod memory;
+mod settings;

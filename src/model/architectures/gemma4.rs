@@ -212,9 +212,14 @@ fn experts(config: &Config<'_>, width: usize) -> Result<Option<Experts>, ModelEr
     }
     let required = |key: &str| settings.size(key)?.ok_or_else(|| settings.missing(key));
     let count = required("num_experts")?;
+    let key = "top_k_experts";
+    let top_k = required(key)?;
+    if !(1..=count).contains(&top_k) {
+        return Err(settings.refused(key, top_k, format!("from 1 to the {count} experts")));
+    }
     Ok(Some(Experts {
         width: required("moe_intermediate_size")?,
-        ..of_experts(count, required("top_k_experts")?, width)
+        ..of_experts(count, top_k, width)
     }))
 }
 
@@ -398,13 +403,9 @@ mod tests {
         let attention = |layer: usize| *model.layers[layer].attention().unwrap();
         assert!(!attention(4).keys_are_values && attention(5).keys_are_values);
         assert_eq!(attention(5).heads.kv_heads, 1);
-        // A device learns of the heads of both kinds of layers.
-        let known = [Some(model.cache_heads()), model.narrow_heads()];
-        assert!(
-            [4, 5]
-                .iter()
-                .all(|&layer| known.contains(&Some(attention(layer).heads)))
-        );
+        // These have both the largest cache and the fewest key-value heads.
+        assert_eq!(model.cache_heads(), attention(5).heads);
+        assert_eq!(model.narrow_heads(), None);
         assert_eq!(model.per_layer_inputs, None);
         let experts = model.experts().unwrap();
         assert!(experts.has_own_norms);
@@ -448,6 +449,11 @@ mod tests {
             (
                 json!({"enable_moe_block": true, "num_experts": 4, "moe_intermediate_size": 8}),
                 "top_k_experts",
+            ),
+            (
+                json!({"enable_moe_block": true, "num_experts": 4, "moe_intermediate_size": 8,
+                    "top_k_experts": 5}),
+                "top_k_experts is 5, but must be from 1 to the 4 experts",
             ),
             (
                 json!({"hidden_size_per_layer_input": 1_000_000}),
