@@ -55,7 +55,6 @@ use fence::Release;
 use prefix::PrefixCache;
 use serde::Serialize;
 use states::StateCache;
-use table::Group;
 use thiserror::Error;
 
 /// Number of blocks in each state at one moment. Always
