@@ -89,7 +89,7 @@ fn instead_of(value: &Value) -> Vec<Value> {
 fn changes(settings: &Value, place: &[String]) -> Vec<Change> {
     let mut all = Vec::new();
     for (key, value) in settings.as_object().unwrap() {
-        let place = [place, &[key.clone()]].concat();
+        let place = [place, std::slice::from_ref(key)].concat();
         if value.is_object() {
             all.extend(changes(value, &place));
         }
