@@ -98,6 +98,7 @@ impl ModelConfig {
     }
 
     /// The heads of the first layer that attends to a cache. Those of others may differ.
+    #[cfg(any(test, feature = "cli", feature = "internals"))]
     pub fn heads(&self) -> HeadShape {
         let mut heads = self.layers.iter().filter_map(LayerSpec::heads);
         heads.next().unwrap_or_default()
