@@ -185,20 +185,6 @@ INLINE void copy_rows(
     }
 }
 
-// Four 8 × 8 matrices; see `load_matrices` of common.cuh.
-INLINE void load_matrices_at(u32 (&out)[4], u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(row)
-                 : "memory");
-}
-INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(row)
-                 : "memory");
-}
-
 // The queries of a lane's rows, lane / 4 and lane / 4 + 8 of the warp's, as left operands
 // of products, 16 columns each. Registers hold all of heads of up to 128 columns, and the first
 // `MOST` of larger ones; the others are read anew, from shared memory or the cache of the

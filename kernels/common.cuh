@@ -107,18 +107,24 @@ INLINE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 × 8 matrices from shared memory; lane i gives the address of a row of matrix i / 8.
-INLINE void load_matrices(u32 (&out)[4], const void* row) {
+// Four 8 × 8 matrices at an address of shared memory; see `load_matrices`.
+INLINE void load_matrices_at(u32 (&out)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
-INLINE void load_matrices_transposed(u32 (&out)[4], const void* row) {
+INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+// Four 8 × 8 matrices from shared memory; lane i gives the address of a row of matrix i / 8.
+INLINE void load_matrices(u32 (&out)[4], const void* row) { load_matrices_at(out, shared_address(row)); }
+INLINE void load_matrices_transposed(u32 (&out)[4], const void* row) {
+    load_matrices_transposed_at(out, shared_address(row));
 }
 
 // d += a · b for a of 16 × 16, b of 16 × 8.

@@ -120,20 +120,6 @@ INLINE void prefetch_matrix(const Columns& columns, const Sequence& sequence, co
     prefetch(from, columns.keys * COLUMNS * sizeof(float));
 }
 
-// As `load_matrices` and `load_matrices_transposed`, for an address that is already one of shared memory.
-INLINE void load_matrices_at(u32 (&out)[4], u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(row)
-                 : "memory");
-}
-INLINE void load_matrices_transposed_at(u32 (&out)[4], u32 row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(row)
-                 : "memory");
-}
-
 // d += a · b for a of 16 × 8, b of 8 × 8, in TF32.
 INLINE void multiply_tf32(float (&d)[4], const u32 (&a)[4], float b0, float b1) {
     asm volatile(

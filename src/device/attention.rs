@@ -116,8 +116,7 @@ pub struct AttentionSpec {
 /// The part of a [`Device`](super::Device) that computes attention.
 pub trait AttentionOps: RopeOps {
     /// Fails with [`DeviceError::Unsupported`] unless the device computes attention of these heads.
-    fn check_heads(&self, heads: HeadShape) -> Result<(), DeviceError> {
-        let _ = heads;
+    fn check_heads(&self, _: HeadShape) -> Result<(), DeviceError> {
         Ok(())
     }
 
