@@ -1,28 +1,33 @@
-//! Counts the bytes that this test program has allocated.
+//! Counts the bytes that each test has allocated.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
 
-/// Upper limit on what all tests together may hold at any time. Their files have a few
-/// kilobytes each; the counts that some of the files claim would take gigabytes.
-const LIMIT: usize = 64 << 20;
+/// Upper limit on what a test may hold at any time. Its files have a few kilobytes each; the counts
+/// that some of the files claim would take gigabytes.
+const LIMIT: isize = 64 << 20;
 
 struct Counting;
 
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
+// Per thread, because tests run beside each other and some of them run whole models. Memory may be
+// returned by another thread than the one that allocated it, hence the sign.
+thread_local! {
+    static HELD: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
 
 // SAFETY: every call is passed on to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(held, Ordering::Relaxed);
+        let held = HELD.get() + layout.size() as isize;
+        HELD.set(held);
+        PEAK.set(PEAK.get().max(held));
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        HELD.set(HELD.get() - layout.size() as isize);
         // SAFETY: the caller keeps the contract of `dealloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -31,8 +36,15 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Fails if [`LIMIT`] or more bytes were held at any time.
+/// Fails if the calling thread, which runs one test, held [`LIMIT`] or more bytes at any time.
 pub fn assert_little_was_allocated() {
-    let peak = PEAK.load(Ordering::Relaxed);
+    let peak = PEAK.get();
     assert!(peak < LIMIT, "{peak} bytes were allocated");
+}
+
+#[test]
+#[should_panic(expected = "bytes were allocated")]
+fn large_allocations_are_counted() {
+    drop(std::hint::black_box(vec![0u8; LIMIT as usize]));
+    assert_little_was_allocated();
 }
