@@ -118,6 +118,24 @@ impl Extent {
     }
 }
 
+/// The same in blocks.
+#[derive(Clone, Copy)]
+struct Ends {
+    full: usize,
+    windowed: usize,
+}
+
+impl Ends {
+    /// Returns the index after the last block in groups of this kind.
+    #[inline]
+    fn of(self, kind: GroupKind) -> usize {
+        match kind {
+            GroupKind::Full => self.full,
+            GroupKind::Window(_) => self.windowed,
+        }
+    }
+}
+
 /// Allocates the blocks of the KV cache and takes them back.
 #[derive(Debug)]
 pub struct BlockCache {
@@ -194,14 +212,15 @@ impl BlockCache {
         tokens.div_ceil(self.block_tokens)
     }
 
-    /// Returns how many blocks of a group, counted from the start of the sequence, an extent
-    /// covers.
-    fn end(&self, group: usize, extent: Extent) -> usize {
-        let tokens = match self.layout.groups()[group].kind {
-            GroupKind::Full => extent.full,
-            GroupKind::Window(_) => extent.windowed,
+    /// Returns how many blocks, counted from the start of the sequence, an extent covers.
+    #[inline]
+    fn ends(&self, extent: Extent) -> Ends {
+        let full = self.blocks_for(extent.full);
+        let windowed = match extent.windowed == extent.full {
+            true => full,
+            false => self.blocks_for(extent.windowed),
         };
-        self.blocks_for(tokens)
+        Ends { full, windowed }
     }
 
     /// Returns the number of blocks that can be allocated now.
@@ -340,15 +359,18 @@ impl BlockCache {
         step: StepId,
         transfers: &mut Transfers,
     ) -> Result<(), OutOfBlocks> {
-        self.open(table);
-        let needed = self.missing_blocks(table, start, |group, _| self.end(group, extent));
+        let ends = self.ends(extent);
+        let needed = self.missing_blocks(table, start, |group, _| {
+            ends.of(self.layout.groups()[group].kind)
+        });
+        if needed == 0 {
+            return Ok(());
+        }
         let free = self.available_blocks();
         if needed > free {
             return Err(OutOfBlocks { needed, free });
         }
-        if needed > 0 {
-            self.allocate_missing(table, start, extent, step, transfers);
-        }
+        self.allocate_missing(table, start, ends, step, transfers);
         Ok(())
     }
 
@@ -357,10 +379,11 @@ impl BlockCache {
         &mut self,
         table: &mut BlockTable,
         start: usize,
-        extent: Extent,
+        ends: Ends,
         step: StepId,
         transfers: &mut Transfers,
     ) {
+        self.open(table);
         let index = start / self.block_tokens;
         let mut replaced = Vec::new();
         for group in 0..self.groups() {
@@ -376,7 +399,7 @@ impl BlockCache {
                 }
                 replaced.push(shared);
             }
-            let end = self.end(group, extent);
+            let end = ends.of(self.layout.groups()[group].kind);
             while table.groups[group].range().end < end {
                 match self.allocate() {
                     Some(block) => table.groups[group].blocks.push(block),

@@ -33,6 +33,15 @@ pub(super) struct NodeId {
     generation: u32,
 }
 
+/// A block's worth of tokens to look up or to add, with their hash.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Link<'a> {
+    after: Predecessor<'a>,
+    tokens: &'a [u32],
+    /// Hash of all tokens up to the end of the block.
+    chain: u64,
+}
+
 /// What comes before a block.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Predecessor<'a> {
@@ -217,12 +226,12 @@ impl PrefixCache {
     }
 
     /// Returns why [`PrefixCache::find`] does not find these tokens.
-    pub fn why_missing(&self, after: Predecessor<'_>, tokens: &[u32]) -> Miss {
-        if self.forgotten.contains(self.chain(after, tokens)) {
+    pub fn why_missing(&self, link: &Link<'_>) -> Miss {
+        if self.forgotten.contains(link.chain) {
             return Miss::Evicted;
         }
-        let elsewhere = self.chain(Predecessor::Salt(None), tokens);
-        let begins = matches!(after, Predecessor::Salt(_));
+        let elsewhere = self.chain(Predecessor::Salt(None), link.tokens);
+        let begins = matches!(link.after, Predecessor::Salt(_));
         match begins && self.beginnings.contains_key(&elsewhere) {
             true => Miss::OtherSalt,
             false => Miss::Unknown,
@@ -253,11 +262,20 @@ impl PrefixCache {
         self.nodes[node.index as usize].generation == node.generation
     }
 
-    /// Returns the node that holds `tokens` and comes after `after`.
-    pub fn find(&self, after: Predecessor<'_>, tokens: &[u32]) -> Option<NodeId> {
-        let candidate = self.id(*self.by_chain.get(&self.chain(after, tokens))?);
-        let follows = self.nodes[candidate.index as usize].follows(after);
-        (follows && self.tokens_of(candidate) == tokens).then_some(candidate)
+    /// Computes the hash of `tokens`, which come after `after`.
+    pub fn link<'a>(&self, after: Predecessor<'a>, tokens: &'a [u32]) -> Link<'a> {
+        Link {
+            after,
+            tokens,
+            chain: self.chain(after, tokens),
+        }
+    }
+
+    /// Returns the node that holds the tokens of `link` and comes after the same block.
+    pub fn find(&self, link: &Link<'_>) -> Option<NodeId> {
+        let candidate = self.id(*self.by_chain.get(&link.chain)?);
+        let follows = self.nodes[candidate.index as usize].follows(link.after);
+        (follows && self.tokens_of(candidate) == link.tokens).then_some(candidate)
     }
 
     /// Returns the node before this one.
@@ -295,13 +313,17 @@ impl PrefixCache {
 
     /// Adds a node without blocks; the caller must give it one. Returns `None` if its hash is
     /// taken by other tokens, or if there are too many nodes.
-    pub fn insert(&mut self, after: Predecessor<'_>, tokens: &[u32]) -> Option<NodeId> {
+    pub fn insert(&mut self, link: &Link<'_>) -> Option<NodeId> {
+        let Link {
+            after,
+            tokens,
+            chain,
+        } = *link;
         debug_assert_eq!(
             tokens.len(),
             self.block_tokens,
             "only complete blocks are published (I11)"
         );
-        let chain = self.chain(after, tokens);
         if self.by_chain.contains_key(&chain) {
             return None;
         }
@@ -425,9 +447,12 @@ impl PrefixCache {
             Predecessor::Salt(None) => hasher.write_u64(0),
             Predecessor::Salt(Some(salt)) => hasher.write(salt.as_bytes()),
         }
-        for pair in tokens.chunks(2) {
-            let second = pair.get(1).copied().unwrap_or_default();
-            hasher.write_u64(u64::from(pair[0]) | u64::from(second) << 32);
+        let (pairs, rest) = tokens.as_chunks::<2>();
+        for [first, second] in pairs {
+            hasher.write_u64(u64::from(*first) | u64::from(*second) << 32);
+        }
+        if let [last] = rest {
+            hasher.write_u64(u64::from(*last));
         }
         hasher.finish()
     }
@@ -495,7 +520,8 @@ mod tests {
     fn other_tokens_with_the_same_hash_do_not_match() {
         let mut cache = PrefixCache::new(4, 2, &CacheLayout::single());
         let (start, salt) = (Predecessor::Salt(None), Arc::from("salt"));
-        let known = cache.insert(start, &[1, 2]).unwrap();
+        let link = cache.link(start, &[1, 2]);
+        let known = cache.insert(&link).unwrap();
         cache.publish(known, 0, BlockId(0));
         // Other tokens, and the same tokens after another block or with a salt.
         for (after, tokens) in [
@@ -503,12 +529,12 @@ mod tests {
             (Predecessor::Node(known), [1, 2]),
             (Predecessor::Salt(Some(&salt)), [1, 2]),
         ] {
-            let collision = cache.chain(after, &tokens);
-            cache.by_chain.insert(collision, known.index);
-            assert_eq!(cache.find(after, &tokens), None);
-            assert!(cache.insert(after, &tokens).is_none(), "the hash exists");
+            let collision = cache.link(after, &tokens);
+            cache.by_chain.insert(collision.chain, known.index);
+            assert_eq!(cache.find(&collision), None);
+            assert!(cache.insert(&collision).is_none(), "the hash exists");
         }
-        assert_eq!(cache.find(start, &[1, 2]), Some(known));
+        assert_eq!(cache.find(&link), Some(known));
     }
 
     #[test]
@@ -519,7 +545,7 @@ mod tests {
         let mut nodes = 0;
         loop {
             let after = last.map_or(Predecessor::Salt(None), Predecessor::Node);
-            let Some(node) = cache.insert(after, &[nodes, nodes]) else {
+            let Some(node) = cache.insert(&cache.link(after, &[nodes, nodes])) else {
                 break;
             };
             // Only the newest node keeps its block.

@@ -140,9 +140,10 @@ impl BlockCache {
         let mut after = Predecessor::Salt(salt);
         let whole = tokens[..limit.min(tokens.len())].chunks_exact(self.block_tokens);
         for (index, chunk) in whole.enumerate() {
-            let node = prefix.find(after, chunk);
+            let link = prefix.link(after, chunk);
+            let node = prefix.find(&link);
             let Some(node) = node.filter(|node| prefix.has_full_groups(*node)) else {
-                best.miss = prefix.why_missing(after, chunk);
+                best.miss = prefix.why_missing(&link);
                 break;
             };
             after = Predecessor::Node(node);
@@ -310,7 +311,8 @@ impl BlockCache {
             Some(last) if prefix.exists(last) => Predecessor::Node(last),
             Some(_) => return false,
         };
-        let found = prefix.find(after, chunk);
+        let link = prefix.link(after, chunk);
+        let found = prefix.find(&link);
         let known = |group: usize| found.and_then(|node| prefix.block(node, group));
         let mut held = false;
         for (group, own) in table.groups.iter().enumerate() {
@@ -327,7 +329,7 @@ impl BlockCache {
         if !held {
             return false;
         }
-        let Some(node) = found.or_else(|| prefix.insert(after, chunk)) else {
+        let Some(node) = found.or_else(|| prefix.insert(&link)) else {
             return false;
         };
         for (group, held) in table.groups.iter_mut().enumerate() {

@@ -260,6 +260,9 @@ impl Sequence {
 
     /// Returns what the next `count` rows report.
     pub(super) fn report(&self, count: usize) -> Report {
+        if self.spec.task == Task::Generate {
+            return Report::Nothing;
+        }
         let from = self.launched_tokens.max(self.reported);
         let to = (self.launched_tokens + count).min(self.prompt_tokens);
         match self.spec.task {
@@ -281,15 +284,16 @@ impl Sequence {
     /// Returns the largest number of rows, at most `count`, that need no more than `samples`
     /// samples.
     pub(super) fn rows_within(&self, mut count: usize, samples: usize) -> usize {
-        loop {
+        // Each row has at most one sample.
+        while count > samples {
             let last = usize::from(self.samples_last(count));
             let taken = self.report(count).scored().len() + last;
-            // Each row has at most one sample.
             match taken.saturating_sub(samples) {
                 0 => return count,
                 excess => count -= excess,
             }
         }
+        count
     }
 
     /// Returns `count`, or fewer rows if the rows end after [`Sequence::branch`], so that a step

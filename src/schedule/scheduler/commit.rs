@@ -126,10 +126,13 @@ impl Scheduler {
                 }
             }
         }
+        let blocked = sequence.state == SequenceState::Blocked;
         if item.sampled.len() > 1 {
             self.settle_drafts(step, item, tokens);
         }
-        self.unblock(item.key);
+        if blocked {
+            self.unblock(item.key);
+        }
         commit
     }
 

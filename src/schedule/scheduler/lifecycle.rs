@@ -70,6 +70,9 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get(key) else {
             return;
         };
+        if sequence.state != SequenceState::Blocked {
+            return;
+        }
         let led = sequence
             .leader
             .and_then(|leader| self.sequences.get(leader))
@@ -77,7 +80,7 @@ impl Scheduler {
         // A sequence that has started before does not wait for its leader's prompt again.
         let led = led && !sequence.started;
         let held_back = sequence.paused || sequence.in_flight > 0 || led;
-        if sequence.state == SequenceState::Blocked && !held_back {
+        if !held_back {
             self.set_state(key, SequenceState::Waiting);
             self.waiting.insert(key, &self.sequences);
         }

@@ -119,9 +119,11 @@ impl Scheduler {
         };
         let start = sequence.launched_tokens;
         let next = start + count;
-        let sampled = next - usize::from(sequence.samples_last(count))..next;
+        let samples_last = usize::from(sequence.samples_last(count));
+        let sampled = next - samples_last..next;
         let end = sequence.ends_with_prompt() && next == sequence.length();
         let report = sequence.report(count);
+        let samples = report.scored().len() + samples_last;
         let state = self.cache.state_interval().and_then(|interval| {
             let wanted = sequence.snapshot_within(count, interval);
             self.cache
@@ -134,14 +136,17 @@ impl Scheduler {
         } else {
             TokenInput::Known
         };
-        sequence.launched_tokens += count;
-        let reported = sequence.launched_tokens.min(sequence.prompt_tokens);
-        sequence.reported = sequence.reported.max(reported);
+        sequence.launched_tokens = next;
+        sequence.reported = sequence.reported.max(next.min(sequence.prompt_tokens));
         sequence.last_step = plan.step;
-        if end || !sampled.is_empty() {
-            sequence.in_flight += 1;
-        }
-        let item = PlanItem {
+        sequence.in_flight += usize::from(end) + samples_last;
+        budget.tokens -= count;
+        budget.samples -= samples;
+        // The next step may read this item's last sample as feedback; this is its index in the
+        // step.
+        sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
+        self.tenants.charge(sequence.tenant, count, samples_last);
+        plan.items.push(PlanItem {
             key,
             start,
             count,
@@ -150,15 +155,7 @@ impl Scheduler {
             end,
             report,
             state,
-        };
-        budget.tokens -= count;
-        budget.samples -= item.sample_count();
-        // The next step may read this item's last sample as feedback; this is its index in the
-        // step.
-        sequence.last_sample = (self.policy.max_samples() - budget.samples).saturating_sub(1);
-        let samples = item.sampled.len();
-        self.tenants.charge(sequence.tenant, count, samples);
-        plan.items.push(item);
+        });
     }
 
     /// Computes the mask of allowed tokens for each constrained sequence that `plan` samples. It
