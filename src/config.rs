@@ -18,7 +18,8 @@ pub struct EngineConfig {
     /// are refused with [`SubmitError::Overloaded`](crate::SubmitError::Overloaded).
     pub max_open_requests: usize,
     /// Size of the KV cache in bytes. If `None`, the device decides: 512 MiB on the CPU; on a
-    /// GPU, the usable memory that is left after the weights are loaded.
+    /// GPU, the usable memory that is left after the weights are loaded; but no more than
+    /// `max_sequences` sequences of the full context hold.
     pub kv_cache_bytes: Option<usize>,
     /// Number of slots for the states of recurrent layers, of models that have some: one for each
     /// running sequence, and one for each state that is kept so that later sequences can begin

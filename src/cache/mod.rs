@@ -55,6 +55,7 @@ use fence::Release;
 use prefix::PrefixCache;
 use serde::Serialize;
 use states::StateCache;
+use std::collections::HashMap;
 use thiserror::Error;
 
 /// Number of blocks in each state at one moment. Always
@@ -318,12 +319,19 @@ impl BlockCache {
         })
     }
 
-    /// Returns the number of blocks that no table would hold if `table` were released.
-    pub fn exclusive_blocks(&self, table: &BlockTable) -> usize {
-        let blocks = table.blocks();
-        blocks
-            .filter(|&block| self.pool.references(block) == 1)
-            .count()
+    /// Returns the number of blocks that no table would hold if all these were released.
+    pub fn blocks_held_only_by(&self, tables: &[&BlockTable]) -> usize {
+        let mut holders: HashMap<BlockId, u32> = HashMap::new();
+        for block in tables.iter().flat_map(|table| table.blocks()) {
+            *holders.entry(block).or_default() += 1;
+        }
+        let only = |&(block, holders): &(&BlockId, &u32)| self.pool.references(*block) == *holders;
+        holders.iter().filter(only).count()
+    }
+
+    /// Returns whether the cache remembers the tokens of complete blocks.
+    pub fn knows_prefixes(&self) -> bool {
+        self.prefix.is_some()
     }
 
     /// Reserves memory for the blocks of a sequence of `tokens` tokens that is computed in steps
@@ -558,15 +566,32 @@ impl BlockCache {
         self.fence.completed()
     }
 
-    /// Forgets the tokens of all cached blocks, which become free.
+    /// Forgets the tokens of all blocks that no table holds. Cached ones become free; deferred ones
+    /// do when the steps that may touch them have completed.
     pub fn clear_prefixes(&mut self) {
-        let cached: Vec<BlockId> = self.pool.cached().collect();
-        for block in cached {
-            self.forget(block);
-            self.pool.forget(block);
+        let cached = self.pool.cached();
+        let blocks: Vec<BlockId> = cached.chain(self.fence.iter()).collect();
+        for block in blocks {
+            match self.pool.state(block) {
+                BlockState::Cached | BlockState::Deferred => {
+                    self.forget(block);
+                    self.pool.forget(block);
+                }
+                // It was deferred once, and a table holds it again.
+                BlockState::Referenced | BlockState::Free => {}
+            }
         }
         if let Some((states, prefix)) = self.states.as_mut().zip(self.prefix.as_mut()) {
             states.clear(prefix);
+        }
+    }
+
+    /// Forgets the tokens of the blocks that only `table` holds. No later block of it is published.
+    pub fn forget_prefix(&mut self, table: &mut BlockTable) {
+        let only = |&block: &BlockId| self.pool.references(block) == 1;
+        let blocks: Vec<BlockId> = table.blocks().filter(only).collect();
+        for block in blocks.into_iter().rev() {
+            self.forget(block);
         }
     }
 

@@ -160,11 +160,17 @@ impl StateCache {
         true
     }
 
-    /// Makes all snapshots free that nobody holds.
+    /// Forgets all snapshots that nobody holds. Deferred ones become free when the steps that may
+    /// touch them have completed.
     pub fn clear(&mut self, prefix: &mut PrefixCache) {
-        let cached: Vec<BlockId> = self.pool.cached().collect();
-        for slot in cached {
-            self.discard(StateSlot::of(slot), prefix);
+        let cached = self.pool.cached();
+        let slots: Vec<BlockId> = cached.chain(self.fence.iter()).collect();
+        for slot in slots {
+            match self.pool.state(slot) {
+                BlockState::Cached => self.discard(StateSlot::of(slot), prefix),
+                BlockState::Deferred => prefix.forget_state(StateSlot::of(slot)),
+                BlockState::Referenced | BlockState::Free => {}
+            }
         }
     }
 
@@ -263,6 +269,15 @@ impl BlockCache {
     pub fn has_slot(&self, reused: usize) -> bool {
         let states = self.states.as_ref();
         states.is_none_or(|states| states.counts().available() > reused)
+    }
+
+    /// Returns whether releasing `table` would leave a slot that no table holds.
+    pub fn has_exclusive_slot(&self, table: &BlockTable) -> bool {
+        let references = |slot: StateSlot| {
+            let states = self.states.as_ref();
+            states.map_or(0, |states| states.pool.references(slot.block()))
+        };
+        table.states.slots().any(|slot| references(slot) == 1)
     }
 
     /// Returns whether slots will become available when the steps in flight have completed.

@@ -293,6 +293,39 @@ fn clearing_forgets_blocks_that_no_table_holds() {
 }
 
 #[test]
+fn clearing_forgets_blocks_that_a_step_in_flight_may_touch() {
+    let mut cache = cache(4);
+    let mut table = BlockTable::default();
+    grow(&mut cache, &mut table, 32).unwrap();
+    cache.publish(&mut table, &tokens(32, 1), 32, StepId(1));
+    cache.release(&mut table, StepId(2));
+    cache.clear_prefixes();
+    cache.step_completed(StepId(2));
+    assert_eq!(known_blocks(&cache, None, &tokens(32, 1), 32), 0);
+    assert_eq!(cache.counts().free, 4);
+    cache.audit(std::iter::empty()).unwrap();
+}
+
+#[test]
+fn a_forgotten_prefix_is_found_by_nobody_and_blocks_of_others_stay() {
+    let mut cache = cache(8);
+    leave_behind(&mut cache, &tokens(16, 1));
+    let (mut broken, mut other) = (BlockTable::default(), BlockTable::default());
+    let all = tokens(48, 1);
+    for table in [&mut broken, &mut other] {
+        assert_eq!(cache.attach(table, &all, 16), 16);
+    }
+    grow(&mut cache, &mut broken, 48).unwrap();
+    cache.publish(&mut broken, &all, 48, StepId(0));
+    assert_eq!(known_blocks(&cache, None, &all, 48), 3);
+    cache.forget_prefix(&mut broken);
+    assert_eq!(known_blocks(&cache, None, &all, 48), 1);
+    cache.release(&mut broken, StepId(0));
+    assert_eq!(cache.counts().free, 7);
+    cache.audit(std::iter::once(&other)).unwrap();
+}
+
+#[test]
 fn tables_with_different_salts_share_nothing() {
     let mut cache = cache(16);
     let all = tokens(40, 1);

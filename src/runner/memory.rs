@@ -284,11 +284,14 @@ pub(super) fn cache_shape<D: Device>(
 ) -> Result<CacheShape, LoadError> {
     let block = one_block(model, config, layout);
     let block_bytes = block_bytes(&block, device).max(1);
-    // All sequences at their full length hold no more at a time. What is beyond that would only
-    // serve the prefix cache and sessions.
-    let useful = layout
-        .most_blocks_of_all(context_tokens(model, config), step, config.block_tokens)
-        .saturating_mul(config.max_sequences);
+    // All sequences at their full length hold no more at a time. What is beyond that only serves
+    // the prefix cache and sessions, so it is used only if someone asks for it.
+    let useful = match config.kv_cache_bytes {
+        Some(_) => MAX_BLOCKS,
+        None => layout
+            .most_blocks_of_all(context_tokens(model, config), step, config.block_tokens)
+            .saturating_mul(config.max_sequences),
+    };
     let blocks = (budget / block_bytes).min(useful).min(MAX_BLOCKS);
     let least = layout.groups().len();
     if blocks < least {
@@ -410,6 +413,15 @@ mod tests {
         let of_sequence = layout.most_blocks_of_all(512, step, config.block_tokens);
         assert_eq!(most.blocks, of_sequence * config.max_sequences);
         assert_eq!(most.layers, 1);
+        let asked = EngineConfig {
+            kv_cache_bytes: Some(1 << 40),
+            ..config.clone()
+        };
+        let more = cache_shape(model, &asked, (&layout, step), 1 << 40, &device).unwrap();
+        assert!(
+            more.blocks > most.blocks,
+            "a size that was asked for is used"
+        );
         let block = block_bytes(&most, &device);
         assert_eq!(shape(6 * block).unwrap().blocks, 6);
         let error = shape(6 * block - 1).unwrap_err().to_string();

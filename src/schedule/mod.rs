@@ -23,10 +23,12 @@
 //! When blocks run out, they are taken in this order: from the prefix cache; from unpinned
 //! sessions between their turns; from a paused sequence; from the last running sequence
 //! (*preemption*). A preempted sequence is recomputed later or swapped to host memory,
-//! whichever is estimated to take less time. The first running sequence is never a victim. Any
-//! single sequence fits in the cache, because even pinned sessions are evicted for a sequence
-//! that runs alone. So the first running sequence always makes progress. If a step in flight
-//! will free enough blocks, the scheduler waits for them and chooses no further victim.
+//! whichever is estimated to take less time. A running sequence gives way only to one that is
+//! served earlier, unless it is paused. Any single sequence fits in the cache, because even pinned
+//! sessions are evicted for a sequence that runs alone. So the first running sequence that is not
+//! paused always makes progress. If a step in flight will free enough blocks, the scheduler waits
+//! for them and chooses no further victim. Nothing is taken for a sequence that could not start
+//! afterwards.
 
 mod plan;
 mod policy;

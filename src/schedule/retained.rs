@@ -143,11 +143,15 @@ impl RetainedSessions {
         ]
     }
 
-    /// Returns the least recently used session without a pin, which is evicted next.
-    pub fn oldest(&self) -> Option<SessionId> {
-        self.evictable
-            .first_key_value()
-            .map(|(_, session)| *session)
+    /// Returns the sessions without a pin, the least recently used first, and then, if asked to,
+    /// those with a pin, in the order in which the pins expire.
+    pub fn in_order_of_eviction(
+        &self,
+        pinned: bool,
+    ) -> impl Iterator<Item = (SessionId, &RetainedSession)> {
+        let pinned = self.pinned.values().filter(move |_| pinned);
+        let order = self.evictable.values().chain(pinned);
+        order.filter_map(|session| Some((*session, self.sessions.get(session)?)))
     }
 
     /// Returns the session whose pin expires first.

@@ -170,6 +170,13 @@ impl Scheduler {
         self.cache.clear_prefixes();
     }
 
+    /// Forgets the tokens of the blocks that only this sequence holds.
+    pub fn forget_prefix(&mut self, key: SequenceKey) {
+        if let Some(sequence) = self.sequences.get_mut(key) {
+            self.cache.forget_prefix(&mut sequence.table);
+        }
+    }
+
     /// Returns the last step that was planned.
     pub fn launched(&self) -> StepId {
         self.launched

@@ -156,7 +156,13 @@ fn non_finite_logits_end_only_their_own_request() {
                 );
             }
         }
+        // What was computed of it before may be the cause, so it is computed again.
+        let before = engine.stats().unwrap().prefix_hits;
+        let again = Request::new(vec![BROKEN; 20]).max_tokens(30);
+        let again = engine.generate(again).unwrap().complete_blocking();
+        assert!(again.is_err());
         let stats = engine.stats().unwrap();
+        assert_eq!(stats.prefix_hits, before);
         assert_eq!(stats.blocks.referenced, 0);
     }
 }

@@ -24,7 +24,11 @@ impl SchedulerThread {
                 let mut leader = None;
                 for submission in group {
                     let key = self.submit(submission, leader);
-                    leader.get_or_insert(key);
+                    // A request that was cancelled before it arrived computes nothing.
+                    let sequences = self.scheduler.sequences();
+                    leader = leader
+                        .filter(|leader| sequences.contains_key(*leader))
+                        .or(Some(key));
                 }
             }
             Command::Cancel(id) => match self.ledger.key_of(id) {

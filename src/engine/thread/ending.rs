@@ -191,7 +191,7 @@ impl SchedulerThread {
 
     /// Cancels the remaining requests when the deadline of a drain has passed. When no request
     /// is left, reports the results of all drains.
-    fn finish_drains(&mut self) {
+    pub(super) fn finish_drains(&mut self) {
         if self.drains.is_empty() {
             return;
         }

@@ -187,7 +187,12 @@ impl SchedulerThread {
                     // Collect what is in flight before ending, so that every receipt is sent.
                     self.ledger.settle(self.completed);
                     self.closing = true;
-                    return self.in_flight.is_empty();
+                    let ends = self.in_flight.is_empty();
+                    if ends {
+                        // Those who wait for a drain need no handle on the engine.
+                        self.finish_drains();
+                    }
+                    return ends;
                 }
                 Err(TryRecvError::Empty) => {
                     self.ledger.settle(self.completed);

@@ -16,7 +16,7 @@ use crate::cache::{BlockCache, BlockId, CacheLayout, StateSlot};
 use crate::config::{EngineConfig, Preemption};
 use crate::device::DeviceError;
 use crate::engine::sync::{Arc, OnceLock, RecvTimeoutError};
-use crate::engine::{Engine, EngineFault, EngineStats, Outcome};
+use crate::engine::{Engine, EngineFault, EngineStats, Outcome, Request};
 use crate::id::RequestId;
 use crate::runner::{Runner, StateInfo, StepOutput};
 use crate::schedule::{Sequences, StepPlan};
@@ -965,6 +965,33 @@ fn an_idle_thread_wakes_when_the_next_pin_expires() {
         assert_eq!(pinned(&machine), 0);
         machine.finish(setup.finale);
     }
+}
+
+#[test]
+fn a_drain_reports_its_result_even_if_the_engine_is_dropped_meanwhile() {
+    let mut machine = Machine::new(&small(8, 4));
+    let engine = machine.script.callers.borrow_mut().engine.take().unwrap();
+    let drained = engine.drain(Duration::from_secs(3600));
+    drop(engine);
+    let thread = machine.thread.as_mut().unwrap();
+    let mut turns = 0..MAX_TURNS;
+    while turns.next().is_some() && thread.run_iteration().unwrap().is_continue() {}
+    assert_eq!(drained.wait().unwrap().aborted, 0);
+    machine.close(EngineFault::Shutdown);
+}
+
+#[test]
+fn the_second_request_of_a_group_leads_if_the_first_is_cancelled_before_it_arrives() {
+    let mut machine = Machine::new(&small(40, 4));
+    let engine = machine.script.callers.borrow_mut().engine.take().unwrap();
+    let request = Request::new(vec![1, 2, 3, 4, 5, 6]).max_tokens(2);
+    let mut streams = engine.generate_samples(request, 4).unwrap();
+    drop(streams.remove(0));
+    let thread = machine.thread.as_mut().unwrap();
+    thread.drain_commands();
+    let plan = thread.plan().unwrap();
+    assert_eq!(plan.rows(), 6, "one of them computes the prompt");
+    drop((streams, engine));
 }
 
 /// Ensures that the property test does not pass merely because nothing happens.

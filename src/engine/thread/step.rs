@@ -34,7 +34,7 @@ impl SchedulerThread {
         }
         let unmasked = self.refresh_masks(&plan);
         let from = Instant::now();
-        if self.in_flight.is_empty() {
+        if self.in_flight.is_empty() && self.rows == 0 {
             self.step_began = from;
         }
         self.note_starts(&plan, from);
@@ -97,8 +97,8 @@ impl SchedulerThread {
         }
     }
 
-    /// Overwrites freed blocks and slots of states, so that a step that still reads them produces visibly wrong
-    /// tokens.
+    /// Overwrites freed blocks and slots of states, so that a step that still reads them produces
+    /// visibly wrong tokens.
     fn poison_freed(&mut self) -> Result<(), EngineFault> {
         let freed = self.scheduler.take_freed();
         let states = self.scheduler.take_freed_states();
@@ -198,7 +198,8 @@ impl SchedulerThread {
         self.runner.recycle(output);
     }
 
-    /// Ends the requests whose logits are not finite, before their blocks are published.
+    /// Ends the requests whose logits are not finite, before their blocks are published. Blocks
+    /// that were published after earlier steps may be the cause, so no later request finds them.
     fn end_not_finite(&mut self, plan: &StepPlan, output: &StepOutput) {
         let not_finite = &output.samples.not_finite;
         if not_finite.is_empty() {
@@ -211,6 +212,7 @@ impl SchedulerThread {
             let broken = not_finite.iter().any(|index| own.contains(index));
             if broken && self.apply_cancel(item.key).is_none() {
                 let tokens = item.start + item.count;
+                self.scheduler.forget_prefix(item.key);
                 let fault = EngineFault::NotFinite { tokens };
                 self.end_request(item.key, Err(Box::new(fault)));
             }

@@ -108,6 +108,9 @@ impl Scheduler {
             return;
         }
         self.paused += 1;
+        // A reader who waits for a follower may not read from this sequence until then.
+        let followers = std::mem::take(&mut sequence.followers);
+        self.hand_over(followers);
         if state == SequenceState::Waiting {
             self.waiting.remove(key, &self.sequences);
             self.set_state(key, SequenceState::Blocked);

@@ -125,7 +125,10 @@ impl Scheduler {
         let report = sequence.report(count);
         let samples = report.scored().len() + samples_last;
         let state = self.cache.state_interval().and_then(|interval| {
-            let wanted = sequence.snapshot_within(count, interval);
+            // Without a prefix cache, only a session can go back to a snapshot.
+            let useful = self.cache.knows_prefixes() || sequence.spec.session.is_some();
+            let wanted = useful.then(|| sequence.snapshot_within(count, interval));
+            let wanted = wanted.flatten();
             self.cache
                 .plan_state(&mut sequence.table, start..next, wanted)
         });

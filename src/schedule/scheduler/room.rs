@@ -3,7 +3,8 @@
 
 use super::Scheduler;
 use super::start::StartCost;
-use crate::cache::Extent;
+use crate::cache::{BlockTable, Extent};
+use crate::id::SessionId;
 use crate::schedule::policy::PreemptionCost;
 use crate::schedule::sequence::Swapped;
 use crate::schedule::{Sequence, SequenceKey, SequenceState, StepPlan};
@@ -16,6 +17,15 @@ enum SlotToStart {
     Later,
     /// Something was given up, so that there may be one now.
     Retry,
+}
+
+/// What a preempted sequence may keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Its blocks in host memory and the slot of its state, if the policy prefers that.
+    Anything,
+    /// No slot: another sequence needs one.
+    NoSlot,
 }
 
 impl Scheduler {
@@ -42,15 +52,20 @@ impl Scheduler {
             ) else {
                 return true;
             };
+            let is_prompt = sequence.pending() > 1;
             if self.cache.available_blocks() + self.cache.deferred_blocks() >= short.needed {
-                return false; // wait for the step in flight that frees enough blocks
+                // Wait for the step in flight that frees enough blocks. No sequence may take
+                // those that a prompt waits for.
+                self.waits_for_room |= is_prompt;
+                return false;
             }
-            if self.evict_session() || (self.running.len() == 1 && self.evict_pinned_session()) {
+            if self.evict_session(None) || (self.running.len() == 1 && self.evict_pinned_session())
+            {
                 continue;
             }
             let victim = self.victim(key, plan);
             let others = !plan.items.is_empty() || self.cache.last_completed_step() < self.launched;
-            if count > 1 && victim == Some(key) && others {
+            if is_prompt && victim == Some(key) && others {
                 // The next part of a prompt waits until other sequences have ended, or until a
                 // step in flight lets blocks behind a window go. What has been computed of the
                 // prompt is kept, and no sequence may start meanwhile.
@@ -58,7 +73,7 @@ impl Scheduler {
                 return false;
             }
             match victim {
-                Some(victim) => self.preempt(victim, plan),
+                Some(victim) => self.preempt(victim, plan, Keep::Anything),
                 None => return false,
             }
             let own = self.sequences.get(key);
@@ -69,8 +84,8 @@ impl Scheduler {
     }
 
     /// Makes room for a waiting sequence. One block per running sequence and group stays
-    /// available, so that the new sequence is not preempted at once. Returns `None` if the sequence cannot
-    /// start now.
+    /// available, so that the new sequence is not preempted at once. Returns `None` if the
+    /// sequence cannot start now. Then nothing was given up for it.
     pub(super) fn room_to_start(
         &mut self,
         key: SequenceKey,
@@ -81,7 +96,7 @@ impl Scheduler {
             let needed = cost.missing + self.running.len() * self.cache.groups();
             let available = self.cache.available_blocks() - cost.reused_cached_blocks;
             if needed <= available {
-                match self.slot_to_start(key, &cost) {
+                match self.slot_to_start(key, &cost, plan) {
                     SlotToStart::Free => return Some(cost),
                     SlotToStart::Later => return None,
                     SlotToStart::Retry => continue,
@@ -90,40 +105,80 @@ impl Scheduler {
             if needed <= available + self.cache.deferred_blocks() {
                 return None;
             }
-            if self.evict_session() || (self.running.len() == 0 && self.evict_pinned_session()) {
+            if !self.fits_if_others_give_way(key, &cost, plan) {
+                return None;
+            }
+            let own = self.sequences.get(key)?.spec.session;
+            if self.evict_session(own) || (self.running.len() == 0 && self.evict_pinned_session()) {
                 continue;
             }
             let victim = self.victim_to_start(key, plan)?;
-            if !self.fits_after_preemption(key, &cost, plan) {
-                return None;
-            }
-            self.preempt(victim, plan);
+            self.preempt(victim, plan, self.kept_for(&cost));
+        }
+    }
+
+    /// Returns what a sequence may keep that is preempted so that another one can start.
+    pub(super) fn kept_for(&self, cost: &StartCost) -> Keep {
+        match cost.has_state || self.cache.has_slot(cost.reused_cached_states) {
+            true => Keep::Anything,
+            false => Keep::NoSlot,
         }
     }
 
     /// Looks for a slot for the state of a sequence that could start otherwise, and gives up what
-    /// others keep if there is none. Running sequences keep their slots.
-    fn slot_to_start(&mut self, key: SequenceKey, cost: &StartCost) -> SlotToStart {
-        if cost.has_state || self.cache.has_slot(cost.reused_cached_states) {
+    /// others keep if there is none.
+    fn slot_to_start(
+        &mut self,
+        key: SequenceKey,
+        cost: &StartCost,
+        plan: &mut StepPlan,
+    ) -> SlotToStart {
+        if self.kept_for(cost) == Keep::Anything {
             return SlotToStart::Free;
         }
         if self.cache.has_deferred_slots() {
             return SlotToStart::Later;
         }
-        let alone = self.running.len() == 0;
-        let given_up = self.evict_session()
-            || (alone && (self.evict_pinned_session() || self.drop_swapped(key)));
-        match given_up {
-            true => SlotToStart::Retry,
-            false => SlotToStart::Later,
+        let own = self.sequences.get(key).and_then(|own| own.spec.session);
+        if self.evict_slot(own) || self.drop_swapped(key, plan) {
+            return SlotToStart::Retry;
         }
+        match self.victim_to_start(key, plan) {
+            Some(victim) => {
+                self.preempt(victim, plan, Keep::NoSlot);
+                SlotToStart::Retry
+            }
+            None => SlotToStart::Later,
+        }
+    }
+
+    /// Evicts the least recently used session that alone holds a snapshot, except `own` and
+    /// pinned ones. If nothing runs, pinned ones are evicted as well. Returns whether there was
+    /// one.
+    fn evict_slot(&mut self, own: Option<SessionId>) -> bool {
+        let pinned = self.running.len() == 0;
+        let mut sessions = self.retained.in_order_of_eviction(pinned);
+        let found = sessions.find(|(session, retained)| {
+            Some(*session) != own && self.cache.has_exclusive_slot(&retained.table)
+        });
+        let Some((session, _)) = found else {
+            return false;
+        };
+        drop(sessions);
+        self.end_session(session);
+        true
     }
 
     /// Lets a sequence other than `key` that was swapped out be recomputed instead, because it
     /// keeps its slot while it waits. Returns whether there was one.
-    fn drop_swapped(&mut self, key: SequenceKey) -> bool {
+    fn drop_swapped(&mut self, key: SequenceKey, plan: &StepPlan) -> bool {
+        // Blocks that this step copies out must not be copied out to again.
+        let swapped = |other: &Sequence| {
+            let swapped = other.swapped.as_ref();
+            swapped.is_some_and(|swapped| swapped.step != plan.step)
+        };
         let mut others = self.sequences.iter_mut();
-        let found = others.find(|(other, sequence)| *other != key && sequence.swapped.is_some());
+        let found = others.find(|(other, sequence)| *other != key && swapped(sequence));
         let Some((_, sequence)) = found else {
             return false;
         };
@@ -134,9 +189,9 @@ impl Scheduler {
         true
     }
 
-    /// Returns whether `key` could start if all sessions were evicted and all sequences
-    /// preempted that may be preempted for it. Otherwise they would be preempted in vain.
-    pub(super) fn fits_after_preemption(
+    /// Returns whether there would be blocks for `key` if all sessions were evicted and all
+    /// sequences preempted that may be for it. Otherwise they would give way in vain.
+    pub(super) fn fits_if_others_give_way(
         &self,
         key: SequenceKey,
         cost: &StartCost,
@@ -145,23 +200,24 @@ impl Scheduler {
         let Some(own) = self.sequences.get(key) else {
             return false;
         };
-        let mut room = self.cache.available_blocks() + self.cache.deferred_blocks()
-            - cost.reused_cached_blocks;
-        room += self.retained.blocks();
-        let mut running = self.running.len();
-        for sequence in self
-            .running
-            .keys()
-            .iter()
-            .filter_map(|key| self.sequences.get(*key))
-        {
+        let keys = self.running.keys().iter();
+        let running = keys.filter_map(|key| self.sequences.get(*key));
+        let gives_way = |sequence: &&Sequence| {
             let less_urgent = sequence.spec.priority > own.spec.priority;
-            if sequence.last_step != plan.step && (sequence.paused || less_urgent) {
-                room += self.cache.exclusive_blocks(&sequence.table);
-                running -= 1;
-            }
-        }
-        cost.missing + running * self.cache.groups() <= room
+            sequence.last_step != plan.step && (sequence.paused || less_urgent)
+        };
+        let tables = running.filter(gives_way).map(|sequence| &sequence.table);
+        let mut tables: Vec<&BlockTable> = tables.collect();
+        let left = self.running.len() - tables.len();
+        let sessions = self.retained.in_order_of_eviction(left == 0);
+        let others = sessions.filter(|(session, _)| Some(*session) != own.spec.session);
+        tables.extend(others.map(|(_, retained)| &retained.table));
+        let needed = cost.missing + left * self.cache.groups();
+        let room = self.cache.available_blocks() + self.cache.deferred_blocks();
+        let lacking = (needed + cost.reused_cached_blocks).saturating_sub(room);
+        // Blocks that several of them share are counted only if all holders are among them.
+        let most: usize = tables.iter().map(|table| table.len()).sum();
+        lacking <= most && lacking <= self.cache.blocks_held_only_by(&tables)
     }
 
     /// Returns the sequence to preempt so that `key` can start: a paused one, or a less urgent
@@ -199,10 +255,16 @@ impl Scheduler {
             .map(|(key, _)| key)
     }
 
-    /// Evicts the least recently used session without a pin. Returns whether there was one.
-    fn evict_session(&mut self) -> bool {
-        let oldest = self.retained.oldest();
-        oldest.map(|session| self.end_session(session)).is_some()
+    /// Evicts the least recently used session without a pin, except `own`. Returns whether there
+    /// was one.
+    fn evict_session(&mut self, own: Option<SessionId>) -> bool {
+        let mut sessions = self.retained.in_order_of_eviction(false);
+        let Some((session, _)) = sessions.find(|(session, _)| Some(*session) != own) else {
+            return false;
+        };
+        drop(sessions);
+        self.end_session(session);
+        true
     }
 
     /// Evicts the session whose pin expires first, for a sequence that could never run
@@ -224,13 +286,14 @@ impl Scheduler {
     }
 
     /// Preempts a sequence: swaps its blocks out, or drops them so that it is recomputed.
-    pub(super) fn preempt(&mut self, key: SequenceKey, plan: &mut StepPlan) {
+    pub(super) fn preempt(&mut self, key: SequenceKey, plan: &mut StepPlan, keep: Keep) {
         self.running.remove(key, &self.sequences);
         let Some(sequence) = self.sequences.get(key) else {
             return;
         };
         let cost = self.preemption_cost(sequence);
-        let swap = cost.prefers_swap(self.policy.preemption);
+        // A sequence that is swapped out keeps its slot.
+        let swap = keep == Keep::Anything && cost.prefers_swap(self.policy.preemption);
         tracing::debug!(
             request = %sequence.id,
             tokens = sequence.launched_tokens,

@@ -61,10 +61,13 @@ impl Scheduler {
                 break;
             }
             if self.running.len() >= self.policy.max_sequences {
-                let cost = self.start_cost(key);
-                match self.victim_to_start(key, plan).zip(cost) {
-                    Some((victim, cost)) if self.fits_after_preemption(key, &cost, plan) => {
-                        self.preempt(victim, plan);
+                // Most often, there is no victim, so look for it before what takes longer.
+                let Some(victim) = self.victim_to_start(key, plan) else {
+                    break;
+                };
+                match self.start_cost(key) {
+                    Some(cost) if self.fits_if_others_give_way(key, &cost, plan) => {
+                        self.preempt(victim, plan, self.kept_for(&cost));
                     }
                     _ => break,
                 }

@@ -652,6 +652,80 @@ fn when_the_leader_goes_the_first_follower_computes_the_prompt_for_the_rest() {
 }
 
 #[test]
+fn followers_do_not_wait_for_the_reader_of_their_leader() {
+    let mut bench = Bench::new(32, Policy::default());
+    let leader = bench.add(spec(prompt(10, 1), 4));
+    let followers = [90, 91].map(|id| {
+        let spec = spec(prompt(10, 1), 4);
+        bench
+            .scheduler
+            .add_follower(RequestId(id), spec, Some(leader))
+    });
+    bench.scheduler.set_paused(leader, true);
+    bench.step();
+    bench.step();
+    assert!(followers.iter().all(|key| bench.running(*key)));
+}
+
+/// Otherwise, both would wait for a reader, and with them everything behind `other`.
+#[test]
+fn paused_sequences_give_up_blocks_that_only_they_share() {
+    let mut bench = Bench::new(10, Policy::default());
+    let leader = bench.add(spec(prompt(30, 1), 9));
+    let id = RequestId(90);
+    let follower = bench
+        .scheduler
+        .add_follower(id, spec(prompt(30, 1), 9), Some(leader));
+    bench.step();
+    bench.step();
+    assert_eq!(bench.scheduler.cache().available_blocks(), 1);
+    for key in [leader, follower] {
+        bench.scheduler.set_paused(key, true);
+    }
+    let other = bench.add(spec(prompt(18, 2), 2));
+    bench.step();
+    assert!(bench.running(other));
+}
+
+#[test]
+fn sessions_are_not_evicted_in_vain() {
+    let mut bench = Bench::new(16, Policy::default());
+    let running = bench.add(spec(prompt(30, 1), 9));
+    bench.step();
+    for session in [50, 51] {
+        let key = bench.add(turn(session, prompt(8, session as u32), 1));
+        bench.step();
+        bench.scheduler.close(key, retain(100));
+    }
+    // Too long for what is free and what the sessions keep.
+    let waiting = bench.add(spec(prompt(50, 2), 1));
+    bench.step();
+    assert_eq!(bench.scheduler.counts().retained_sessions, 2);
+    bench.scheduler.remove(running);
+    bench.step();
+    assert!(bench.running(waiting));
+    assert_eq!(bench.scheduler.counts().retained_sessions, 1);
+}
+
+#[test]
+fn a_turn_does_not_evict_its_own_session() {
+    let mut bench = Bench::new(12, Policy::default());
+    for session in [50, 51] {
+        let key = bench.add(turn(session, prompt(15, session as u32), 1));
+        bench.step();
+        bench.scheduler.close(key, retain(100));
+    }
+    let mut tokens = prompt(15, 50);
+    tokens.extend(prompt(20, 9));
+    let next = bench.add(turn(50, tokens, 1));
+    // Another session is used later, so this one is the least recently used.
+    bench.scheduler.rewind_session(SessionId(51), 15);
+    assert_eq!(rows(&bench.step()), [(15, 20)]);
+    assert!(bench.running(next));
+    assert_eq!(bench.scheduler.counts().retained_sessions, 0);
+}
+
+#[test]
 fn nothing_is_preempted_in_vain() {
     let mut bench = Bench::new(10, Policy::default());
     let usual = bench.add(spec(prompt(16, 1), 4));

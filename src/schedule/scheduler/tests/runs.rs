@@ -172,7 +172,9 @@ fn a_sequence_that_is_swapped_out_with_drafts_resumes_behind_the_committed_ones(
         step: bench.scheduler.launched.next(),
         ..StepPlan::default()
     };
-    bench.scheduler.preempt(key, &mut away);
+    bench
+        .scheduler
+        .preempt(key, &mut away, room::Keep::Anything);
     bench.scheduler.launched = away.step;
     bench.in_flight.push_back(away);
     bench.complete_runs(&[51, 70]);
@@ -200,7 +202,9 @@ fn each_group_is_swapped_in_where_it_was_when_drafts_are_dropped() {
         step: bench.scheduler.launched.next(),
         ..StepPlan::default()
     };
-    bench.scheduler.preempt(key, &mut away);
+    bench
+        .scheduler
+        .preempt(key, &mut away, room::Keep::Anything);
     bench.scheduler.launched = away.step;
     let hosts = away.transfers.swap_out.clone();
     assert_eq!(hosts.len(), 6, "three blocks of each group");

@@ -269,3 +269,63 @@ fn without_a_prefix_cache_a_session_continues_from_a_snapshot_of_its_own() {
     bench.add(turn(context, 1));
     assert_eq!(rows(&bench.step()), [(24, 9)]);
 }
+
+#[test]
+fn without_a_prefix_cache_snapshots_that_nobody_can_use_take_no_slots() {
+    let mut bench = with_slots(64, 3, false, Policy::default());
+    for seed in 0..3 {
+        bench.add(spec(prompt(10, seed), 20));
+    }
+    for _ in 0..10 {
+        assert_eq!(bench.step().items.len(), 3);
+    }
+}
+
+#[test]
+fn an_urgent_sequence_takes_the_slot_of_another() {
+    let places = Policy {
+        max_sequences: 2,
+        ..swapping()
+    };
+    // Without a free place, and without a free slot.
+    for policy in [places, swapping()] {
+        let mut bench = with_slots(64, 2, false, policy);
+        let usual = [1, 2].map(|seed| bench.add(spec(prompt(12, seed), 20)));
+        bench.step();
+        let urgent = bench.add(SequenceSpec {
+            priority: -1,
+            ..spec(prompt(12, 3), 20)
+        });
+        // The slot is free when the step that touched it has completed.
+        bench.launch();
+        if !bench.in_flight.is_empty() {
+            bench.complete(7);
+        }
+        bench.step();
+        assert!(bench.running(urgent));
+        assert_eq!(usual.map(|key| bench.running(key)), [true, false]);
+    }
+}
+
+#[test]
+fn sessions_are_not_evicted_for_slots_that_they_do_not_hold() {
+    let mut bench = with_slots(64, 2, true, Policy::default());
+    let turn = |session, tokens| SequenceSpec {
+        session: Some(SessionId(session)),
+        ..spec(tokens, 1)
+    };
+    let retain = BlockDisposition::Retain {
+        tokens: 100,
+        pin_until: None,
+    };
+    let key = bench.add(turn(50, prompt(6, 1)));
+    bench.step();
+    bench.scheduler.close(key, retain);
+    let kept = bench.scheduler.counts().retained_sessions;
+    for seed in 2..5 {
+        bench.add(spec(prompt(6, seed), 9));
+    }
+    assert_eq!(bench.step().items.len(), 2, "there are two slots");
+    assert_eq!(bench.step().items.len(), 2);
+    assert_eq!(bench.scheduler.counts().retained_sessions, kept);
+}

@@ -322,3 +322,39 @@ fn shared_and_smaller_caches_take_fewer_blocks() {
     let counts = bench.scheduler.audit().unwrap();
     assert_eq!(counts.referenced + counts.deferred, 0);
 }
+
+/// Otherwise, a stream of short requests could keep the prompt from ever going on.
+#[test]
+fn nothing_starts_while_a_prompt_waits_for_blocks_of_a_step_in_flight() {
+    let mut waited = 0;
+    let layout = CacheLayout::new(&[None, Some(8)], 10_000, BLOCK).unwrap();
+    let fits = |blocks: &usize| layout.longest_sequence(*blocks, 40, BLOCK, 10_000) > 200;
+    for blocks in (0..120).filter(fits) {
+        let mut bench = bench(blocks, chunked(40));
+        // A sequence that goes on takes blocks that the prompt would need.
+        bench.add(spec(prompt(2, 200), 60));
+        bench.step();
+        let long = bench.add(spec(prompt(200, 1), 1));
+        for seed in 2..100 {
+            bench.add(spec(prompt(3, seed), 1));
+            let plan = bench.launch();
+            if let Some(plan) = &plan {
+                let pending = bench.running(long) && bench.sequence(long).pending() > 0;
+                let waits = pending && plan.items.iter().all(|item| item.key != long);
+                let starts = plan.items.iter().any(|item| item.start == 0);
+                let deferred = bench.scheduler.cache().counts().deferred > 0;
+                waited += usize::from(waits && deferred);
+                assert!(!waits || !deferred || !starts, "{blocks} blocks");
+            }
+            if bench.in_flight.len() > 1 || plan.is_none() {
+                for key in bench.complete(7) {
+                    bench.scheduler.remove(key);
+                }
+            }
+            if !bench.scheduler.sequences().contains_key(long) {
+                break;
+            }
+        }
+    }
+    assert!(waited > 0);
+}
