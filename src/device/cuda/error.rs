@@ -95,6 +95,8 @@ fn is_sticky(error: DriverError) -> bool {
             | CUDA_ERROR_INVALID_ADDRESS_SPACE
             | CUDA_ERROR_INVALID_PC
             | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_CONTAINED
+            | CUDA_ERROR_TENSOR_MEMORY_LEAK
             | CUDA_ERROR_EXTERNAL_DEVICE
             | CUDA_ERROR_SYSTEM_NOT_READY
             | CUDA_ERROR_UNKNOWN

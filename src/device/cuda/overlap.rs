@@ -21,7 +21,7 @@ mod tests {
     use super::*;
     use crate::device::cuda::images::portable;
 
-    const FILES: [&str; 11] = [
+    const FILES: [&str; 13] = [
         "activation",
         "attention",
         "cache",
@@ -31,6 +31,8 @@ mod tests {
         "linear",
         "linear_quant",
         "norm",
+        "recurrent",
+        "residual",
         "rope",
         "sampling",
     ];

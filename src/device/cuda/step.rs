@@ -133,7 +133,8 @@ pub(super) struct StepInputs {
     limits: Option<DeviceLimits>,
     spread: UnitSpread,
     uploads: Uploads,
-    work_uploads: Uploads,
+    /// For each number of query heads per key-value head of the model.
+    work: Vec<PrefillWork>,
     base: Ptr,
     layout: Layout,
     words: Vec<u32>,
@@ -158,9 +159,6 @@ pub(super) struct StepInputs {
     windows: Vec<usize>,
     /// Index and number of rows of each sequence with several rows.
     prefills: Vec<(u32, usize)>,
-    /// The uploaded prefill work list, if there is one: the query heads per group that it is
-    /// for, its address, and its number of items.
-    work: Option<(usize, Ptr, usize)>,
     /// Token ids that the last step sampled, one per sample. Feedback reads them.
     sampled: Option<Buffer>,
     sampled_count: usize,
@@ -232,12 +230,20 @@ pub(super) fn input_words(limits: &DeviceLimits) -> usize {
     arrays + of_groups + tables + 8 * ALIGNMENT
 }
 
-/// Returns the maximum number of words of the work items of prefill attention.
-pub(super) fn work_words(limits: &DeviceLimits) -> usize {
+/// Returns, for each number of query heads per key-value head of the model, the maximum number of
+/// words of the work items of prefill attention.
+pub(super) fn work_words(limits: &DeviceLimits) -> Vec<(usize, usize)> {
     let groups = limits.model.all_heads();
     let groups = groups.filter_map(|heads| heads.q_heads.checked_div(heads.kv_heads));
-    let group = groups.max().unwrap_or(1);
-    2 * ((limits.rows * group).div_ceil(PREFILL_ROWS) + limits.rows.min(limits.sequences))
+    let mut groups: Vec<usize> = groups.collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let sequences = limits.rows.min(limits.sequences);
+    let words = |group: usize| 2 * ((limits.rows * group).div_ceil(PREFILL_ROWS) + sequences);
+    groups
+        .into_iter()
+        .map(|group| (group, words(group)))
+        .collect()
 }
 
 /// Returns the bytes of the token ids of a step that stay on the device.
@@ -336,6 +342,27 @@ impl DecodeList {
     }
 }
 
+/// The work items of prefill attention. Layers whose numbers of heads differ by more than a factor
+/// need different ones; each list is uploaded once per step.
+struct PrefillWork {
+    /// Query heads per key-value head.
+    group: usize,
+    uploads: Uploads,
+    /// The address and the number of the items of this step.
+    list: Option<(Ptr, usize)>,
+}
+
+impl PrefillWork {
+    fn new(group: usize) -> Self {
+        Self {
+            group,
+            // Only steps with prefill read them, which are not recorded.
+            uploads: Uploads::outside_graphs("the inputs of a step"),
+            list: None,
+        }
+    }
+}
+
 impl StepInputs {
     pub(super) fn new() -> Self {
         Self {
@@ -345,8 +372,7 @@ impl StepInputs {
                 most_blocks: 1,
             },
             uploads: Uploads::new("the inputs of a step"),
-            // Only steps with prefill read them, which are not recorded.
-            work_uploads: Uploads::outside_graphs("the inputs of a step"),
+            work: Vec::new(),
             base: Ptr::NULL,
             layout: Layout::default(),
             words: Vec::new(),
@@ -364,7 +390,6 @@ impl StepInputs {
             bounds: Bounds::UNLIMITED,
             windows: Vec::new(),
             prefills: Vec::new(),
-            work: None,
             sampled: None,
             sampled_count: 0,
             resolved: None,
@@ -495,10 +520,14 @@ impl StepInputs {
         context: &Context,
         group: usize,
     ) -> Result<(Ptr, usize), DeviceError> {
-        if let Some((of, ptr, count)) = self.work
-            && of == group
-        {
-            return Ok((ptr, count));
+        let known = self.work.iter().position(|work| work.group == group);
+        let index = known.unwrap_or_else(|| {
+            self.work.push(PrefillWork::new(group));
+            self.work.len() - 1
+        });
+        let work = &mut self.work[index];
+        if let Some(list) = work.list {
+            return Ok(list);
         }
         let mut words = Vec::new();
         for &(sequence, rows) in &self.prefills {
@@ -508,10 +537,9 @@ impl StepInputs {
         }
         let ptr = match words.is_empty() {
             true => Ptr::NULL,
-            false => self.work_uploads.write(context, &words)?,
+            false => work.uploads.write(context, &words)?,
         };
-        self.work = Some((group, ptr, words.len() / 2));
-        Ok((ptr, words.len() / 2))
+        Ok(*work.list.insert((ptr, words.len() / 2)))
     }
 
     /// Returns the token ids that the sampler chose last: `u32` per sample.
@@ -593,7 +621,12 @@ impl StepInputs {
         (spread, unit_room): (UnitSpread, usize),
     ) -> Result<(), DeviceError> {
         self.uploads.reserve(context, input_words(limits))?;
-        self.work_uploads.reserve(context, work_words(limits))?;
+        self.work.clear();
+        for (group, words) in work_words(limits) {
+            let mut work = PrefillWork::new(group);
+            work.uploads.reserve(context, words)?;
+            self.work.push(work);
+        }
         self.make_room(context, limits.rows, limits.sequences)?;
         (self.spread, self.unit_room) = (spread, unit_room);
         self.limits = Some(*limits);
@@ -709,7 +742,10 @@ impl StepInputs {
     /// Forgets the batch.
     fn clear(&mut self) {
         (self.rows, self.padded_rows, self.samples) = (0, 0, 0);
-        (self.key, self.work) = (None, None);
+        self.key = None;
+        for work in &mut self.work {
+            work.list = None;
+        }
         (self.sequences, self.has_states) = ((0, 0), false);
         self.windows.clear();
         self.decodes.clear();

@@ -1,13 +1,14 @@
 //! Begins and ends steps, records their graphs in advance, and reserves their memory.
 //!
 //! All memory that a step within the limits needs is reserved before anything else is allocated,
-//! so that it does not run out during service, and graphs stay valid. Exceptions are in no graph
-//! and small: lists of blocks to copy, sums of embeddings, and long lists of sampling parameters.
-//! They come out of the share of the GPU's memory that stays unused. Block tables of more than
-//! eight megabytes are an exception, too; when they grow, all graphs are recorded again.
+//! so that it does not run out during service, and graphs stay valid. There are two kinds of
+//! exceptions. Lists of blocks to copy, sums of embeddings, and long lists of sampling parameters
+//! are small and in no graph; they come out of the share of the GPU's memory that stays unused.
+//! When block tables of more than eight megabytes grow, all graphs are recorded again.
 
 use super::CudaDevice;
 use super::attention::{arrival_bytes, most_partial_bytes, unit_room, unit_spread};
+use super::error::unsupported;
 use super::experts::pair_bytes;
 use super::linear::converted_bytes;
 use super::memory::UPLOADER_BYTES;
@@ -23,6 +24,9 @@ use crate::device::{
 /// Share of the GPU's memory that partial results of attention may take, and another one for
 /// graphs, as divisors. A sequence of the maximum length may take more.
 const SHARE: usize = 32;
+
+/// Maximum number of sequences per step, the limit of the second and third dimension of a grid.
+const MOST_SEQUENCES: usize = 65_535;
 
 /// Kernels per layer of a decode step, rounded up, those that a layer takes for several residual
 /// streams, and kernels outside of the layers.
@@ -78,8 +82,9 @@ impl StepOps for CudaDevice {
         let arrivals = model.all_heads();
         let arrivals = arrivals.map(|heads| arrival_bytes(heads, limits.sequences));
         let sampler = SamplerSizes::new(limits.sequences, limits.vocabulary);
-        let uploads = [input_words(limits), work_words(limits), sampler.parameters];
-        let uploads = uploads.map(upload_bytes);
+        let work = work_words(limits).into_iter().map(|(_, words)| words);
+        let uploads = [input_words(limits), sampler.parameters].into_iter();
+        let uploads: Vec<_> = uploads.chain(work).map(upload_bytes).collect();
         let downloads = download_bytes(sampler.results);
         let scratch = [
             converted_bytes(rows * model.full_columns),
@@ -92,9 +97,9 @@ impl StepOps for CudaDevice {
         let scratch = scratch.into_iter().chain(partials).chain(sampler.scratch);
         let scratch = scratch
             .map(rounded)
-            .chain(uploads.map(|(device, _)| device));
+            .chain(uploads.iter().map(|(device, _)| *device));
         let most_graphs = self.most_graphs(limits);
-        let pinned = uploads.map(|(_, pinned)| pinned).into_iter().sum::<usize>();
+        let pinned = uploads.iter().map(|(_, pinned)| pinned).sum::<usize>();
         StepMemory {
             scratch: scratch.fold(0, usize::saturating_add),
             most_graphs,
@@ -106,6 +111,12 @@ impl StepOps for CudaDevice {
     fn reserve(&mut self, limits: &DeviceLimits) -> Result<(), DeviceError> {
         let DeviceLimits { rows, model, .. } = *limits;
         check_streams(model.streams)?;
+        if limits.sequences > MOST_SEQUENCES {
+            return Err(unsupported(
+                format!("{} sequences per step", limits.sequences),
+                format!("at most {MOST_SEQUENCES}"),
+            ));
+        }
         let units = self.unit_room(limits);
         self.limits = Some(*limits);
         self.graphs.set_most(self.most_graphs(limits));

@@ -43,7 +43,7 @@ struct StagingBuffer {
     copied: Event,
 }
 
-/// Uploads the small inputs of a step: one copy per step into device memory at a fixed address.
+/// Uploads small inputs of steps, in one copy each, into device memory at a fixed address.
 ///
 /// The host fills three staging buffers in turn, so that it does not wait for the copies of the
 /// two steps in flight.
