@@ -100,7 +100,8 @@ pub struct Architecture {
     pub(super) class: ConfigClass,
     /// Reads `config.json`.
     pub(super) read_config: ReadConfig,
-    /// How GGUF files hold it; `None` if they call it by another architecture's name.
+    /// How GGUF files hold it; `None` if they call it by another architecture's name, or if such
+    /// files are not read.
     gguf: Option<GgufFormat>,
     /// How its tensors are stored.
     pub(super) storage: Storage,
