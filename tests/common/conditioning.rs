@@ -10,7 +10,9 @@ use crate::random::Random;
 use half::bf16;
 use quell::{CpuOptions, Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs;
+use std::sync::{Mutex, OnceLock};
 use tempfile::TempDir;
 
 /// How often the weights are changed.
@@ -28,9 +30,20 @@ pub struct Conditioning {
     pub median: f32,
 }
 
+/// Returns how the tiny checkpoint `name` reacts. It is measured once per test program.
+pub fn of(name: &str) -> &'static Conditioning {
+    static KNOWN: Mutex<BTreeMap<String, &OnceLock<Conditioning>>> = Mutex::new(BTreeMap::new());
+    let known = *KNOWN
+        .lock()
+        .unwrap()
+        .entry(name.to_owned())
+        .or_insert_with(|| Box::leak(Box::default()));
+    known.get_or_init(|| measure(name))
+}
+
 /// Changes every weight of the tiny checkpoint `name` at random and by a little, and compares its
 /// log probabilities with the reference.
-pub fn measure(name: &str) -> Conditioning {
+fn measure(name: &str) -> Conditioning {
     let cases = tiny_cases(name);
     let trials = (0..TRIALS).map(|trial| {
         let folder = changed(name, &mut Random(trial));

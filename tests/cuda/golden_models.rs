@@ -65,7 +65,7 @@ fn float16(name: &str) {
 /// the weights, no larger than what rounding to float16 changes of a number, may change each step
 /// half as much as float16 does, and all together nearly as much.
 fn check_conditioned(name: &str, path: &Path) {
-    let conditioning = conditioning::measure(name);
+    let conditioning = conditioning::of(name);
     let _gpu = gpu::lock();
     let engine = load(path, CudaActivations::F16);
     let cases = tiny_cases(name);
