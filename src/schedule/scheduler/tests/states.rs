@@ -304,6 +304,8 @@ fn an_urgent_sequence_takes_the_slot_of_another() {
         bench.step();
         assert!(bench.running(urgent));
         assert_eq!(usual.map(|key| bench.running(key)), [true, false]);
+        // It would have kept its slot.
+        assert_eq!(bench.scheduler.counts().swaps, 0);
     }
 }
 
