@@ -586,7 +586,7 @@ impl BlockCache {
         }
     }
 
-    /// Forgets the tokens of the blocks that only `table` holds. No later block of it is published.
+    /// Forgets the tokens of the blocks that only `table` holds, whose sequence is about to end.
     pub fn forget_prefix(&mut self, table: &mut BlockTable) {
         let only = |&block: &BlockId| self.pool.references(block) == 1;
         let blocks: Vec<BlockId> = table.blocks().filter(only).collect();

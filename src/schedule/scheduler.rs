@@ -170,7 +170,7 @@ impl Scheduler {
         self.cache.clear_prefixes();
     }
 
-    /// Forgets the tokens of the blocks that only this sequence holds.
+    /// Forgets the tokens of the blocks that only this sequence holds, which is about to end.
     pub fn forget_prefix(&mut self, key: SequenceKey) {
         if let Some(sequence) = self.sequences.get_mut(key) {
             self.cache.forget_prefix(&mut sequence.table);

@@ -106,6 +106,10 @@ impl Scheduler {
                 return None;
             }
             if !self.fits_if_others_give_way(key, &cost, plan) {
+                // With its own session, a sequence may need one block more than there are.
+                if self.evicted_for_the_only_sequence() {
+                    continue;
+                }
                 return None;
             }
             let own = self.sequences.get(key)?.spec.session;
@@ -148,8 +152,15 @@ impl Scheduler {
                 self.preempt(victim, plan, Keep::NoSlot);
                 SlotToStart::Retry
             }
+            None if self.evicted_for_the_only_sequence() => SlotToStart::Retry,
             None => SlotToStart::Later,
         }
+    }
+
+    /// If nothing runs, so that a sequence would wait forever, evicts a session, whatever that
+    /// frees and even if it is the sequence's own. Returns whether there was one.
+    fn evicted_for_the_only_sequence(&mut self) -> bool {
+        self.running.len() == 0 && (self.evict_session(None) || self.evict_pinned_session())
     }
 
     /// Evicts the least recently used session that alone holds a snapshot, except `own` and
@@ -169,16 +180,22 @@ impl Scheduler {
         true
     }
 
-    /// Lets a sequence other than `key` that was swapped out be recomputed instead, because it
-    /// keeps its slot while it waits. Returns whether there was one.
+    /// Lets a sequence that was swapped out be recomputed instead, because it keeps its slot while
+    /// it waits: one that is paused or served later than `key`, or any other if nothing runs.
+    /// Returns whether there was one.
     fn drop_swapped(&mut self, key: SequenceKey, plan: &StepPlan) -> bool {
-        // Blocks that this step copies out must not be copied out to again.
-        let swapped = |other: &Sequence| {
+        let Some(own) = self.sequences.get(key).map(Sequence::rank) else {
+            return false;
+        };
+        let alone = self.running.len() == 0;
+        let gives_way = |other: &Sequence| {
+            // Blocks that this step copies out must not be copied out to again.
             let swapped = other.swapped.as_ref();
-            swapped.is_some_and(|swapped| swapped.step != plan.step)
+            let swapped = swapped.is_some_and(|swapped| swapped.step != plan.step);
+            swapped && (alone || other.paused || other.rank() > own)
         };
         let mut others = self.sequences.iter_mut();
-        let found = others.find(|(other, sequence)| *other != key && swapped(sequence));
+        let found = others.find(|(other, sequence)| *other != key && gives_way(sequence));
         let Some((_, sequence)) = found else {
             return false;
         };

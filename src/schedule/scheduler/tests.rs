@@ -725,6 +725,21 @@ fn a_turn_does_not_evict_its_own_session() {
     assert_eq!(bench.scheduler.counts().retained_sessions, 0);
 }
 
+/// The block in which the turn departs from what the session keeps must be copied, and there is
+/// none for the copy.
+#[test]
+fn a_turn_that_fits_only_without_its_session_runs() {
+    let mut bench = Bench::new(8, Policy::default());
+    let first = bench.add(turn(50, prompt(15, 1), 1));
+    bench.step();
+    bench.scheduler.close(first, retain(15));
+    let mut tokens = prompt(11, 1);
+    tokens.extend(prompt(20, 9));
+    let next = bench.add(turn(50, tokens, 1));
+    bench.step();
+    assert!(bench.running(next));
+}
+
 #[test]
 fn nothing_is_preempted_in_vain() {
     let mut bench = Bench::new(10, Policy::default());
