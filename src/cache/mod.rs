@@ -569,17 +569,9 @@ impl BlockCache {
     /// Forgets the tokens of all blocks that no table holds. Cached ones become free; deferred ones
     /// do when the steps that may touch them have completed.
     pub fn clear_prefixes(&mut self) {
-        let cached = self.pool.cached();
-        let blocks: Vec<BlockId> = cached.chain(self.fence.iter()).collect();
-        for block in blocks {
-            match self.pool.state(block) {
-                BlockState::Cached | BlockState::Deferred => {
-                    self.forget(block);
-                    self.pool.forget(block);
-                }
-                // It was deferred once, and a table holds it again.
-                BlockState::Referenced | BlockState::Free => {}
-            }
+        for block in unheld(&self.pool, &self.fence) {
+            self.forget(block);
+            self.pool.forget(block);
         }
         if let Some((states, prefix)) = self.states.as_mut().zip(self.prefix.as_mut()) {
             states.clear(prefix);
@@ -616,6 +608,14 @@ impl BlockCache {
     pub fn states(&self) -> impl Iterator<Item = BlockState> + '_ {
         self.pool.states()
     }
+}
+
+/// Returns the cached and the deferred blocks, some of them perhaps more than once.
+fn unheld(pool: &Pool, fence: &Fence) -> Vec<BlockId> {
+    // A table may hold a block again that was deferred.
+    let deferred = fence.iter();
+    let deferred = deferred.filter(|block| pool.state(*block) == BlockState::Deferred);
+    pool.cached().chain(deferred).collect()
 }
 
 /// Makes deferred blocks whose steps have completed cached if they are known, and free if not.

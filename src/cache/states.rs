@@ -15,7 +15,7 @@
 use super::fence::{Fence, Release};
 use super::pool::Pool;
 use super::prefix::PrefixCache;
-use super::{BlockCache, BlockCounts, BlockId, BlockState, BlockTable};
+use super::{BlockCache, BlockCounts, BlockId, BlockState, BlockTable, unheld};
 use crate::id::StepId;
 
 /// Number of snapshots of generated tokens that a sequence keeps. A turn may end before the latest
@@ -163,14 +163,9 @@ impl StateCache {
     /// Forgets all snapshots that nobody holds. Deferred ones become free when the steps that may
     /// touch them have completed.
     pub fn clear(&mut self, prefix: &mut PrefixCache) {
-        let cached = self.pool.cached();
-        let slots: Vec<BlockId> = cached.chain(self.fence.iter()).collect();
-        for slot in slots {
-            match self.pool.state(slot) {
-                BlockState::Cached => self.discard(StateSlot::of(slot), prefix),
-                BlockState::Deferred => prefix.forget_state(StateSlot::of(slot)),
-                BlockState::Referenced | BlockState::Free => {}
-            }
+        for slot in unheld(&self.pool, &self.fence) {
+            prefix.forget_state(StateSlot::of(slot));
+            self.pool.forget(slot);
         }
     }
 

@@ -172,12 +172,9 @@ impl Scheduler {
         let found = sessions.find(|(session, retained)| {
             Some(*session) != own && self.cache.has_exclusive_slot(&retained.table)
         });
-        let Some((session, _)) = found else {
-            return false;
-        };
+        let found = found.map(|(session, _)| session);
         drop(sessions);
-        self.end_session(session);
-        true
+        self.evict(found)
     }
 
     /// Lets a sequence that was swapped out be recomputed instead, because it keeps its slot while
@@ -276,19 +273,22 @@ impl Scheduler {
     /// was one.
     fn evict_session(&mut self, own: Option<SessionId>) -> bool {
         let mut sessions = self.retained.in_order_of_eviction(false);
-        let Some((session, _)) = sessions.find(|(session, _)| Some(*session) != own) else {
-            return false;
-        };
+        let oldest = sessions.find(|(session, _)| Some(*session) != own);
+        let oldest = oldest.map(|(session, _)| session);
         drop(sessions);
-        self.end_session(session);
-        true
+        self.evict(oldest)
     }
 
     /// Evicts the session whose pin expires first, for a sequence that could never run
     /// otherwise. Returns whether there was one.
     fn evict_pinned_session(&mut self) -> bool {
         let first = self.retained.first_pinned();
-        first.map(|session| self.end_session(session)).is_some()
+        self.evict(first)
+    }
+
+    /// Releases what a session keeps. Returns whether there is a session.
+    fn evict(&mut self, session: Option<SessionId>) -> bool {
+        session.map(|session| self.end_session(session)).is_some()
     }
 
     /// Estimates what preempting a sequence would cost.
