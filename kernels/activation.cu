@@ -1,4 +1,4 @@
-// Non-linearities.
+// Activation functions and gates.
 #include "gate.cuh"
 #include "vector.cuh"
 
@@ -19,7 +19,7 @@ KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u3
     store8(out + u64(index) * 8, x);
 }
 
-// out = max(up, 0)², for `count` numbers, a multiple of eight. A value that is no number stays.
+// out = max(up, 0)², for `count` numbers, a multiple of eight. NaN stays NaN.
 KERNEL(256) squared_relu(T* out, const T* up, u32 count) {
     wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
@@ -51,7 +51,7 @@ KERNEL(256) sigmoid_gate(T* x, const T* gates, u32 count) {
     store8(x + index, v);
 }
 
-// The same, where each gate is that of `width` neighbouring numbers, a multiple of eight.
+// The same, where each gate applies to `width` adjacent numbers, a multiple of eight.
 KERNEL(256) sigmoid_gates(T* x, const float* gates, u32 count, u32 width) {
     wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;

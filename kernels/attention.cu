@@ -1,36 +1,36 @@
-// Attention over the paged cache: one kernel for sequences with one row (decode), which rotates and
-// stores the row, spreads the sequence's units of keys over warps and merges them, and one for
-// sequences with more rows (prefill). See attention.cuh for what they share.
+// Attention over the paged KV cache. One kernel is for sequences with one row (decode): it can rotate and
+// store the row, distributes the sequence's units of keys over warps, and merges them. Another kernel is
+// for sequences with several rows (prefill). See attention.cuh for the code that they share.
 #include "arrival.cuh"
 #include "attention.cuh"
 #include "rope.cuh"
 
 // Decode ---------------------------------------------------------------------------------
 
-// Granules of keys or values that a warp has on their way or at hand: a power of two, so
-// many that four warps fill no more than 72 KiB.
+// Slots in a warp's ring, each for a granule of keys or values that is in flight or in use: a power of
+// two, such that the rings of four warps take at most 72 KiB.
 template <int HEAD>
 constexpr u32 DECODE_SLOTS = HEAD <= 64 ? 8 : HEAD <= 128 ? 4 : 2;
 template <int HEAD>
 constexpr u32 DECODE_SLOT_BYTES = GRANULE * PITCH_BYTES<COLUMNS<HEAD>>;
 
-// What a warp of the decode kernel copies: the granules of a unit, tile by tile, of each
-// first two of keys, all pieces of one before the other, then a piece of two of values.
+// The copies that a warp of the decode kernel makes of a unit, tile by tile. The parts of a tile are all
+// pieces of its first granule of keys, all of its second one, and then one piece of each granule of values.
 template <int HEAD>
 struct DecodeCopies {
     static constexpr u32 KEY_PARTS = 2 * PIECES<HEAD>, PARTS = KEY_PARTS + 2;
     const T *k_cache;
-    // The piece of the first value.
+    // Points to the block's piece of the first value.
     const T *v_cache;
-    // In shared memory.
+    // Address in shared memory.
     u32 ring;
-    // The unit's number and where its granules begin; see `Pages::locate`.
+    // Index of the unit, and the first vectors of its granules from `Pages::locate`.
     u32 unit, rows;
     u32 end_tile;
     Sight sight;
 
-    // Starts a part of a tile of the unit; nothing beyond the last tile, but a group of
-    // copies in any case.
+    // Starts to copy a part of a tile. Beyond the last tile there is nothing to copy, but a copy group is
+    // committed all the same, so that `next` can count groups.
     INLINE void start(u32 tile, u32 part) const {
         if (tile < end_tile) {
             const bool keys = part < KEY_PARTS;
@@ -48,14 +48,14 @@ struct DecodeCopies {
         return ring + (tile * PARTS + part) % DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
     }
 
-    // Starts all that there is room for but one.
+    // Starts as many copies as the ring has slots, except one.
     INLINE void begin(u32 tile) const {
 #pragma unroll 1
         for (u32 part = 0; part < DECODE_SLOTS<HEAD> - 1; part++) start(tile + part / PARTS, part % PARTS);
     }
 
-    // Waits until a part of a tile is there, and starts the one that takes the place of the
-    // part before it.
+    // Waits until a part of a tile has arrived, and starts the copy that replaces the part before it.
+    // Returns the address of the part in shared memory.
     INLINE u32 next(u32 tile, u32 part) const {
         constexpr u32 ahead = DECODE_SLOTS<HEAD> - 1;
         copy_async_wait<int(ahead) - 1>();
@@ -65,8 +65,8 @@ struct DecodeCopies {
     }
 };
 
-// What decode attention does to the row of its sequence before it reads the cache, if rope_store has
-// not done so: the parameters are those of rope_store. `angles` is null if it has.
+// How decode attention normalises, rotates and stores the row of its sequence before it reads the cache.
+// The parameters are those of rope_store. `angles` is null if rope_store has already done this.
 struct NewRow {
     const float2* angles;
     const float *q_norm, *k_norm;
@@ -74,16 +74,16 @@ struct NewRow {
     u32 norm_mode, rotary_dim;
 };
 
-// The heads of a row that a block needs: `queries` of them from head `first_query` on, the key and the
-// value of a key-value head, whose heads are numbers `key` and `value`, and whether these two are to be
-// stored.
+// The heads of a row that a block needs: `queries` query heads from head `first_query` on, and the heads
+// `key` and `value`, the key and the value of a key-value head. `stores` is 1 if the block stores these
+// two, and otherwise 0.
 struct NewHeads {
     const T* row;
     u32 first_query, queries, key, value, stores;
 };
 
-// Puts the queries into shared memory, `head_dim + 8` elements apart, and the key and the value at
-// `position` into the cache. A warp per head. Called, not inlined: it is the same for every head size.
+// Writes the queries to shared memory, `head_dim + 8` elements apart, and the key and the value of
+// `position` to the cache. One warp per head. Not inlined, because all head dimensions share it.
 __device__ __noinline__ void prepare_heads(
     T* shared_queries, T* k_cache, T* v_cache, NewHeads heads, NewRow new_row, Pages pages, u32 position, u32 head_dim
 ) {
@@ -109,19 +109,19 @@ __device__ __noinline__ void prepare_heads(
     }
 }
 
-// What a block of the decode kernel does, in a grid of (any, kv_heads · ceil(group / 16) · pieces,
-// listed sequences). An entry of the list is {sequence, where its units begin among all partial
+// The work of a block of the decode kernel, whose grid is (any, kv_heads · ceil(group / 16) · pieces,
+// listed sequences). An entry of the list is {sequence, index of its first unit among the partial
 // results}.
 struct DecodeBlock {
-    // Of the sequence.
+    // The sequence's row, number of keys, table origin and first partial result.
     u32 first_row, length, origin, first_partial;
     Sight sight;
-    // The units that its token sees, and the blocks that have anything to do: one if there are no
-    // units, for the zeros.
+    // The first and the number of the units that the token sees, and the number of blocks (in x) that
+    // have work: one if there are no units, to write zeros.
     u32 first_unit, units, blocks;
-    // The key-value head and the query heads of its group.
+    // The key-value head, and the first and the number of its query heads that the block computes.
     u32 kv_head, first_head, heads;
-    // The first of the columns of the results that it computes.
+    // The first column of the results that the block computes.
     u32 first_column;
 
     INLINE DecodeBlock(
@@ -141,13 +141,13 @@ struct DecodeBlock {
     }
 };
 
-// Ends the work of a block on its units. The last of a sequence's blocks to do so merges all units
-// of its heads, in ascending order, whichever block has computed them when, and writes the results;
-// zeros if there are no units. `arrivals` has a count for each y and z, which is 0 before and after.
+// Called by each block when its units are complete. The last of the blocks with the same (y, z) merges
+// all units of its heads in ascending order, whichever block computed them and when, and writes the
+// results, or zeros if there are no units. `arrivals` has a counter per (y, z), 0 before and after.
 //
-// A warp per head; `shared` is the memory of this warp, with room for 32 units of 128 columns or of
-// all, if there are fewer. Called, not inlined: it is the same for every head size. What it needs to
-// know is computed again, for want of registers.
+// One warp per head. `shared` is this warp's memory, with room for 32 units of 128 columns, or of all
+// columns if there are fewer. Not inlined, because all head dimensions share it. The `DecodeBlock` is
+// computed again, which takes fewer registers than passing it.
 __device__ __noinline__ void merge_units(
     T* out, const float* partial_out, const float2* partial_stats, u32* arrivals, const uint4* sequences,
     const uint2* decode_list, const float* sinks, u32 q_heads, u32 kv_heads, u32 window, u32 chunks, u32 head_dim,
@@ -172,7 +172,7 @@ __device__ __noinline__ void merge_units(
     for (u32 head = block.first_head + warp_id(); head < block.first_head + block.heads; head += WARPS) {
 #pragma unroll 1
         for (u32 column = block.first_column + place; column - place < end_column; column += ACROSS) {
-            // Each lane has four columns, if there are so many.
+            // Each lane has four columns; lanes beyond the width have none.
             const bool any = place < width;
             float largest, sum, total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             begin_softmax(largest, sum, sinks, head);
@@ -188,7 +188,7 @@ __device__ __noinline__ void merge_units(
                                  : "memory");
                 }
                 copy_async_commit();
-                // Lane i prepares unit i: the largest score of all units before it, then the factors.
+                // Lane i finds the maximum score of all units before unit i, and from it the unit's factors.
                 float2 stats = make_float2(UNSEEN, 0.0f);
                 if (lane < count) stats = __ldcg(partial_stats + u64(first + lane) * q_heads + head);
                 float upto = fmaxf(stats.x, largest);
@@ -227,12 +227,12 @@ __device__ __noinline__ void merge_units(
     }
 }
 
-// Bytes of a warp's ring. The rings follow the queries in the memory of a block.
+// Bytes of a warp's ring. In a block's shared memory, the rings follow the queries.
 template <int HEAD>
 constexpr u32 DECODE_RING_BYTES = DECODE_SLOTS<HEAD> * DECODE_SLOT_BYTES<HEAD>;
 
-// 128 threads; see DecodeBlock for the grid. Warp w of block x does the units 4 x + w,
-// 4 (x + gridDim.x) + w, … of the sequence; see merge_units for what comes then.
+// Computes decode attention. 128 threads; see DecodeBlock for the grid. Warp w of block x computes the
+// units 4 x + w, 4 (x + gridDim.x) + w, … of the sequence, and merge_units merges them.
 template <int HEAD>
 INLINE void attend_decode(
     T* out, float* partial_out, float2* partial_stats, u32* arrivals, const T* qkv, T* k_cache, T* v_cache,
@@ -241,8 +241,8 @@ INLINE void attend_decode(
     u32 chunks
 ) {
     extern __shared__ __align__(16) u8 shared[];
-    // The inputs of the step and the blocks that its tokens see, except for the newest key and value,
-    // were written before the kernel before this one began.
+    // What is read before the wait was written before the previous kernel began: the inputs of the step,
+    // and the cache blocks that its tokens see, except for the newest key and value.
     const DecodeBlock block(decode_list, sequences, q_heads, kv_heads, window, chunks, PIECES<HEAD>);
     const u32 units = block.units, heads = block.heads;
     const Sight sight = block.sight;
@@ -261,8 +261,8 @@ INLINE void attend_decode(
     T* const shared_queries = reinterpret_cast<T*>(shared);
     const u32 ring = shared_address(shared) + WARP_ROWS * PITCH_BYTES<HEAD> + warp_id() * DECODE_RING_BYTES<HEAD>;
     if (units > 0) {
-        // The block that reads the newest key stores it. If the group has several tiles, a block of
-        // each does, and they store the same.
+        // The block that reads the newest key stores it. If several tiles of the group or several pieces
+        // need it, one block of each stores it, with the same bits.
         const bool stores = new_row.angles != nullptr && (units - 1) / WARPS % gridDim.x == blockIdx.x;
         const T* const row = qkv + u64(block.first_row) * columns;
         const u32 key = q_heads + block.kv_head;
@@ -271,7 +271,7 @@ INLINE void attend_decode(
     }
     __syncthreads();
 
-    // The rows of this warp: the block's heads, beside copies of the last one.
+    // The rows of each warp are the block's heads, padded to 16 with copies of the last one.
     const u32 row = lane_id() / 4;
     const Queries<HEAD, 4> queries(shared_queries + min(row, heads - 1) * PITCH<HEAD>,
                                    shared_queries + min(row + 8, heads - 1) * PITCH<HEAD>, index < units);
@@ -320,7 +320,7 @@ INLINE void attend_decode(
                 const float2 x = make_float2(softmax.out[n][2 * r], softmax.out[n][2 * r + 1]);
                 *reinterpret_cast<float2*>(to + 8 * r * HEAD + n * 8) = x;
             }
-            // All pieces of a head have the same.
+            // All pieces of a head have the same statistics.
             if (column == 0) partial_stats[partial + 8 * r] = make_float2(softmax.largest[r], softmax.sum[r]);
         }
     }
@@ -331,16 +331,16 @@ INLINE void attend_decode(
 
 // Prefill --------------------------------------------------------------------------------
 
-// Packed query rows of a block.
+// Packed query rows per block.
 constexpr u32 BLOCK_ROWS = WARPS * WARP_ROWS;
-// Tiles of keys or values that are on their way or at hand: a power of two.
+// Slots in a block's ring, each for a tile of keys or values that is in flight or in use: a power of two.
 template <int HEAD>
 constexpr u32 PREFILL_SLOTS = HEAD <= 128 ? 4 : 2;
 template <int HEAD>
 constexpr u32 PREFILL_SLOT_BYTES = TILE * PITCH_BYTES<COLUMNS<HEAD>>;
 
-// The merged units of a warp's rows: in registers, or for large heads in shared memory,
-// where every thread has its own places.
+// The results of a warp's rows, merged over units. They are in registers or, for large heads, in shared
+// memory, where every thread has its own elements.
 template <int COLUMNS, bool SHARED = (COLUMNS > 128)>
 struct Total {
     float out[COLUMNS / 8][4];
@@ -359,7 +359,7 @@ struct Total {
             for (int i = 0; i < 4; i++) out[n][i] = merge(out[n][i], keep[i / 2], unit.out[n][i], add[i / 2]);
         }
     }
-    // The two elements of the lane's row `r` in columns 8 n ...
+    // Returns the lane's two elements of its row `r` in the columns 8 n .. 8 n + 8.
     INLINE float2 get(int n, int r) const { return make_float2(out[n][2 * r], out[n][2 * r + 1]); }
 };
 template <int COLUMNS>
@@ -387,24 +387,24 @@ struct Total<COLUMNS, true> {
     INLINE float2 get(int n, int r) const { return at(n, r); }
 };
 
-// What a block of the prefill kernel copies: tile by tile, the pieces of keys and then a piece of
-// values.
+// The copies that a block of the prefill kernel makes, tile by tile. The parts of a tile are all pieces of
+// its keys, and then one piece of its values.
 template <int HEAD>
 struct PrefillCopies {
     static constexpr u32 KEY_PARTS = PIECES<HEAD>, PARTS = KEY_PARTS + 1;
     const T *k_cache;
-    // The piece of the first value.
+    // Points to the block's piece of the first value.
     const T *v_cache;
-    // In shared memory.
+    // Address in shared memory.
     u32 ring;
     u32 first_tile, end_tile;
     Sight sight;
     Pages pages;
-    // Where granules begin, see `Pages::locate`: of the unit of the keys that come next, of
-    // the unit of the values that come next, and of the unit after that of the keys.
+    // First vectors of granules, from `Pages::locate`: in the unit of the next keys, in the unit of the
+    // next values, and in the unit after that of the next keys.
     u32 key_rows, value_rows, later_rows;
 
-    // Starts all that there is room for but one.
+    // Starts as many copies as the ring has slots, except one.
     INLINE void begin() {
         key_rows = pages.locate(first_tile / UNIT_TILES, sight);
         value_rows = key_rows;
@@ -413,7 +413,7 @@ struct PrefillCopies {
         for (u32 part = 0; part < PREFILL_SLOTS<HEAD> - 1; part++) start(first_tile + part / PARTS, part % PARTS);
     }
 
-    // Starts a part of a tile; nothing beyond the last tile, but a group of copies in any case.
+    // Starts to copy a part of a tile. Beyond the last tile, it only commits an empty copy group.
     INLINE void start(u32 tile, u32 part) {
         if (tile % UNIT_TILES == 0 && tile != first_tile) {
             if (part == 0) {
@@ -440,8 +440,8 @@ struct PrefillCopies {
         return ring + (tile * PARTS + part) % PREFILL_SLOTS<HEAD> * PREFILL_SLOT_BYTES<HEAD>;
     }
 
-    // Waits until a part of a tile is there for all threads, and starts what takes the place
-    // of the part before it.
+    // Waits until a part of a tile has arrived for all threads, and starts the copy that replaces the part
+    // before it. Returns the address of the part in shared memory.
     INLINE u32 next(u32 tile, u32 part) {
         constexpr u32 ahead = PREFILL_SLOTS<HEAD> - 1;
         copy_async_wait<int(ahead) - 1>();
@@ -451,9 +451,9 @@ struct PrefillCopies {
     }
 };
 
-// grid (work items, kv_heads · pieces), 128 threads. A work item is {sequence, first packed row},
-// and stands for 64 packed rows: token · group + head. The last items, which see the most
-// keys, come first.
+// Computes prefill attention. Grid (work items, kv_heads · pieces), 128 threads. A work item is {sequence,
+// first packed row} and covers 64 packed rows; packed row token · group + head is a head of a token. The
+// last items, which see the most keys, start first.
 template <int HEAD>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
@@ -469,8 +469,8 @@ INLINE void attend_prefill(
     const u32 first_position = sequence.z - sequence.y;
     const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window, chunks); };
 
-    // What the block, the warp and each of the lane's two rows see. Beyond the last row
-    // are copies of it, which are not written.
+    // The keys that the block, the warp and each of the lane's two rows see. Rows beyond the last one are
+    // copies of it, which are not written.
     const u32 block_row = work.y, warp_row = block_row + warp_id() * WARP_ROWS;
     const Sight block = {sight_of(block_row).begin, sight_of(min(block_row + BLOCK_ROWS - 1, last)).end};
     const Sight warp_first = sight_of(min(warp_row, last)), warp_last = sight_of(min(warp_row + WARP_ROWS - 1, last));

@@ -1,66 +1,66 @@
-// What decode and prefill attention share, so that a token's result has the same bits
-// whichever of them computed it, in whatever chunk of its prompt, beside whatever rows.
+// Code that decode and prefill attention share, so that a token's result has the same bits whichever
+// of them computes it, in whichever chunk of its prompt, and whatever other rows are in the step.
 //
-// Keys are cut into units of 128, counted from the sequence's beginning, and units into
-// tiles of 32. A warp takes 16 packed query rows (token by token, and of each token the
-// query heads of one key-value head) through a unit's tiles in ascending order with an
-// online softmax that starts anew with the unit. Units are then merged one after the
-// other, ascending.
+// Keys are divided into units of 128, counted from the start of the sequence, and units into tiles of
+// 32. A warp processes the tiles of a unit in ascending order for 16 packed query rows: token by token,
+// and for each token the query heads of one key-value head. The online softmax starts anew with each
+// unit. The units are then merged one after the other, in ascending order, so that the order of all
+// additions depends only on the positions.
 //
-// A row sees the keys `begin .. end`. A tile or a unit of which a row sees nothing leaves
-// the row's state as it is, to the bit: the largest score stays, the factor on what was
-// summed up is exactly 1, and exact zeros are added. So it does not matter which tiles
-// are visited for the sake of other rows.
+// A row sees the keys `begin .. end`. A tile or unit in which a row sees no key leaves the row's state
+// unchanged, bit for bit: the maximum score stays, the factor on the sums is exactly 1, and exact zeros
+// are added. So a warp may visit tiles that only some of its rows see, and the other rows' results do
+// not change.
 #pragma once
 #include "common.cuh"
 
 constexpr u32 UNIT = 128;
 constexpr u32 TILE = 32;
-// Keys that are always in one block of the cache.
+// Keys per granule, which always lie in the same cache block: block sizes are multiples of it.
 constexpr u32 GRANULE = 16;
 constexpr u32 UNIT_TILES = UNIT / TILE;
 constexpr u32 UNIT_GRANULES = UNIT / GRANULE;
-// Packed query rows of a warp.
+// Packed query rows per warp.
 constexpr u32 WARP_ROWS = 16;
 constexpr u32 WARPS = 4;
 constexpr float LOG2_E = 1.4426950408889634f;
-// Minus infinity: the score of a key that is not seen.
+// Minus infinity: the score of a key that the row does not see.
 #define UNSEEN __int_as_float(0xff800000)
 
-// Elements from one row of a tile in shared memory to the next: with an odd number of
-// 16-byte vectors, the eight rows that an ldmatrix reads lie in different banks.
+// Distance between rows of a tile in shared memory, in elements. It is an odd number of 16-byte vectors,
+// so that the eight rows that an ldmatrix reads lie in different banks.
 template <int COLUMNS>
 constexpr int PITCH = COLUMNS + 8;
 
-// Heads of more than 256 elements are computed in pieces of 256, for want of registers and of shared
-// memory: a tile holds one piece of its keys or values at a time, and a block sums up the values of
-// one piece of the results. All blocks of a head compute the same scores, to the bit.
+// Heads of more than 256 elements are computed in pieces of 256, to save registers and shared memory:
+// a tile holds one piece of its keys or values at a time, and a block computes one piece of the results.
+// All blocks of a head compute the same scores, bit for bit.
 constexpr u32 MOST_COLUMNS = 256;
 template <int HEAD>
 constexpr int COLUMNS = HEAD < int(MOST_COLUMNS) ? HEAD : int(MOST_COLUMNS);
 template <int HEAD>
 constexpr u32 PIECES = HEAD / COLUMNS<HEAD>;
-// Elements of a vector, the unit in which places in the cache are counted.
+// Elements per 16-byte vector, the unit of offsets in the cache.
 constexpr u32 VECTOR = 8;
 
-// 2^x; 0 for -infinity, exactly 1 for 0.
+// Returns 2^x: 0 for −∞, and exactly 1 for 0.
 INLINE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// 1 / x, to the last bit but one; 0 for infinity.
+// Returns 1 / x to within one unit in the last place; 0 for infinity.
 INLINE float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// The largest score, as it is subtracted before the exponential: 0 where nothing was seen.
+// Returns the maximum score as it is subtracted before the exponential: 0 if no key was seen.
 INLINE float finite(float largest) { return largest == UNSEEN ? 0.0f : largest; }
 
-// Joins the largest score of a part to that of all before it; gives the factors on both sums.
+// Merges a part's maximum score into `largest`. Sets the factors on the sum so far and on the part's sum.
 INLINE void join(float& largest, float other, float& keep, float& add) {
     const float both = fmaxf(largest, other);
     keep = power_of_two(largest - finite(both));
@@ -68,15 +68,15 @@ INLINE void join(float& largest, float other, float& keep, float& add) {
     largest = both;
 }
 
-// Adds a part's sum to that of all before it.
+// Returns the sum so far plus a part's sum, each times its factor from `join`.
 INLINE float merge(float total, float keep, float part, float add) {
     return fmaf(total, keep, __fmul_rn(part, add));
 }
 
-// One over a softmax's sum; 0 where nothing was seen.
+// Returns 1 / `sum` for the sum of a softmax, or 0 if no key was seen.
 INLINE float inverse(float sum) { return sum == 0.0f ? 0.0f : reciprocal(sum); }
 
-// Two numbers that are in the range of T for sure.
+// Converts two numbers that are known to be in the range of T.
 INLINE T2 pair_of(float x, float y) {
 #if QUELL_F16
     return __floats2half2_rn(x, y);
@@ -85,18 +85,18 @@ INLINE T2 pair_of(float x, float y) {
 #endif
 }
 
-// A result, which lies among the values; adding zero makes a negative zero a positive one.
+// Returns a weighted mean of values, which is in the range of T. The addition turns −0 into +0.
 INLINE float result(float total, float inverse_sum) { return __fmaf_rn(total, inverse_sum, 0.0f); }
 
-// A softmax's state before the first key, as far as it is no result: that of a key with the score
-// `sink` of its head and a value of zeros, if there are sinks.
+// Sets the maximum and the sum of a softmax before the first key. With sinks, they are those after a key
+// whose score is the head's sink and whose value is zeros.
 INLINE void begin_softmax(float& largest, float& sum, const float* sinks, u32 head) {
     largest = sinks != nullptr ? sinks[head] * LOG2_E : UNSEEN;
     sum = sinks != nullptr ? 1.0f : 0.0f;
 }
 
-// How scores are made of products: the factor with log2(e) in it, so that the softmax is
-// over powers of two, and the soft-cap.
+// How products become scores: the scale, multiplied by log2(e) so that the softmax uses powers of two,
+// and the soft-cap.
 struct Scoring {
     float scale;
     float cap;
@@ -110,8 +110,8 @@ struct Scoring {
     }
 };
 
-// The keys that a row at `position` sees: `begin .. end`. It sees only keys of its own chunk, whose
-// beginning is what `chunks`, a mask, leaves of the position: 0 for a single chunk.
+// The keys that a row sees: `begin .. end`. A row sees only keys within its window (0: no window) and
+// of its own chunk, which begins at `position & chunks`; a mask of 0 means a single chunk.
 struct Sight {
     u32 begin, end;
 
@@ -124,43 +124,43 @@ struct Sight {
     INLINE bool sees_any(u32 first, u32 count) const { return first < end && first + count > begin; }
 };
 
-// The blocks of one sequence, as one key-value head sees them: its cache begins with its first key in
-// the first block.
+// The cache blocks of one sequence. Offsets are counted from where the first key of the key-value head
+// lies in block 0 of the cache.
 struct Pages {
-    // The block of position 0 is tables[origin]. If the table begins later in the sequence,
-    // `origin` is a place before it, modulo 2^32.
+    // tables[origin] is the block of position 0. If the table of the sequence begins at a later position,
+    // `origin` lies before the table, modulo 2^32.
     const u32* tables;
     u32 origin, block_tokens;
-    // Vectors from one block to the next, which may have room for larger layers than this one, and
-    // from one key to the next.
+    // Distances in vectors: from one block to the next, which may have room for larger layers than this
+    // one, and from one key to the next.
     u32 block_vectors, key_vectors;
 
-    // Lane i (modulo 8) gets where the unit's granule i begins, counted in vectors;
-    // 0 for a granule of which `sight` sees nothing: its block may be gone.
+    // Returns to lane i (modulo 8) the first vector of the unit's granule i, or 0 if `sight` sees none of
+    // the granule's keys, because its block may have been freed.
     INLINE u32 locate(u32 unit, Sight sight) const {
         const u32 granule = unit * UNIT_GRANULES + lane_id() % UNIT_GRANULES;
         if (!sight.sees_any(granule * GRANULE, GRANULE)) return 0;
         return vector_of(granule * GRANULE);
     }
 
-    // The first vector of a position whose block is in the table.
+    // Returns the first vector of a position, whose block must be in the table.
     INLINE u32 vector_of(u32 position) const {
         return tables[origin + position / block_tokens] * block_vectors + position % block_tokens * key_vectors;
     }
 };
 
-// Bytes from one row of a tile in shared memory to the next.
+// Distance between rows of a tile in shared memory, in bytes.
 template <int COLUMNS>
 constexpr u32 PITCH_BYTES = PITCH<COLUMNS> * sizeof(T);
 
-// Copies a piece of `ROWS` keys or values, 16 from vector `first` of the cache on and then, if there
-// are more, 16 from vector `second` on, to shared memory: the work of `THREADS` threads, of which
-// this is number `thread`. Keys that are not seen become zeros, and are not read.
+// Starts to copy one piece of `ROWS` keys or values to shared memory: 16 from vector `first` of the cache
+// on and, if `ROWS` is 32, another 16 from vector `second` on. `THREADS` threads share the work; this is
+// number `thread`. Keys outside `sight` are not read and become zeros.
 template <int HEAD, u32 THREADS, u32 ROWS>
 INLINE void copy_rows(
     u32 shared, const T* cache, u32 first, u32 second, u32 thread, u32 first_key, const Sight& sight
 ) {
-    // As many vectors side by side in one access as is a power of two.
+    // Adjacent threads copy ACROSS adjacent vectors: the largest power of two that divides VECTORS.
     constexpr u32 VECTORS = COLUMNS<HEAD> / VECTOR, ACROSS = VECTORS & (0 - VECTORS), STEP = THREADS / ACROSS;
     const u32 thread_row = thread / ACROSS;
     if (STEP > ROWS && thread_row >= ROWS) return;
@@ -185,10 +185,10 @@ INLINE void copy_rows(
     }
 }
 
-// The queries of a lane's rows, lane / 4 and lane / 4 + 8 of the warp's, as left operands
-// of products, 16 columns each. Registers hold all of heads of up to 128 columns, and the first
-// `MOST` of larger ones; the others are read anew, from shared memory or the cache of the
-// multiprocessor.
+// The queries of a lane's two rows, lane / 4 and lane / 4 + 8 of the warp's, as left operands of matrix
+// products of 16 columns each. Registers hold all operands of heads of up to 128 columns, and the first
+// `MOST` operands of larger heads. The others are read again for each product, from shared memory or
+// the L1 cache.
 template <int HEAD, int MOST = 7>
 struct Queries {
     static constexpr int STEPS = HEAD / 16;
@@ -207,8 +207,8 @@ struct Queries {
         for (int i = 0; i < 4; i++) out[i] = *reinterpret_cast<const u32*>(rows[i % 2] + step * 16 + i / 2 * 8);
     }
 
-    // Scores with the 16 keys of which a piece is at `keys`, as sums of products: those of the pieces
-    // before it, and of this one.
+    // Adds the products with one piece of 16 keys, which lies at `keys`, to the scores of these keys.
+    // The first piece starts the scores at 0.
     INLINE void multiply(float (&first)[4], float (&second)[4], u32 keys, int piece) const {
         constexpr int PIECE_STEPS = STEPS / int(PIECES<HEAD>);
         if (piece == 0) {
@@ -235,8 +235,8 @@ struct Queries {
 };
 
 // The online softmax of a warp's 16 rows over the keys of one unit, and `COLUMNS` columns of its
-// results. A lane holds, of rows lane / 4 and lane / 4 + 8, the columns 2 (lane % 4) and the next of
-// every eight; its `sum` is over its own keys until `finish`.
+// results. A lane holds rows lane / 4 and lane / 4 + 8 and, of every eight columns, 2 (lane % 4) and the
+// next one. Until `finish`, its `sum` covers only the lane's own keys.
 template <int COLUMNS>
 struct Softmax {
     float largest[2];
@@ -253,8 +253,8 @@ struct Softmax {
         }
     }
 
-    // Turns the products of a tile's keys, which begin at `first_key`, into weights, ready
-    // to be multiplied with 16 values each. `masked`: some row may not see some key.
+    // Turns the products with a tile's keys, which begin at `first_key`, into weights: two left operands,
+    // each for 16 values. `masked` must be set unless every row sees every key.
     INLINE void weigh(
         float (&scores)[4][4], u32 (&weights)[2][4], const Scoring& scoring, const Sight (&sights)[2], u32 first_key,
         bool masked
@@ -296,7 +296,7 @@ struct Softmax {
             }
             sum[r] = fmaf(sum[r], decay[r], tile_sum);
         }
-        // Most tiles do not raise the largest score: then all factors are 1.
+        // Most tiles do not raise a row's maximum score. Then all factors are 1.
         if (__any_sync(FULL_WARP, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++) {
@@ -306,7 +306,7 @@ struct Softmax {
         }
     }
 
-    // Adds 16 values, at `values`, times their weights.
+    // Adds the 16 values at `values`, times their weights, to the results.
     INLINE void add(const u32 (&weights)[4], u32 values) {
         const u32 lane = lane_id();
         const u32 row = values + lane % 16 * PITCH_BYTES<COLUMNS> + lane / 16 * 16;
@@ -319,7 +319,7 @@ struct Softmax {
         }
     }
 
-    // Makes `sum` that of all keys, in every lane of a row.
+    // Extends `sum` to all keys of the unit, in every lane of a row.
     INLINE void finish() {
 #pragma unroll
         for (int r = 0; r < 2; r++) {

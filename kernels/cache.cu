@@ -1,7 +1,7 @@
-// Whole blocks of the key-value cache.
+// Operations on whole blocks of the KV cache.
 //
-// The cache is `arrays` arrays (keys and values of each layer) of `blocks` blocks of
-// `vectors` times sixteen bytes.
+// The cache consists of arrays, such as the keys or the values of a layer. Each array has `blocks`
+// blocks of `vectors` vectors of 16 bytes.
 #include "common.cuh"
 
 INLINE uint4* block_of(T* cache, u32 array, u32 blocks, u32 block, u32 vectors) {

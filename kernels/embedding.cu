@@ -1,8 +1,8 @@
-// Token ids and their rows of an unquantised embedding table.
+// Resolution of token ids, and lookup of their rows in an unquantised embedding table.
 #include "vector.cuh"
 
-// resolved[r] = the token of row r: what the previous step sampled where `feedback`
-// names a sample, `tokens[r]` elsewhere.
+// resolved[r] = the token of row r: sample number feedback[r] of the previous step, or tokens[r] if
+// feedback[r] is NONE.
 KERNEL(256) resolve_tokens(u32* resolved, const u32* tokens, const u32* feedback, const u32* previous, u32 rows) {
     wait_for_kernels_before();
     u32 row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -12,7 +12,7 @@ KERNEL(256) resolve_tokens(u32* resolved, const u32* tokens, const u32* feedback
 }
 
 // out[r] = scale · table[resolved[r]]; a token that is not below `vocabulary` reads row 0.
-// One block a row.
+// One block per row.
 KERNEL(256) embed_dense(float* out, const T* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
     wait_for_kernels_before();
     u32 token = resolved[blockIdx.x];

@@ -1,93 +1,23 @@
-// Mixture-of-experts layers beside their matrix products: which experts a row goes to,
-// the rows of each expert together, and the sum of the experts' results.
+// Mixture-of-experts layers except for their matrix products: routes rows to experts, groups the rows
+// of each expert, and sums the results of the experts.
 //
-// A pair is a row and one of its experts; pair `row · top_k + i` is the row's i-th
-// expert by index.
+// A pair is a row and one of its experts. Pair `row · top_k + i` belongs to the i-th of the row's experts
+// in ascending order of their indices.
 #include "common.cuh"
 
-constexpr u32 MAX_EXPERTS = 256;
-constexpr u32 MAX_TOP_K = 32;
+constexpr u32 MAX_EXPERTS = 512;
 
-INLINE u32 place_of(const float* numbers, u32 count, u32 index);
+// The lowest rank of an expert that can be chosen, and the rank of an expert that cannot.
+constexpr float LEAST = -3.402823466e38f;
+INLINE float never() { return __int_as_float(0xff800000); }
 
-// Softmax over a row's logits, the `top_k` largest (ties: the lower index), divided by
-// their sum if `normalize`, times `scale`. With several groups of experts, only those of the
-// `top_groups` groups with the best experts take part. At most 32 groups. One warp a row; the sums
-// run in a fixed order.
-KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
-             u32 normalize, float scale, u32 groups, u32 top_groups) {
-    wait_for_kernels_before();
-    __shared__ float weights[MAX_EXPERTS];
-    __shared__ float group_ranks[32];
-    __shared__ u32 chosen[MAX_TOP_K];
-    __shared__ float chosen_weights[MAX_TOP_K];
-    u32 row = blockIdx.x, lane = lane_id();
-    if (row >= rows) return;
-    router += (u64)row * experts;
-
-    float largest = __int_as_float(0xff800000);
-    for (u32 i = lane; i < experts; i += 32) largest = fmaxf(largest, router[i]);
-    largest = warp_max(largest);
-    float total = 0.0f;
-    for (u32 i = lane; i < experts; i += 32) {
-        float weight = expf(router[i] - largest);
-        weights[i] = weight;
-        total += weight;
-    }
-    total = warp_sum(total);
-
-    if (groups > 1) {
-        const u32 size = experts / groups;
-        __syncwarp();
-        float best = -1.0f;
-#pragma unroll 1
-        for (u32 i = 0; i < size && lane < groups; i++) best = fmaxf(best, weights[lane * size + i]);
-        group_ranks[lane] = best;
-        __syncwarp();
-        if (lane < groups && place_of(group_ranks, groups, lane) >= top_groups) {
-#pragma unroll 1
-            for (u32 i = 0; i < size; i++) weights[lane * size + i] = -1.0f;
-        }
-        __syncwarp();
-    }
-
-    // A lane looks after its own experts only; a chosen one becomes negative.
-    float kept = 0.0f;
-    for (u32 k = 0; k < top_k; k++) {
-        float best = -1.0f;
-        u32 expert = NONE;
-        for (u32 i = lane; i < experts; i += 32) {
-            float weight = weights[i];
-            // NaN is as good as the least: something is chosen in any case.
-            if (!(weight < 0.0f) && (expert == NONE || weight > best)) best = weight, expert = i;
-        }
-#pragma unroll
-        for (int offset = 16; offset > 0; offset >>= 1) {
-            float other = __shfl_xor_sync(FULL_WARP, best, offset);
-            u32 other_expert = __shfl_xor_sync(FULL_WARP, expert, offset);
-            bool better = other > best || (!(other < best) && other_expert < expert);
-            if (other_expert != NONE && (expert == NONE || better)) best = other, expert = other_expert;
-        }
-        best = __shfl_sync(FULL_WARP, best, 0);
-        expert = __shfl_sync(FULL_WARP, expert, 0);
-        kept += best;
-        if (expert % 32 == lane) weights[expert] = -1.0f;
-        if (lane == 0) chosen[k] = expert, chosen_weights[k] = best;
-    }
-    __syncwarp();
-
-    if (lane < top_k) {
-        u32 expert = chosen[lane], place = 0;
-        for (u32 k = 0; k < top_k; k++) place += chosen[k] < expert;
-        pair_expert[row * top_k + place] = expert;
-        pair_weight[row * top_k + place] = chosen_weights[lane] / (normalize ? kept : total) * scale;
-    }
-}
+// Raises NaN and −∞ to LEAST: such an expert can still be chosen, and ranks before excluded experts.
+INLINE float rank_of(float x) { return x > LEAST ? x : LEAST; }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// How many of `count` numbers are before number `index` when they are sorted, the largest first;
-// ties: the lower index.
+// Returns how many of `count` numbers precede number `index` in descending order; of equal numbers, the
+// one with the lower index comes first.
 INLINE u32 place_of(const float* numbers, u32 count, u32 index) {
     const float own = numbers[index];
     u32 before = 0;
@@ -96,30 +26,119 @@ INLINE u32 place_of(const float* numbers, u32 count, u32 index) {
     return before;
 }
 
-// The `top_k` experts of a row with the largest logits, or with the largest sum of the logit's
-// sigmoid and a bias. Their weights are the sigmoids, divided by their sum if `normalize`, times
-// `scale`; if there are `pair_input`, these are the weights, and the others are 1.
+// Excludes all experts except those of the `top_groups` groups with the largest `group_rank`. Lane i
+// passes the rank of group i of `groups`, of which there are at most 32.
+INLINE void keep_groups(float* ranks, float group_rank, u32 experts, u32 groups, u32 top_groups) {
+    __shared__ float group_ranks[32];
+    const u32 lane = lane_id(), size = experts / groups;
+    group_ranks[lane] = group_rank;
+    __syncwarp();
+    if (lane < groups && place_of(group_ranks, groups, lane) >= top_groups) {
+#pragma unroll 1
+        for (u32 i = 0; i < size; i++) ranks[lane * size + i] = never();
+    }
+    __syncwarp();
+}
+
+// Returns to lane k, for k below `top_k` ≤ 32, the expert with the k-th largest rank (ties: the lower index),
+// and excludes the chosen experts from `ranks`. Each lane accesses only its own experts, lane + 32 i.
+INLINE u32 choose(float* ranks, u32 experts, u32 top_k) {
+    const u32 lane = lane_id();
+    u32 own = NONE;
+#pragma unroll 1
+    for (u32 k = 0; k < top_k; k++) {
+        float best = never();
+        u32 expert = NONE;
+        for (u32 i = lane; i < experts; i += 32) {
+            if (ranks[i] > best) best = ranks[i], expert = i;
+        }
+#pragma unroll
+        for (int offset = 16; offset > 0; offset >>= 1) {
+            const float other = __shfl_xor_sync(FULL_WARP, best, offset);
+            const u32 other_expert = __shfl_xor_sync(FULL_WARP, expert, offset);
+            if (other > best || (other == best && other_expert < expert)) best = other, expert = other_expert;
+        }
+        if (k == lane) own = expert;
+        if (expert % 32 == lane) ranks[expert] = never();
+    }
+    return own;
+}
+
+// Returns the position of a lane's expert among those chosen for the row, in ascending order of indices.
+INLINE u32 place_by_index(u32 expert, u32 top_k) {
+    u32 place = 0;
+    for (u32 k = 0; k < top_k; k++) place += __shfl_sync(FULL_WARP, expert, k) < expert;
+    return place;
+}
+
+// Returns the sum of `x` over the first `top_k` lanes, added in the order of the lanes.
+INLINE float sum_in_order(float x, u32 top_k) {
+    float sum = 0.0f;
+    for (u32 k = 0; k < top_k; k++) sum += __shfl_sync(FULL_WARP, x, k);
+    return sum;
+}
+
+// Chooses the `top_k` experts with the largest softmax of a row's logits (ties: the lower index). Their
+// weights are the softmax, divided by their sum if `normalize`, times `scale`. With several groups of
+// experts, at most 32, only experts of the `top_groups` groups with the best single experts take part.
+// One warp per row. The order of all sums is fixed.
+KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 rows, u32 experts, u32 top_k,
+             u32 normalize, float scale, u32 groups, u32 top_groups) {
+    wait_for_kernels_before();
+    __shared__ float ranks[MAX_EXPERTS];
+    u32 row = blockIdx.x, lane = lane_id();
+    if (row >= rows) return;
+    router += (u64)row * experts;
+
+    float largest = never();
+    for (u32 i = lane; i < experts; i += 32) largest = fmaxf(largest, router[i]);
+    largest = warp_max(largest);
+    float total = 0.0f;
+    for (u32 i = lane; i < experts; i += 32) {
+        float weight = expf(router[i] - largest);
+        ranks[i] = rank_of(weight);
+        total += weight;
+    }
+    total = warp_sum(total);
+
+    if (groups > 1) {
+        const u32 size = experts / groups;
+        __syncwarp();
+        float best = LEAST;
+#pragma unroll 1
+        for (u32 i = 0; i < size && lane < groups; i++) best = fmaxf(best, ranks[lane * size + i]);
+        keep_groups(ranks, best, experts, groups, top_groups);
+    }
+
+    const u32 expert = choose(ranks, experts, top_k);
+    const float weight = lane < top_k ? expf(router[expert] - largest) : 0.0f;
+    const float divisor = normalize ? sum_in_order(weight, top_k) : total;
+    const u32 place = place_by_index(expert, top_k);
+    if (lane < top_k) {
+        pair_expert[row * top_k + place] = expert;
+        pair_weight[row * top_k + place] = weight / divisor * scale;
+    }
+}
+
+// Chooses the `top_k` experts of a row with the largest logits or, with a `bias`, with the largest sum of
+// the logit's sigmoid and the bias. Their weights are the sigmoids, divided by their sum if `normalize`,
+// times `scale`. If `pair_input` is not null, it gets these weights, and `pair_weight` is 1.
 //
-// With several groups of experts, only those of the `top_groups` groups whose two best experts are
-// best together take part. At most 32 groups. One warp a row.
+// With several groups of experts, at most 32, only experts of the `top_groups` groups with the largest sum
+// of their two best ranks take part. One warp per row.
 KERNEL(32) route_sigmoid(u32* pair_expert, float* pair_weight, float* pair_input, const float* router, const float* bias,
                          u32 experts, u32 top_k, u32 normalize, float scale, u32 groups, u32 top_groups) {
     wait_for_kernels_before();
-    constexpr float LEAST = -3.402823466e38f;
     __shared__ float ranks[MAX_EXPERTS];
-    __shared__ float group_ranks[32];
     const u32 row = blockIdx.x, lane = lane_id();
     router += u64(row) * experts;
 #pragma unroll 1
     for (u32 i = lane; i < experts; i += 32) {
-        float rank = router[i];
-        if (bias != nullptr) rank = sigmoid(rank) + bias[i];
-        // Something is chosen even of what is no number, and before what takes no part.
-        ranks[i] = rank > LEAST ? rank : LEAST;
+        ranks[i] = rank_of(bias != nullptr ? sigmoid(router[i]) + bias[i] : router[i]);
     }
-    __syncwarp();
     if (groups > 1) {
         const u32 size = experts / groups;
+        __syncwarp();
         float first = LEAST, second = LEAST;
 #pragma unroll 1
         for (u32 i = 0; i < size && lane < groups; i++) {
@@ -127,52 +146,34 @@ KERNEL(32) route_sigmoid(u32* pair_expert, float* pair_weight, float* pair_input
             second = fmaxf(second, fminf(first, rank));
             first = fmaxf(first, rank);
         }
-        group_ranks[lane] = first + second;
-        __syncwarp();
-        if (lane < groups && place_of(group_ranks, groups, lane) >= top_groups) {
-#pragma unroll 1
-            for (u32 i = 0; i < size; i++) ranks[lane * size + i] = __int_as_float(0xff800000);
-        }
-        __syncwarp();
+        keep_groups(ranks, first + second, experts, groups, top_groups);
     }
-    // In two passes over the experts: the sum of the weights, then the pairs.
-    float sum = 0.0f;
-#pragma unroll 1
-    for (u32 pass = 0; pass < 2; pass++) {
-        u32 pair = row * top_k;
-#pragma unroll 1
-        for (u32 first = 0; first < experts; first += 32) {
-            const u32 expert = first + lane;
-            const bool chosen = expert < experts && place_of(ranks, experts, expert) < top_k;
-            float weight = chosen ? sigmoid(router[expert]) : 0.0f;
-            const u32 all = __ballot_sync(FULL_WARP, chosen);
-            if (pass == 0) {
-                sum += weight;
-            } else if (chosen) {
-                const u32 own = pair + __popc(all & ((1u << lane) - 1));
-                weight = normalize ? weight / (sum + 1e-20f) * scale : weight * scale;
-                pair_expert[own] = expert;
-                pair_weight[own] = pair_input != nullptr ? 1.0f : weight;
-                if (pair_input != nullptr) pair_input[own] = weight;
-            }
-            pair += __popc(all);
-        }
-        if (pass == 0) sum = warp_sum(sum);
+
+    const u32 expert = choose(ranks, experts, top_k);
+    float weight = lane < top_k ? sigmoid(router[expert]) : 0.0f;
+    if (normalize) weight /= sum_in_order(weight, top_k) + 1e-20f;
+    weight *= scale;
+    const u32 place = place_by_index(expert, top_k);
+    if (lane < top_k) {
+        pair_expert[row * top_k + place] = expert;
+        pair_weight[row * top_k + place] = pair_input != nullptr ? 1.0f : weight;
+        if (pair_input != nullptr) pair_input[row * top_k + place] = weight;
     }
 }
 
-// Rows of the tiles that the matrix products have (linear.cu and linear_quant.cu).
+// Returns the rows per tile of each of the tile sizes of the matrix products (linear.cu, linear_quant.cu).
 constexpr u32 TILE_SIZES = 4;
 INLINE u32 tile_rows(u32 size) { return size == 0 ? 8 : size == 1 ? 16 : size == 2 ? 64 : 128; }
 
-// Where the experts' slots begin, and their tiles in the list of each size.
+// For at most `MOST` experts: the first slot of each, and its first tile in the list of each tile size.
+template <u32 MOST>
 struct Starts {
-    u32 slots[MAX_EXPERTS + 1];
-    u32 tiles[TILE_SIZES][MAX_EXPERTS + 1];
+    u32 slots[MOST + 1];
+    u32 tiles[TILE_SIZES][MOST + 1];
 
-    // Adds up the slots, or the tiles of a size, that each expert takes; one warp for each.
+    // Computes the prefix sums of the experts' slots (warp 0) and of their tiles of each size (a warp each).
     INLINE void add_up(const u32* counts, u32 experts) {
-        constexpr u32 LANE_EXPERTS = MAX_EXPERTS / 32;
+        constexpr u32 LANE_EXPERTS = MOST / 32;
         if (warp_id() > TILE_SIZES) return;
         const u32 rows = warp_id() == 0 ? 1 : tile_rows(warp_id() - 1), lane = lane_id();
         u32* const starts = warp_id() == 0 ? slots : tiles[warp_id() - 1];
@@ -191,11 +192,11 @@ struct Starts {
         }
 #pragma unroll
         for (u32 i = 0; i < LANE_EXPERTS; i++) starts[lane * LANE_EXPERTS + i] = upto - own + before[i];
-        // With fewer experts, the places of those that do not exist hold it as well.
-        if (lane == 31) starts[MAX_EXPERTS] = upto;
+        // With fewer than MOST experts, the entries of those that do not exist hold the total as well.
+        if (lane == 31) starts[MOST] = upto;
     }
 
-    // Writes the list of one size, which has room for `places` tiles.
+    // Writes the list of one tile size, which has room for `places` tiles.
     INLINE void list(uint4* to, u32 size, u32 experts, u32 places) const {
         const u32 rows = tile_rows(size), warps = blockDim.x / 32;
         for (u32 expert = warp_id(); expert < experts; expert += warps) {
@@ -208,36 +209,35 @@ struct Starts {
     }
 };
 
-// Sorts the pairs by expert, rows ascending within an expert: the pairs of expert e get
-// the slots after those of expert e − 1; `row_index` is the row of each slot, `pair_slot`
-// the slot of each pair. One block of 1024 threads.
+// Sorts the pairs by expert, and within an expert by row: the pairs of expert e get the slots after those
+// of expert e − 1. `row_index` becomes the row of each slot, and `pair_slot` the slot of each pair. One
+// block of `WARPS` warps.
 //
-// For each size of tile, `tiles` lists the tiles that the experts' slots fall into, expert by
-// expert: {expert, first slot, end of the expert's slots, 0}. The list of the tiles of 8 rows has
-// room for `places_8` entries, and so on, which suffices for any choice of experts; those that
-// are left over are zeros.
+// For each tile size, `tiles` gets a list of the tiles that the experts' slots fall into, expert by expert:
+// {expert, first slot, end of the expert's slots, 0}. The list of size i has room for places[i] entries,
+// first that of the tiles of 8 rows. The caller chooses `places` such that any choice of experts fits;
+// unused entries become zeros.
 //
-// Each warp counts the experts of its share of the pairs, the counts become the first
-// slot of each warp and expert, and each warp hands its slots out.
-KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
-                         u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
-    wait_for_kernels_before();
-    constexpr u32 WARPS = 32;
-    __shared__ u32 next[MAX_EXPERTS][WARPS + 1];
-    __shared__ u32 totals[MAX_EXPERTS];
-    __shared__ Starts starts;
+// Each warp counts its share of the pairs by expert. Prefix sums turn the counts into the first slot of
+// each warp and expert. Then each warp assigns its slots.
+template <u32 MOST, u32 WARPS>
+INLINE void group(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows, u32 experts,
+                  u32 top_k, const u32 (&places)[TILE_SIZES]) {
+    __shared__ u32 next[MOST][WARPS + 1];
+    __shared__ u32 totals[MOST];
+    __shared__ Starts<MOST> starts;
     u32 lane = lane_id(), warp = warp_id(), pairs = rows * top_k;
     u32 share = (pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
     u32 begin = min(warp * share, pairs), end = min(begin + share, pairs);
 
     for (u32 e = lane; e < experts; e += 32) next[e][warp] = 0;
     __syncwarp();
-    // First to count, then to hand out.
+    // The first pass counts, the second one assigns slots.
     for (u32 pass = 0; pass < 2; pass++) {
         for (u32 first = begin; first < end; first += 32) {
             u32 pair = first + lane;
             u32 expert = pair < end ? pair_expert[pair] : NONE;
-            // Pairs of the same expert in lower and in higher lanes.
+            // Numbers of pairs of the same expert in lower and in higher lanes.
             u32 same = __match_any_sync(FULL_WARP, expert);
             u32 before = __popc(same & ((1u << lane) - 1)), after = __popc(same >> lane) - 1;
             u32 slot = expert != NONE ? next[expert][warp] + before : 0;
@@ -253,23 +253,22 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
         }
         if (pass == 1) break;
         __syncthreads();
-        // An expert a warp: where each warp's slots start, from the expert's first one.
+        // One warp per expert: the first slot of each warp, counted from the first slot of the expert.
         for (u32 e = warp; e < experts; e += WARPS) {
-            const u32 count = next[e][lane];
+            const u32 count = lane < WARPS ? next[e][lane] : 0;
             u32 upto = count;
 #pragma unroll
             for (u32 distance = 1; distance < 32; distance *= 2) {
                 const u32 other = __shfl_up_sync(FULL_WARP, upto, distance);
                 if (lane >= distance) upto += other;
             }
-            next[e][lane] = upto - count;
+            if (lane < WARPS) next[e][lane] = upto - count;
             if (lane == 31) totals[e] = upto;
         }
         __syncthreads();
         starts.add_up(totals, experts);
         __syncthreads();
-        for (u32 e = warp; e < experts; e += WARPS) next[e][lane] += starts.slots[e];
-        const u32 places[TILE_SIZES] = {places_8, places_16, places_64, places_128};
+        for (u32 e = warp; e < experts && lane < WARPS; e += WARPS) next[e][lane] += starts.slots[e];
 #pragma unroll
         for (u32 size = 0; size < TILE_SIZES; size++) {
             starts.list(tiles, size, experts, places[size]);
@@ -279,8 +278,23 @@ KERNEL(1024) group_pairs(uint4* tiles, u32* row_index, u32* pair_slot, const u32
     }
 }
 
-// `out[row] = Σ weight · pair_out[slot]` over the row's experts by index. If there are `scales`, each
-// expert has a factor on its results. Grid (rows, ceil(columns / 256)).
+KERNEL(1024) group_pairs_of256(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows,
+                               u32 experts, u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
+    wait_for_kernels_before();
+    group<256, 32>(tiles, row_index, pair_slot, pair_expert, rows, experts, top_k,
+                   {places_8, places_16, places_64, places_128});
+}
+
+// Uses 16 warps, because the counts of 32 would not fit into shared memory.
+KERNEL(512) group_pairs_of512(uint4* tiles, u32* row_index, u32* pair_slot, const u32* pair_expert, u32 rows,
+                              u32 experts, u32 top_k, u32 places_8, u32 places_16, u32 places_64, u32 places_128) {
+    wait_for_kernels_before();
+    group<512, 16>(tiles, row_index, pair_slot, pair_expert, rows, experts, top_k,
+                   {places_8, places_16, places_64, places_128});
+}
+
+// `out[row] = Σ weight · pair_out[slot]` over the row's experts in ascending order of indices. `scales`,
+// if not null, has a factor for the results of each expert. Grid (rows, ceil(columns / 256)).
 KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, const float* pair_weight,
                        const u32* pair_expert, const float* scales, u32 rows, u32 columns, u32 top_k) {
     wait_for_kernels_before();
@@ -295,11 +309,11 @@ KERNEL(256) combine_experts(T* out, const T* pair_out, const u32* pair_slot, con
     out[(u64)row * columns + column] = to_t(sum);
 }
 
-// out = activation(gate) · up for each pair, whose gates and ups are at its slot of `gate_up`, plus
-// the bias of its expert if there is one, and times what its input is to be multiplied by. Without
-// slots, each row is a pair. With a limit, the activation is gate · sigmoid(slope · gate) and is
-// multiplied with up + 1; gates are at most the limit, and ups within it on both sides. Without one,
-// it is SiLU. Grid (pairs, ceil(columns / 256)).
+// out = activation(gate) · up for each pair. Its gates and ups are those at its slot of `gate_up`, times its
+// `pair_input` if that is not null, plus the `bias` of its expert if that is not null. If `pair_slot` is
+// null, each row is a pair. With a limit, gates are at most the limit, ups are clamped to ± the limit, and
+// the result is gate · sigmoid(slope · gate) · (up + 1). Without one (0), it is gate · sigmoid(slope · gate)
+// · up, which is SiLU for a slope of 1. Grid (pairs, ceil(columns / 256)).
 KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32* pair_expert, const float* pair_input,
                        const float* bias, u32 columns, float slope, float limit) {
     wait_for_kernels_before();
@@ -320,7 +334,7 @@ KERNEL(256) gate_pairs(T* out, const T* gate_up, const u32* pair_slot, const u32
     out[slot * columns + column] = to_t(__fdividef(x, 1.0f + __expf(-slope * x)) * up);
 }
 
-// Adds to each pair's result the bias of its expert. Grid (pairs, ceil(columns / 256)).
+// Adds the bias of its expert to the result of each pair. Grid (pairs, ceil(columns / 256)).
 KERNEL(256) add_pair_bias(T* pair_out, const u32* pair_slot, const u32* pair_expert, const float* bias, u32 columns) {
     wait_for_kernels_before();
     const u32 pair = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;

@@ -2,10 +2,10 @@
 #pragma once
 #include "common.cuh"
 
-// x · sigmoid(z); 0 where e^(−z) overflows.
+// Returns x · sigmoid(z), or 0 where e^(−z) overflows.
 INLINE float gate(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
 
-// activation(x) · up. `gelu`: its tanh form, x/2 · (1 + tanh u) = x · sigmoid(2u); else SiLU.
+// Returns activation(x) · up, for SiLU or the tanh form of GELU: x/2 · (1 + tanh u) = x · sigmoid(2u).
 INLINE float gated(float x, float up, bool gelu) {
     float cubic = fmaf(x * x * x, 0.044715f, x);
     return gate(x, gelu ? cubic * 1.595769f : x) * up;

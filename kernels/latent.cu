@@ -2,10 +2,10 @@
 #include "attention.cuh"
 #include "rope.cuh"
 
-// Each head's part of a row times the head's weights, which are [heads][outputs][inputs]. The part
-// of a head begins at `x_first` + head · `x_stride` in a row of `x_row` elements, and its result
-// alike. `inputs`, `x_first`, `x_stride` and `x_row` are even. Grid (rows, heads, outputs / 64), 256
-// threads; a warp adds up eight outputs, each in ascending order of its own columns.
+// Multiplies each head's part of a row by the head's weights, [heads][outputs][inputs]. The part of a head
+// begins at `x_first` + head · `x_stride` in a row of `x_row` elements; its result is placed likewise.
+// `inputs`, `x_first`, `x_stride` and `x_row` are even. Grid (rows, heads, ceil(outputs / 64)), 256 threads.
+// A warp computes eight outputs, and each lane adds its own columns in ascending order.
 KERNEL(256) multiply_heads(
     T* out, const T* x, const T* weights, u32 inputs, u32 outputs, u32 x_row, u32 x_first, u32 x_stride, u32 out_row,
     u32 out_first, u32 out_stride
@@ -30,9 +30,9 @@ KERNEL(256) multiply_heads(
     }
 }
 
-// The rotated parts of a row's queries, `[heads][rotated | plain]`, and its key, `[rotated |
-// latent]`, to the row that is rotated and stored: `[heads + 1][rotated | latent]`. The latent is
-// normalised. All sizes are even. Grid (rows), 256 threads.
+// Copies the rotated parts of a row's queries, `[heads][rotated | plain]`, and the row's key, `[rotated |
+// latent]`, to the row that will be rotated and stored, `[heads + 1][rotated | latent]`. Normalises the
+// latent of the key. All sizes are even. Grid (rows), 256 threads.
 KERNEL(256) copy_rotated(
     T* qkv, const T* queries, const T* keys, const float* norm, float epsilon, u32 heads, u32 rotated, u32 plain, u32 latent
 ) {
@@ -65,9 +65,9 @@ KERNEL(256) copy_rotated(
 }
 
 // Rotates the queries and the key of a row, `[heads + 1][head_dim]`, and writes the key to the cache,
-// which is `[blocks][block_tokens][head_dim]`. Grid (rows, (heads + 1) / 8), 256 threads; one warp per
-// head: the pair (i, i + rotary_dim / 2) by the angle whose cosine and sine are the row's angles[i].
-// rotary_dim is a multiple of 4.
+// `[blocks][block_tokens][head_dim]`. The pair (i, i + rotary_dim / 2) of a head is rotated by the angle
+// whose cosine and sine are the row's angles[i]. rotary_dim is a multiple of 4. Grid (rows,
+// ceil((heads + 1) / 8)), 256 threads; one warp per head.
 KERNEL(256) store_latent(
     T* qkv, T* cache, const u32* positions, const u32* slots, const float2* angles, u32 heads, u32 head_dim, u32 rotary_dim,
     u32 block_tokens
@@ -94,13 +94,13 @@ KERNEL(256) store_latent(
     }
 }
 
-// Pairs of elements of a key that a lane looks after; keys have at most 64 times as many elements.
+// Pairs of elements of a key per lane. A key has at most 64 · PAIRS elements.
 constexpr u32 PAIRS = 9;
 
-// The attention of one row and one head over all keys up to the row's own. Grid (rows, heads), 128
-// threads. Each warp takes units of 128 keys, counted from the sequence's beginning; the units are
-// merged one after the other, ascending. So the bits of a row depend only on its own position. All
-// of a key is weighed like a value, and the elements that are no value are left out at the end.
+// Computes the attention of one row and one head over all keys up to the row's own. Grid (rows, heads), 128
+// threads. Each warp takes units of 128 keys, counted from the start of the sequence. The units are merged
+// in ascending order, so the order of additions depends only on the row's position. Whole keys are
+// summed as if they were values; the elements before the last `value_dim` are dropped at the end.
 KERNEL(128) attend_latent(
     T* out, const T* qkv, const T* cache, const u32* tables, const uint4* sequences, u32 count, u32 heads, u32 head_dim,
     u32 value_dim, u32 block_tokens, float scale
@@ -109,7 +109,7 @@ KERNEL(128) attend_latent(
     __shared__ __align__(8) float query[PAIRS * 64], total[PAIRS * 64], parts[WARPS][PAIRS * 64];
     __shared__ float2 stats[WARPS];
     const u32 row = blockIdx.x, head = blockIdx.y, lane_column = lane_id() * 2;
-    // The sequence of the row. They are in the order of their rows.
+    // Finds the sequence of the row. Sequences are in the order of their rows.
     u32 low = 0, high = count;
     while (high - low > 1) {
         const u32 middle = (low + high) / 2;
@@ -117,7 +117,7 @@ KERNEL(128) attend_latent(
         else high = middle;
     }
     const uint4 sequence = sequences[low];
-    // The keys that the row sees. Padding has no tokens, and sees nothing.
+    // Number of keys that the row sees. A padding sequence has length 0, and its row sees none.
     const u32 end = sequence.z == 0 ? 0 : sequence.z - (sequence.x + sequence.y - 1 - row);
     const u32 units = (end + UNIT - 1) / UNIT;
     const u32 key_vectors = head_dim / VECTOR;
@@ -125,7 +125,7 @@ KERNEL(128) attend_latent(
     const float factor = scale * LOG2_E;
 
     const T* const from = qkv + (u64(row) * (heads + 1) + head) * head_dim;
-    // A thread reads and writes the total of its own columns only.
+    // Each thread reads and writes only its own columns of `total`.
 #pragma unroll 1
     for (u32 column = threadIdx.x; column < PAIRS * 64; column += blockDim.x) {
         query[column] = column < head_dim ? to_float(from[column]) : 0.0f;

@@ -2,21 +2,21 @@
 //
 // W is `outputs × inputs` (or has twice as many rows, see OutputOf in linear.cuh), x has one row
 // per token; `inputs` is a multiple of 8. Tiles of both stream through shared memory in a ring of
-// stages, and every warp multiplies a part of the tile. Three tiles: 16 rows for decoding, where
-// reading W is all the work and many small blocks keep memory busy; 64 rows for large batches; 128
-// rows for prompts, where the tensor cores are the limit.
+// stages, and every warp multiplies a part of the tile. There are three tiles: 16 rows for decode, which
+// is limited by reading W, so that many small blocks keep memory busy; 64 rows for large batches; 128
+// rows for prefill, which is limited by the tensor cores.
 //
-// A unit is `unit` inputs, a multiple of 128. If there are few tiles, several blocks share the
-// units of each of the first two (gridDim.z); the last one to arrive adds up the sums. In the
-// largest tile, a thread has no registers for a second set of sums, so it keeps what it has added
-// up in memory, and as many blocks as there is memory for go through the tiles.
+// A unit is `unit` inputs, a multiple of 128. If there are few tiles of 16 or 64 rows, several blocks
+// (gridDim.z) share the units of each tile, and the last one to arrive adds up the sums. In a tile of
+// 128 rows, a thread has no registers for a second set of sums, so it keeps its total in memory. As many
+// blocks run as there is memory for, and each computes one tile after the other.
 //
-// With `expert_tiles` it is one product per expert: the weights of the experts follow each other,
-// and expert e computes the pairs in the tiles that are listed for it;
-// pair p reads row `row_index[p]` of x and writes row p.
+// With `expert_tiles`, there is one product per expert. The weights of the experts are consecutive, and
+// expert e computes the pairs in the tiles that are listed for it.
+// Pair p reads row `row_index[p]` of x (row p if `row_index` is null) and writes row p.
 #include "linear.cuh"
 
-// What a product is computed of, and where its results go.
+// The operands of a product, and where its results are written.
 struct Product {
     void* out;
     const T *x, *weight;
@@ -27,7 +27,7 @@ struct Product {
     u32 unit, rows, row_tiles, outputs, inputs, out_stride, out_mode;
 };
 
-// Calls `change` with the sums of each accumulator of a warp, and its number.
+// Calls `change` with the lane's four sums of each accumulator, and the index of the accumulator.
 template <int M, int N, class Change>
 INLINE void each_four(float (&sums)[M][N][4], Change change) {
 #pragma unroll
@@ -37,14 +37,14 @@ INLINE void each_four(float (&sums)[M][N][4], Change change) {
     }
 }
 
-// Computes tile number `index`. `ROWS × OUTPUTS` is its size, `DEPTH` the inputs of a stage,
-// `WARPS_M × WARPS_N` how the warps divide the tile among them. `IN_MEMORY`: a thread adds up the
-// sums of the units in memory.
+// Computes tile `index`. Its size is `ROWS × OUTPUTS`, a stage has `DEPTH` inputs, and
+// `WARPS_M × WARPS_N` warps divide the tile among them. If `IN_MEMORY`, threads keep the totals of the
+// units in memory.
 template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES, bool IN_MEMORY>
 INLINE void linear_tile(const Product& product, u32 index) {
     constexpr int THREADS = WARPS_M * WARPS_N * 32;
     constexpr int CHUNKS = DEPTH / 8, STEPS = DEPTH / 16;
-    // Sixteens of rows and eights of outputs that a warp computes.
+    // Groups of 16 rows and of 8 outputs that a warp computes.
     constexpr int M = ROWS / WARPS_M / 16, N = OUTPUTS / WARPS_N / 8;
     constexpr int STAGE = (ROWS + OUTPUTS) * DEPTH * sizeof(T);
     static_assert(N == 1 || N % 2 == 0, "weights are read by one eight or by two");
@@ -73,7 +73,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
     u32 warp_row = warp_id() / WARPS_N * (M * 16), warp_output = warp_id() % WARPS_N * (N * 8);
     u32 lane = lane_id(), shared = shared_address(stages);
     LaneAddress a_lane = rows_address<CHUNKS>(warp_row);
-    // Operand b: eight outputs and the inputs of two steps, or sixteen and those of one.
+    // Operand b: 8 outputs and the inputs of two steps, or 16 outputs and the inputs of one step.
     LaneAddress b_lane = N == 1 ? lane_address<CHUNKS>(warp_output + (lane & 7), lane >> 3)
                                 : lane_address<CHUNKS>(warp_output + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
     // The sums of the current unit, and of the units before it.
@@ -83,7 +83,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
     x_copies.from += first_chunk * (DEPTH * 2);
     weight_copies.from += first_chunk * (DEPTH * 2);
     u32 thread_chunk = first_chunk * CHUNKS + threadIdx.x % CHUNKS;
-    // The sums of a tile as the threads hold them, four at a time.
+    // The sums of a tile, in groups of four, in the layout in which the threads hold them.
     constexpr u32 FOURS = M * N;
     const SharedSums kept(product.sums, IN_MEMORY ? blockIdx.x : index, FOURS * THREADS * 4, 1 + units.all - units.first_end);
     auto kept_at = [&](u32 place) { return reinterpret_cast<float4*>(kept.at) + place * (FOURS * THREADS) + threadIdx.x; };
@@ -106,7 +106,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
         const u32 unit_end = min(chunk + unit_chunks, chunks);
 #pragma unroll 1
         for (; chunk < unit_end; chunk++) {
-            // The oldest stage is there, of all threads, and none reads the one before.
+            // The oldest stage has arrived for all threads, and no thread reads the one before it any more.
             copy_async_wait<STAGES - 2>();
             __syncthreads();
             start(empty, chunk + STAGES - 1 < chunks);
@@ -139,7 +139,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
                 load(0);
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
-                    // The next operands are on their way while these are multiplied.
+                    // The next operands are loaded while these are multiplied.
                     if (step + 1 < STEPS) load(step + 1);
 #pragma unroll
                     for (int m = 0; m < M; m++) {
@@ -171,7 +171,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
         } else {
             float4* const to = kept_at(1 + unit - units.first_end);
             each_four(sum, [&](float (&four)[4], u32 i) {
-                // If others add up, what this block adds up is not used.
+                // Unless this block adds up its units, its `total` is not used.
                 if (!units.adds()) to[i * THREADS] = make_float4(four[0], four[1], four[2], four[3]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) total[i][j] += four[j], four[j] = 0.0f;
@@ -179,7 +179,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
         }
     }
 
-    // The stages are read; their memory takes the results.
+    // All stages have been read, so their memory can hold the results.
     __syncthreads();
     float* results = reinterpret_cast<float*>(stages);
     static_assert(ROWS * (OUTPUTS + 8) * 4 <= STAGES * STAGE, "the results fit where the stages were");
@@ -219,7 +219,7 @@ INLINE void linear_tile(const Product& product, u32 index) {
     }
 }
 
-// Computes the tiles of a product. gridDim.x is their number, or less with `IN_MEMORY`.
+// Computes the tiles of a product. gridDim.x is the number of tiles, or smaller with `IN_MEMORY`.
 template <int ROWS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES, bool IN_MEMORY>
 INLINE void linear(const Product& product) {
     if constexpr (IN_MEMORY) {
@@ -228,7 +228,7 @@ INLINE void linear(const Product& product) {
 #pragma unroll 1
         for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
             linear_tile<ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, IN_MEMORY>(product, index);
-            // The next tile takes the memory that the results were in.
+            // The next tile reuses the memory of the results.
             __syncthreads();
         }
     } else {
@@ -237,7 +237,7 @@ INLINE void linear(const Product& product) {
 }
 
 // Shared memory: `STAGES · (ROWS + OUTPUTS) · DEPTH · 2` bytes, which lets `BLOCKS` blocks run on a
-// multiprocessor of compute capability 9.0. The compiler need not save registers for more.
+// multiprocessor of compute capability 9.0. The compiler need not limit registers for more blocks.
 #define LINEAR(NAME, ROWS, OUTPUTS, DEPTH, WARPS_M, WARPS_N, STAGES, BLOCKS, IN_MEMORY)                              \
     extern "C" __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32, BLOCKS)                                     \
         NAME(void* out, const T* x, const T* weight, const float* bias, const u32* row_index,                        \

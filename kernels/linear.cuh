@@ -1,17 +1,17 @@
-// What the matrix products share: which rows and outputs a block computes, how its
-// rows of x come to shared memory, and how results are written.
+// Code that the matrix products share: which rows and outputs a block computes, how it copies rows of x
+// to shared memory, and how it writes results.
 //
-// All products keep one order of addition, whatever the tile. The inputs are divided into units,
-// which depend on nothing but their number. Within a unit, an output has one accumulator that goes
-// through the inputs sixteen at a time, ascending, and the units' sums are added in ascending
-// order. So a row's results do not depend on the tile, nor on the rows beside it, nor on how many
+// All products add in the same order, whatever the tile. The inputs are divided into units, which
+// depend only on the number of inputs. Within a unit, an output has one accumulator that takes the
+// inputs sixteen at a time in ascending order, and the sums of the units are added in ascending
+// order. So a row's results do not depend on the tile, on the other rows of the step, or on how many
 // blocks share the units of a tile. See linear.cu and linear_quant.cu for the units.
 #pragma once
 #include "arrival.cuh"
 #include "gate.cuh"
 
-// As `copy_async` and `load_matrices` of common.cuh, for an address that is already one
-// of shared memory.
+// Like `copy_async` and `load_matrices` of common.cuh, for an address that is already an address in
+// shared memory.
 INLINE void copy_to_shared(u32 shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0)
                  : "memory");
@@ -23,33 +23,38 @@ INLINE void load_matrices(u32 (&out)[4], u32 row) {
                  : "memory");
 }
 
-// Keeps the compiler from computing a value anew wherever it is used.
+// Keeps the compiler from recomputing a value wherever it is used.
 INLINE void settle(u32& x) { asm volatile("" : "+r"(x)); }
 
 // The part of the result that a block computes.
 struct Tile {
-    // The first row and the end of the rows of its expert (or of all rows); nothing is to be
-    // done if the first is not below the end.
+    // The first row of the tile, and the end of the rows of its expert (or of all rows). The tile is empty
+    // if `row` is not below `row_end`.
     u32 row, row_end;
-    // Which tile of outputs.
+    // Index of the tile among the tiles of outputs.
     u32 column;
     u32 expert;
 };
 
-// Blocks that run at the same time share rows of x and outputs of the weights: up to
-// eight tiles of rows go together through the outputs. `index` counts the tiles, of which there
-// are `columns × row_tiles`.
+// Returns tile `index` of `columns × row_tiles` tiles. Up to eight tiles of rows advance together through
+// the outputs, so that blocks that run at the same time read the same rows of x and the same rows of
+// the weights.
 //
 // `expert_tiles`, if not null, lists the tiles of rows: {expert, first row, end of the expert's
-// rows, unused}; see group_pairs in experts.cu.
+// rows, unused}; see `group` in experts.cu.
 INLINE Tile tile_of(u32 index, u32 columns, u32 row_tiles, const uint4* expert_tiles, u32 rows, u32 tile_rows) {
     constexpr u32 TOGETHER = 8;
-    u32 first = index / (TOGETHER * columns) * TOGETHER;
-    u32 together = min(TOGETHER, row_tiles - first);
-    index -= first * columns;
     Tile tile;
-    tile.column = index / together;
-    const u32 row_tile = first + index % together;
+    tile.column = index;
+    u32 row_tile = 0;
+    // A division takes as long as an iteration of the loop that follows. A single tile of rows needs none.
+    if (row_tiles > 1) {
+        const u32 first = index / (TOGETHER * columns) * TOGETHER;
+        const u32 together = min(TOGETHER, row_tiles - first);
+        index -= first * columns;
+        tile.column = index / together;
+        row_tile = first + index % together;
+    }
     if (expert_tiles) {
         wait_for_kernels_before();
         const uint4 listed = expert_tiles[row_tile];
@@ -64,44 +69,47 @@ INLINE Tile tile_of(u32 index, u32 columns, u32 row_tiles, const uint4* expert_t
     return tile;
 }
 
-// The units of a tile that a block computes: gridDim.z blocks share all of them, in order.
+// The units of a tile that a block computes. gridDim.z blocks share the units of a tile, in ascending order.
 struct Units {
     u32 first, end;
-    // The end of those of the first block, and of all.
+    // The end of the units of the first block, and the number of all units.
     u32 first_end, all;
 
-    INLINE explicit Units(u32 count)
-        : first(blockIdx.z * count / gridDim.z),
-          end((blockIdx.z + 1) * count / gridDim.z),
-          first_end(count / gridDim.z),
-          all(count) {}
+    INLINE explicit Units(u32 count) : first(0), end(count), first_end(count), all(count) {
+        // A block that computes all units saves these three divisions.
+        if (gridDim.z > 1) {
+            first = blockIdx.z * count / gridDim.z;
+            end = (blockIdx.z + 1) * count / gridDim.z;
+            first_end = count / gridDim.z;
+        }
+    }
 
-    // Whether the block adds its units up itself: it can if it has the first one. Otherwise it
-    // keeps the sum of each.
+    // Returns whether the block adds up the sums of its units, which requires that it has the first unit.
+    // Other blocks store the sum of each of their units.
     INLINE bool adds() const { return blockIdx.z == 0; }
 };
 
-// Whether several blocks share the units of each tile.
+// Returns whether several blocks share the units of each tile.
 INLINE bool is_shared() { return gridDim.z > 1; }
 
-// Where blocks that share the units of a tile keep sums, one after the other: what the first block
-// added up, and then the sum of each unit of the others.
+// Memory for the sums of blocks that share the units of a tile: the total of the first block, and then
+// the sum of each unit of the other blocks.
 struct SharedSums {
-    // As many as there may be tiles whose units are shared (src/device/cuda/units.rs).
+    // Maximum number of tiles whose units are shared (src/device/cuda/units.rs).
     static constexpr u32 COUNTERS = 1024;
 
     u32* arrived;
     float* at;
     u32 count;
 
-    // `memory`: counters, which are zero between launches, and then the sums of all tiles, each
-    // of `size` floats. `index` is the tile's, and `sums` how many sums each tile has.
+    // `memory` has the counters, which are zero between launches, and then the sums of all tiles, each of
+    // `size` floats. `index` is the index of the tile, and `sums` the number of sums per tile.
     INLINE SharedSums(u32* memory, u32 index, u32 size, u32 sums) : arrived(memory + index), count(sums) {
         at = reinterpret_cast<float*>(memory + COUNTERS) + (u64)index * sums * size;
     }
 
-    // Adds up number `i` of the `size` floats of each sum, in order. The block must be the last
-    // one to arrive.
+    // Returns element `i` of the `size` elements of the tile's total, adding the sums in order. The block
+    // must be the last one to arrive.
     INLINE float total(u32 i, u32 size) const {
         float total = 0.0f;
 #pragma unroll 4
@@ -110,33 +118,33 @@ struct SharedSums {
     }
 };
 
-// Where the 16 bytes `chunk` of row `row` lie in a tile in shared memory: eight rows of
-// the same chunk lie in eight different sets of banks. `CHUNKS`, those of a row, is a multiple of
-// eight.
+// Returns the offset of the 16-byte chunk `chunk` of row `row` in a tile in shared memory. The chunks with
+// the same number in eight consecutive rows lie in eight different sets of banks. `CHUNKS`, the number
+// of chunks per row, is a multiple of eight.
 template <int CHUNKS>
 INLINE u32 swizzled(u32 row, u32 chunk) {
     return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
 }
 
-// How a block's `THREADS` threads copy `ROWS` rows of `inputs` elements to shared memory,
-// `DEPTH` elements of each row at a time. Which rows a thread copies does not change, so where
-// they begin is found once, and a step of the loop costs little more than the copies.
+// How the `THREADS` threads of a block copy `ROWS` rows of `inputs` elements to shared memory, `DEPTH`
+// elements of each row at a time. A thread always copies the same rows, so their addresses are found
+// once, and an iteration costs little more than the copies.
 template <int ROWS, int DEPTH, int THREADS>
 struct RowCopies {
     static constexpr u32 CHUNKS = DEPTH / 8, AT_ONCE = THREADS / CHUNKS, EACH = ROWS / AT_ONCE;
     static_assert(THREADS % CHUNKS == 0 && ROWS % AT_ONCE == 0, "each thread copies equally much");
-    // Then the chunks of a thread's rows lie alike, or in turn in two ways.
+    // Then a thread's rows all have the same swizzle, or alternate between two.
     static_assert(AT_ONCE % 4 == 0, "the rows of a thread are a multiple of four apart");
 
-    // How many of the thread's rows exist: the first ones.
+    // Number of the thread's rows that exist, which are the first ones.
     u32 existing;
-    // Where its first row lies in a tile.
+    // Offset of the thread's chunk of its first row in a tile.
     u32 place;
-    // The thread's next chunk of each row, counted from `from`.
+    // For each of the thread's rows, the next chunk to copy, counted in chunks from `from`.
     const u8* from;
     u32 chunks[EACH];
 
-    // The tile's row i is row `row_of(i)` of x, for i below `rows`; beyond, it may be any number.
+    // Row i of the tile is row `row_of(i)` of x for i below `rows`; for other i, it may be any number.
     template <class RowOf>
     INLINE RowCopies(const T* x, u32 rows, u32 inputs, RowOf row_of) : from(reinterpret_cast<const u8*>(x)) {
         const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
@@ -150,10 +158,10 @@ struct RowCopies {
         }
     }
 
-    // Starts to copy the next `DEPTH` elements of all rows; zeros for rows that do not exist,
-    // and unless the thread's chunk is `inside` the rows.
+    // Starts to copy the next `DEPTH` elements of all rows. Rows that do not exist get zeros, and so does
+    // the thread's chunk unless it is `inside` the rows.
     INLINE void start(u32 shared, bool inside) {
-        // Where nothing is wanted, nothing is read, wherever that would be.
+        // A copy that is not wanted reads nothing, so its address need not be valid.
         const u32 wanted = inside ? existing : 0;
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
@@ -164,7 +172,7 @@ struct RowCopies {
     }
 };
 
-// Which row of x a row of the tile is.
+// Maps a row of the tile to a row of x.
 struct RowOf {
     const u32* index;
     const Tile& tile;
@@ -175,12 +183,12 @@ struct RowOf {
     }
 };
 
-// Where a lane of the warp finds its row of a 16 × 16 operand: the address in a tile is
+// The address of a lane's row of a 16 × 16 operand. For a step, the offset in the tile is
 // `row + (chunk ^ step · 32)`.
 struct LaneAddress {
     u32 row, chunk;
-    // Only the lowest three bits of a chunk's number depend on the row; from the fourth one on,
-    // steps are a constant offset.
+    // The swizzle changes only the lowest three bits of a chunk's number. Four steps are eight chunks, a
+    // constant offset.
     INLINE u32 at(int step) const { return row + (chunk ^ (step % 4 * 32)) + step / 4 * 128; }
 };
 
@@ -189,17 +197,17 @@ INLINE LaneAddress lane_address(u32 row, u32 chunk) {
     return {row * CHUNKS * 16, (chunk ^ (row & 7)) * 16};
 }
 
-// The operand a: 16 rows of x from `row`.
+// Returns the address of operand a: the 16 rows of x from `row` on.
 template <int CHUNKS>
 INLINE LaneAddress rows_address(u32 row) {
     u32 lane = lane_id();
     return lane_address<CHUNKS>(row + (lane & 15), lane >> 4);
 }
 
-// What becomes of the results.
+// How results are written: in the activation type, or as float32.
 constexpr u32 AS_ACTIVATIONS = 0, AS_FLOATS = 1;
-// They are gates and, as many rows of W later, what the gates are multiplied with: the product of
-// the two is written, in the activation type.
+// The first half of the rows of W gives gates, the second half what they are multiplied with. The
+// activation of each gate times its counterpart is written, in the activation type.
 constexpr u32 SILU_GATED = 2, GELU_GATED = 3;
 INLINE bool is_gated(u32 mode) { return mode >= SILU_GATED; }
 
@@ -210,8 +218,8 @@ struct Output {
     u32 outputs, stride, mode;
 };
 
-// Which row of W output `i` of a tile is, counted from its first one. Half of the outputs of a
-// tile with gates are what they are multiplied with.
+// Maps output `i` of a tile to a row of W, counted from the tile's first row. The first half of the
+// outputs of a gated tile are gates, the second half what they are multiplied with.
 struct OutputOf {
     u32 half, apart;
 
@@ -220,13 +228,13 @@ struct OutputOf {
     INLINE u32 operator()(u32 i) const { return i < half ? i : i + apart; }
 };
 
-// Writes a result, or the activation of `x` times `up`. `row` is counted from the tile's first one.
+// Writes `x` or, in a gated mode, the activation of `x` times `up`. `row` is counted from the tile's first row.
 INLINE void write_result(const Output& to, const Tile& tile, u32 row, u32 output, float x, float up) {
     if (tile.row + row >= tile.row_end || output >= to.outputs) return;
     if (to.bias) x += to.bias[output];
     if (is_gated(to.mode)) {
         if (to.bias) up += to.bias[to.outputs + output];
-        // Rounded as if they had been written.
+        // Both are rounded as if they had been written.
         x = gated(to_float(to_t(x)), to_float(to_t(up)), to.mode == GELU_GATED);
     }
     const u64 index = (u64)(tile.row + row) * to.stride + output;
@@ -237,8 +245,8 @@ INLINE void write_result(const Output& to, const Tile& tile, u32 row, u32 output
     }
 }
 
-// Puts the 16 × 8 results of an accumulator into a tile in shared memory; rows of the
-// tile are `columns + 8` apart, so that the lanes use all banks.
+// Writes the 16 × 8 results of an accumulator to a tile in shared memory. Rows of the tile are
+// `columns + 8` floats apart, so that the lanes use all banks.
 INLINE void keep_matrix(float* shared, u32 columns, u32 row, u32 column, const float (&sum)[4]) {
     u32 lane = lane_id();
     float* to = shared + (row + lane / 4) * (columns + 8) + column + lane % 4 * 2;
@@ -246,7 +254,7 @@ INLINE void keep_matrix(float* shared, u32 columns, u32 row, u32 column, const f
     *reinterpret_cast<float2*>(to + 8 * (columns + 8)) = make_float2(sum[2], sum[3]);
 }
 
-// Writes the results of a tile with gates, which lie in shared memory as `keep_matrix` put them;
+// Writes the results of a gated tile, which lie in shared memory in the layout of `keep_matrix`.
 // `to.outputs` is a multiple of half the columns.
 __device__ __noinline__ void write_gated(Output to, Tile tile, const float* shared, u32 rows, u32 columns) {
     const u32 width = columns / 2;
@@ -258,14 +266,14 @@ __device__ __noinline__ void write_gated(Output to, Tile tile, const float* shar
     }
 }
 
-// Adds the bias to the tile's results and writes them; `ROWS × COLUMNS` of them lie in
-// shared memory as `keep_matrix` put them, the first is output `first`.
+// Adds the bias to the `ROWS × COLUMNS` results of a tile and writes them. They lie in shared memory in
+// the layout of `keep_matrix`; the first column is output `first`.
 template <int ROWS, int COLUMNS>
 INLINE void write_tile(const Output& to, const Tile& tile, const float* shared, u32 first) {
     constexpr u32 WIDTH = 4;
     u64 start = reinterpret_cast<u64>(to.out);
     u32 size = to.mode == AS_FLOATS ? 4 : 2;
-    // Whether every group of four results lies where it can be written at once.
+    // Whether every group of four results is aligned, so that it can be written at once.
     bool aligned = (start + first * size) % (WIDTH * size) == 0 && to.stride % WIDTH == 0;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < ROWS * COLUMNS / WIDTH; i += blockDim.x) {

@@ -1,40 +1,45 @@
-// y = W x + b with weights in blocks of integer codes that share a scale, and rows of
+// y = W x + b with block-quantised weights, which are integer codes with a scale per group, and rows of
 // such a matrix as embeddings.
 //
-// The host repacks W (src/device/cuda/pack.rs) into records: a record holds sixteen outputs
-// and 128 inputs, codes first, in the order in which the lanes of a warp want them as operand
-// a, then scales. The records of sixteen outputs follow each other, so a warp streams W from
-// front to back.
+// The host repacks W (src/device/cuda/pack.rs) into records of 16 outputs and 128 inputs. A record
+// has the codes, in the order in which the lanes of a warp need them as operand a, and then the
+// scales. The records of the same 16 outputs are consecutive, so a warp streams W from front to
+// back.
 //
 // A weight is `scale · (code − zero) + offset`, with one scale and one offset per group of
-// inputs. The tensor cores multiply the codes, which are exact in the activation type, with x;
-// the scale is applied to the sum over a group, in float32, and the offset to the sum of the
+// inputs. The tensor cores multiply the codes, which are exact in the activation type, with x.
+// The scale is applied to the sum over a group, in float32, and the offset to the sum of the
 // group's x. So no weight is ever rounded.
 //
 // The records of a row are divided into rounds, and a round has four units: its records 0, 4, 8 …
-// are the first one, 1, 5, 9 … the second, and so on. Within a block, several warps can thus work
-// at one output. If there are few tiles, several blocks share the rounds of each, or the units
-// (gridDim.z), and the last one to arrive adds up the sums.
+// are the first one, 1, 5, 9 … the second, and so on. Several warps of a block can thus work on the
+// same output. If there are few tiles, several blocks (gridDim.z) share the rounds or the units of each
+// tile, and the last one to arrive adds up the sums.
 //
-// Beyond that it is linear.cu: x through shared memory, the same meaning of every parameter.
+// The rest is as in linear.cu: x passes through shared memory, and every parameter means the same.
 #include "linear.cuh"
 
 // How a group's scale is stored.
 enum class Scales {
     Plain,          // half scale
     PlainMinimum,   // half2 {scale, minimum}
-    Nested,         // u8 multiple + 128 of a half that the record's 128 inputs share
-    NestedMinimum,  // u8 {multiple of the scale, of the minimum}, each + 128, of a half2; minimums are subtracted
+    Nested,         // u8: 128 + the multiple of a half scale that the record's 128 inputs share
+    NestedMinimum,  // two u8: 128 + multiples of the scale and the minimum of a half2; minimums are subtracted
 };
 
 constexpr u32 RECORD_OUTPUTS = 16, RECORD_INPUTS = 128;
-// Units of a round.
+// Units per round.
 constexpr u32 CHAINS = 4;
-// Records of a round, of a row with so many: there are at most four rounds, so that not too many
-// sums pass through memory (as in src/device/cuda/units.rs).
+// Returns the records per round of a row with `records` records. There are at most four rounds, to limit
+// the sums that pass through memory (as in src/device/cuda/units.rs).
 INLINE u32 round_of(u32 records) { return max(16, (records + 15) / 16 * 4); }
+// Returns the number of rounds of a row with `records` records, without a division.
+INLINE u32 rounds_in(u32 records) {
+    const u32 round = round_of(records);
+    return 1 + (records > round) + (records > 2 * round) + (records > 3 * round);
+}
 
-// a · b + c in both halves, rounded once.
+// Returns a · b + c in both halves, rounded once.
 INLINE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 d;
 #if QUELL_F16
@@ -45,7 +50,7 @@ INLINE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     return d;
 }
 
-// (a & mask) | b and (~a & mask) | b, in one instruction each.
+// Return (a & mask) | b and (~a & mask) | b, in one instruction each.
 INLINE u32 masked_or(u32 a, u32 mask, u32 b) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
@@ -57,8 +62,8 @@ INLINE u32 inverted_masked_or(u32 a, u32 mask, u32 b) {
     return d;
 }
 
-// The same number of the activation type in both halves: an integer of at most 2¹⁰, negated,
-// whose lowest bits are zeros as far as the type requires it.
+// `negative_pair` returns −x in the activation type, in both halves, for an integer x from 1 to 2¹¹ − 1
+// that the type represents exactly. `exponent_of` returns ⌊log₂ x⌋.
 __device__ constexpr u32 exponent_of(u32 x) { return x < 2 ? 0 : 1 + exponent_of(x / 2); }
 __device__ constexpr u32 negative_pair(u32 x) {
 #if QUELL_F16
@@ -69,63 +74,63 @@ __device__ constexpr u32 negative_pair(u32 x) {
 }
 #if QUELL_F16
 constexpr u32 ONES = 0x3c003c00u;
-// 1024, in the mantissa of which small integers have their place.
+// 1024 in both halves, whose mantissa has room for a small integer.
 constexpr u32 CARRIER = 0x64006400u, CARRIED = 1024;
 #else
 constexpr u32 ONES = 0x3f803f80u;
 constexpr u32 CARRIER = 0x43004300u, CARRIED = 128;
 #endif
 
-// 32768, in the mantissa of which a byte has its place, as a float.
+// 32768 as a float, whose mantissa has room for a byte.
 constexpr u32 BYTE_CARRIER = 0x47000000u;
-// The same, but an assembler takes it for a variable: as a constant, it would need an instruction
-// wherever it is used beside another one. A grid has fewer than 2³¹ blocks.
+// Returns the same number in a variable. For a constant, the assembler would need an instruction wherever
+// it is used beside another constant. A grid has fewer than 2³¹ blocks, so the added bit is 0.
 INLINE u32 byte_carrier() {
     u32 carrier = BYTE_CARRIER | gridDim.x >> 31;
     settle(carrier);
     return carrier;
 }
 
-// A record's parts, in this order: the low halves of the codes (whole codes if BITS is 8), the
-// plane of their higher bits, the groups' scales, output after output, and the scales that the
-// groups of an output share. Lane 4 g + t has, of the outputs g and g + 8 (`row` 0 and 1), in
-// each step of sixteen inputs those of the numbers 2 t, 2 t + 1 (pair 0), 2 t + 8 and 2 t + 9
-// (pair 1). Two steps are a part of the record: what a word of codes of four bits holds.
+// The layout of a record. It has, in this order: the low four bits of the codes (whole codes if BITS is 8),
+// the plane of their higher bits, the scales of the groups, output by output, and the scales that the
+// groups of an output share. Lane 4 g + t has the codes of the outputs g and g + 8 (`row` 0 and 1). In each
+// step of 16 inputs, these are the codes of the inputs 2 t, 2 t + 1 (pair 0), 2 t + 8 and 2 t + 9 (pair 1).
+// Two steps are a part of the record, for which a lane's four-bit codes of an output fill a word.
 template <int BITS, int GROUP, Scales SCALES, int ZERO_CODE>
 struct Format {
     static constexpr int ZERO = ZERO_CODE;
-    // Whether the code for up to so many rows is unrolled: it is larger, and takes a tenth fewer
-    // instructions. For the formats that most models have, as far as there are registers.
+    // Returns whether the code for up to `rows` rows is unrolled. It is then larger, and takes a tenth fewer
+    // instructions. This is done for the formats that most models use, if there are enough registers.
     static __device__ constexpr bool unrolled(int rows) {
         if (BITS == 5) return rows == 8 && SCALES == Scales::NestedMinimum;
         return BITS > 4 || GROUP == 32;
     }
-    // Sixteens of outputs that a warp computes for many rows (as in src/device/cuda/pack.rs).
+    // Groups of 16 outputs that a warp computes for many rows (as in src/device/cuda/pack.rs).
     static constexpr int MANY_EACH = GROUP == 16 && SCALES == Scales::NestedMinimum ? 1 : 2;
     static constexpr bool MINIMUM = SCALES == Scales::PlainMinimum || SCALES == Scales::NestedMinimum;
     static constexpr int PARTS = RECORD_INPUTS / 32, PART_GROUPS = 32 / GROUP, GROUP_STEPS = GROUP / 16;
-    // u32 words of a lane and row, of a part and of the record.
+    // u32 words of codes per lane and row: of a part, and of the record.
     static constexpr int PART_WORDS = BITS == 8 ? 2 : 1, LOW_WORDS = PART_WORDS * PARTS;
     static constexpr int HIGH_WORDS = BITS == 5 ? 1 : BITS == 6 ? 2 : 0;
-    // Bytes of a part's scales.
+    // Bytes of the scales of a part, per output.
     static constexpr int SCALE_BYTES = PART_GROUPS * (SCALES == Scales::PlainMinimum ? 4 : SCALES == Scales::Nested ? 1 : 2);
-    static constexpr int SCALE_WORDS = PARTS * SCALE_BYTES / 4;             // u32 words of an output
+    static constexpr int SCALE_WORDS = PARTS * SCALE_BYTES / 4;             // u32 words per output
     static constexpr int SHARED_BYTES = SCALES == Scales::Nested ? 2 : SCALES == Scales::NestedMinimum ? 4 : 0;
     static constexpr int HIGH = LOW_WORDS * 256, SCALE = HIGH + HIGH_WORDS * 256;
     static constexpr int SHARED = SCALE + RECORD_OUTPUTS * SCALE_WORDS * 4;
     static constexpr int BYTES = SHARED + RECORD_OUTPUTS * SHARED_BYTES;
     static_assert(BYTES % 16 == 0, "records are copied by 16 bytes");
 
-    // Where a lane's words with low halves are, four at a time; and its high words.
+    // Return the offsets of a lane's words of low bits, four at a time, and of its words of higher bits.
     static INLINE u32 low_at(u32 four, u32 row, u32 lane) { return ((four * 2 + row) * 32 + lane) * 16; }
     static INLINE u32 high_at(u32 row, u32 lane) { return HIGH + (row * 32 + lane) * (HIGH_WORDS * 4); }
 
-    // Which high word has the higher bits of a part, and by how much they are shifted there.
+    // Return which of the latter has the higher bits of a part, and by how many bits they are shifted there.
     static INLINE u32 high_word(u32 part) { return BITS == 6 ? part / 2 : 0; }
     static INLINE u32 high_shift(u32 part) { return BITS == 6 ? part % 2 * 8 : part * 4; }
 
-    // A pair of codes, one in each half, as bits of `carrier`. `low` is the step's word, `high`
-    // has the part's higher bits lowest.
+    // Returns a pair of codes, one in each half, in the lowest bits of `carrier`. `low` is the word of the
+    // step, and `high` has the higher bits of the part in its lowest bits.
     static INLINE u32 codes(u32 low, u32 high, int step, int pair, u32 carrier) {
         if constexpr (BITS == 8) return masked_or(low >> pair * 8, 0x00ff00ffu, carrier);
         const u32 codes = masked_or(low >> (step * 8 + pair * 4), 0x000f000fu, carrier);
@@ -134,11 +139,11 @@ struct Format {
         return masked_or(from < 4 ? high << (4 - from) : high >> (from - 4), BITS == 5 ? 0x00100010u : 0x00300030u, codes);
     }
 
-    // The codes of a pair minus ZERO, in the activation type.
+    // Returns the codes of a pair minus ZERO, in the activation type.
     static INLINE u32 operand(u32 low, u32 high, int step, int pair) {
 #if !QUELL_F16
         if constexpr (BITS == 8) {
-            // The mantissa of 128 has seven bits; with the eighth one it becomes 256.
+            // The mantissa of 128 has room for seven bits of a code; setting the eighth one makes it 256.
             static_assert(ZERO == 128, "a clear eighth bit stands for −128");
             const u32 word = low >> pair * 8;
             const u32 subtracted = inverted_masked_or(word, 0x00800080u, CARRIER);
@@ -150,21 +155,21 @@ struct Format {
 
     static INLINE float half_of(u32 bits) { return __half2float(__ushort_as_half(static_cast<u16>(bits))); }
 
-    // What the groups of an output share: factors for the nested scales and minimums.
+    // What the groups of an output share: the factors of nested scales and minimums.
     struct Shared {
         float scale, minimum;
 
         INLINE static Shared of(u32 bits) { return {half_of(bits), -half_of(bits >> 16)}; }
     };
-    // Byte `index` of a word minus 128, times a factor. `carrier` is BYTE_CARRIER.
+    // Returns byte `index` of a word minus 128, times a factor. `carrier` is BYTE_CARRIER.
     static INLINE float nested(u32 word, int index, float factor, u32 carrier) {
         // 32768 + byte
         const float byte = __uint_as_float(__byte_perm(word, carrier, 0x7604u | index << 4));
         return fmaf(byte, factor, factor * -(32768.0f + 128.0f));
     }
 
-    // The scale and the offset of a group: number `index` of those that the word holds. All
-    // products are exact: a scale has 11 bits, or 19 if nested.
+    // Return the scale and the offset of a group, which is number `index` of those in the word. All
+    // products are exact: a scale has 11 significant bits, or 19 if nested.
     static INLINE float scale_of(u32 word, const Shared& shared, int index, u32 carrier) {
         if constexpr (SCALES == Scales::Plain) return half_of(word >> index * 16);
         if constexpr (SCALES == Scales::PlainMinimum) return half_of(word);
@@ -178,7 +183,7 @@ struct Format {
     }
 };
 
-// `WORDS` neighbouring words of shared memory, two or four at a time.
+// Loads `WORDS` adjacent words of shared memory, up to four at a time.
 template <int WORDS>
 INLINE void load_words(u32 (&words)[WORDS], u32 from) {
     static_assert(WORDS == 1 || WORDS == 2 || WORDS % 4 == 0, "there are loads of 4, 8 and 16 bytes");
@@ -196,21 +201,21 @@ INLINE void load_words(u32 (&words)[WORDS], u32 from) {
         }
     }
 }
-// Two bytes of shared memory.
+// Loads two bytes of shared memory.
 INLINE u32 load_short(u32 from) {
     u16 x;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
     return x;
 }
 
-// A lane's share of a part of a record: of two outputs, the codes and the words with the scales,
-// of which the part's first one is number `first_scale`.
+// A lane's share of a part of a record: the codes of two outputs, and the words with their scales, in
+// which the first scale of the part is number `first_scale`.
 template <class F>
 struct Part {
     u32 low[2][F::PART_WORDS], high[2], scales[2];
     int first_scale;
 
-    // The operand a of one of the two steps.
+    // Computes operand a of one of the two steps.
     INLINE void operand(u32 (&a)[4], int step) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -219,7 +224,7 @@ struct Part {
     }
 };
 
-// What the groups of an output share; it begins at `from`.
+// Loads what the groups of an output share, which begins at `from`.
 template <class F>
 INLINE typename F::Shared load_shared(u32 from) {
     if constexpr (F::SHARED_BYTES == 2) return F::Shared::of(load_short(from));
@@ -228,7 +233,7 @@ INLINE typename F::Shared load_shared(u32 from) {
     return F::Shared::of(word[0]);
 }
 
-// The word with the scales of a part for one output, which begin at `from`.
+// Loads the word with the scales of a part for one output, which begin at `from`.
 template <class F>
 INLINE u32 load_scales(u32 from) {
     if constexpr (F::SCALE_BYTES == 2) return load_short(from);
@@ -244,8 +249,8 @@ struct Record {
     u32 low[2][F::LOW_WORDS / 4][4], high[2][F::HIGH_WORDS ? F::HIGH_WORDS : 1], scales[2][F::SCALE_WORDS];
     u32 lane_scales;
 
-    // `lane_at`: 16 bytes a lane from the beginning of the record. `lane_scales`: the scales of its
-    // first output.
+    // `lane_at` is the beginning of the record plus 16 bytes per lane. `lane_scales` is the address of the
+    // scales of the lane's first output.
     INLINE Record(u32 lane_at, u32 lane_scales_) : lane_scales(lane_scales_) {
 #pragma unroll
         for (u32 row = 0; row < 2; row++) {
@@ -277,7 +282,7 @@ struct Record {
     }
 };
 
-// A lane's share of any part of a record, which takes fewer registers.
+// Loads a lane's share of one part of a record, which takes fewer registers than a `Record`.
 template <class F>
 INLINE Part<F> load_part(u32 lane_at, u32 lane_scales, u32 number) {
     const u32 word = number * F::PART_WORDS;
@@ -297,8 +302,8 @@ INLINE Part<F> load_part(u32 lane_at, u32 lane_scales, u32 number) {
     return part;
 }
 
-// Sums of a lane: of each eight rows, those of the outputs g, g, g + 8, g + 8 and the rows 2 t,
-// 2 t + 1, 2 t, 2 t + 1.
+// The sums of lane 4 g + t. For every eight rows, they are those of the outputs g, g, g + 8, g + 8 and
+// the rows 2 t, 2 t + 1, 2 t, 2 t + 1.
 template <int EIGHTS>
 struct Sums {
     float at[EIGHTS][4];
@@ -308,12 +313,12 @@ struct Sums {
         for (int n = 0; n < EIGHTS; n++) at[n][0] = at[n][1] = at[n][2] = at[n][3] = 0.0f;
     }
 
-    // Writes them, `apart` fours apart.
+    // Writes the sums in groups of four, which are `apart` groups apart.
     INLINE void store(float4* to, u32 apart) const {
 #pragma unroll
         for (int n = 0; n < EIGHTS; n++) to[n * apart] = make_float4(at[n][0], at[n][1], at[n][2], at[n][3]);
     }
-    // Adds numbers of the eight rows number `n` times a factor for each of the two outputs.
+    // Adds numbers of the n-th eight rows, times a factor for each of the two outputs.
     INLINE void add(int n, const float (&other)[4], const float (&factors)[2]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) at[n][i] = fmaf(other[i], factors[i / 2], at[n][i]);
@@ -327,30 +332,30 @@ struct Sums {
     }
 };
 
-// Where a warp finds the x of a record in shared memory: `EIGHTS` times eight rows of `CHUNKS`
-// pieces of sixteen bytes, of which the record's first one is number `first`. The address of the
-// first row is a multiple of 256.
+// The addresses at which a warp reads the x of a record in shared memory, from `EIGHTS` times eight rows
+// of `CHUNKS` chunks of 16 bytes. The first chunk of the record is number `first` of a row. The address
+// of the first row is a multiple of 256.
 template <int EIGHTS, int CHUNKS>
 struct Rows {
     u32 at;
 
     INLINE Rows(u32 shared, u32 first) {
         const u32 lane = lane_id();
-        // Two steps of eight rows at once, or one of sixteen.
+        // An ldmatrix reads two steps of 8 rows, or one step of 16 rows.
         const u32 number = EIGHTS == 1 ? lane % 8 : lane / 16 * 8 + lane % 8;
         const u32 chunk = first + (EIGHTS == 1 ? lane / 8 : lane / 8 % 2);
         at = shared + (number * CHUNKS + (chunk ^ (number & 7))) * 16;
     }
 
-    // The operands b of the two steps of a part.
+    // The operands b of the two steps of a part of the record.
     struct Operands {
         u32 b[2][EIGHTS][2];
     };
     INLINE Operands operands(u32 part) const {
         Operands all;
         u32 four[4];
-        // A record's chunks are a multiple of sixteen, and only the lowest three bits of their
-        // numbers depend on the row: the fourth one is a constant offset.
+        // A record begins at a multiple of 16 chunks, and the swizzle changes only the lowest three bits of
+        // a chunk's number, so the fourth bit is a constant offset.
         const u32 of_part = (at ^ (part % 2 * 64)) + part / 2 * 128;
         if constexpr (EIGHTS == 1) {
             load_matrices(four, of_part);
@@ -371,8 +376,8 @@ struct Rows {
     }
 };
 
-// The sums of x over group `group` of a part for the eight rows number `n`, as products with ones:
-// all outputs have the same.
+// Computes the sums of x over group `group` of a part for the n-th eight rows, as products with ones, so
+// that all outputs get the same sums.
 template <class F, class Operands>
 INLINE void add_rows(float (&sums)[4], const Operands& rows, int group, int n) {
     const u32 ones[4] = {ONES, ONES, ONES, ONES};
@@ -383,8 +388,8 @@ INLINE void add_rows(float (&sums)[4], const Operands& rows, int group, int n) {
     }
 }
 
-// Adds the products of a part of a record to `sums`; `row_sums(sums, rows, group, n)` gives the sums
-// of x over a group of the part for the eight rows number `n`.
+// Adds the products of a part of a record to `sums`. `row_sums(sums, rows, group, n)` must compute the
+// sums of x over a group of the part for the n-th eight rows.
 template <class F, int EIGHTS, class Operands, class RowSums>
 INLINE void multiply_part(Sums<EIGHTS>& sums, const Part<F>& part, const typename F::Shared (&shared)[2],
                           const Operands& rows, u32 carrier, RowSums row_sums) {
@@ -415,8 +420,8 @@ INLINE void multiply_part(Sums<EIGHTS>& sums, const Part<F>& part, const typenam
     }
 }
 
-// Starts to copy a record to shared memory, if it is `wanted`. The addresses are 16 bytes a lane
-// from the beginning.
+// Starts to copy a record to shared memory, if it is `wanted`. Both addresses are the beginning of the
+// record plus 16 bytes per lane.
 template <class F>
 INLINE void copy_record(u32 lane_at, const u8* lane_from, bool wanted) {
 #pragma unroll
@@ -428,11 +433,11 @@ INLINE void copy_record(u32 lane_at, const u8* lane_from, bool wanted) {
     }
 }
 
-// Stages of shared memory: as many as fit where there are 99 KiB, four at most.
+// Returns the number of stages: as many as fit into 99 KiB of shared memory, but at most four.
 __device__ constexpr int stages_of(int bytes) { return 101376 / bytes < 4 ? 101376 / bytes : 4; }
 __device__ constexpr int stage_bytes(int x_bytes, int record_bytes) { return (x_bytes + record_bytes + 255) / 256 * 256; }
 
-// What a product is computed of, and where its results go.
+// The operands of a product, and where its results are written.
 struct Product {
     void* out;
     const T* x;
@@ -443,10 +448,10 @@ struct Product {
     u32* sums;
     u32 rows, outputs, inputs, out_stride, out_mode;
 
-    // Which tile the block computes, counted from the first one.
+    // Returns the index of the tile that the block computes.
     static INLINE u32 index() { return blockIdx.y * gridDim.x + blockIdx.x; }
     INLINE Tile tile(u32 tile_rows) const { return tile_of(index(), gridDim.x, gridDim.y, expert_tiles, rows, tile_rows); }
-    // Rows of the weights, a sixteenth of them, and the records of a row, all rounded up.
+    // Return the rows of the weights, the groups of 16 of them and the records per row, rounded up.
     INLINE u32 weight_rows() const { return is_gated(out_mode) ? 2 * outputs : outputs; }
     INLINE u32 sixteens() const { return (weight_rows() + 15) / 16; }
     INLINE u32 records() const { return (inputs + RECORD_INPUTS - 1) / RECORD_INPUTS; }
@@ -458,22 +463,22 @@ struct Product {
 constexpr int FEW_OUTPUTS = 32, FEW_THREADS = 256;
 constexpr int MANY_ROWS = 64, MANY_THREADS = 128;
 
-// Where a result lies among those of a tile: row after row, or as the threads of
-// `linear_quant_many` have them, of which each warp has `each` sixteens of outputs.
+// The index of a result among those of a tile: row by row if `each` is 0, and otherwise in the layout in
+// which the threads of `linear_quant_many` hold them, where each warp has `each` groups of 16 outputs.
 struct ResultPlace {
     u32 columns, each;
 
     INLINE u32 operator()(u32 row, u32 column) const {
         if (each == 0) return row * columns + column;
-        // Which of the thread's fours, and its lane; see Sums.
+        // Index of the group of four in the thread, and the lane; see Sums.
         const u32 four = column / 16 % each * (MANY_ROWS / 8) + row / 8, lane = column % 8 * 4 + row % 8 / 2;
         return (four * MANY_THREADS + column / (each * 16) * 32 + lane) * 4 + column / 8 % 2 * 2 + row % 2;
     }
 };
 
-// Writes the `size` results of a tile, which are in shared memory, or in `kept` if several blocks
-// have a part of them. With gates, `to.outputs` is a multiple of half the columns. Called, not
-// inlined: every kernel has it.
+// Writes the `size` results of a tile, which are in shared memory, or in `kept` if several blocks share
+// the tile. If it is gated, `to.outputs` is a multiple of half the columns. Not inlined, because every
+// kernel contains it.
 __device__ __noinline__ void finish(Output to, Tile tile, SharedSums kept, u32 size, u32 each) {
     extern __shared__ __align__(256) u8 stages[];
     float* const results = reinterpret_cast<float*>(stages);
@@ -486,18 +491,19 @@ __device__ __noinline__ void finish(Output to, Tile tile, SharedSums kept, u32 s
     const u32 columns = each ? each * (16 * MANY_THREADS / 32) : FEW_OUTPUTS;
     const ResultPlace place = {columns, each};
     const bool is_product = is_gated(to.mode);
-    const u32 width = is_product ? columns / 2 : columns;
+    // A power of two.
+    const u32 width = is_product ? columns / 2 : columns, shift = __ffs(width) - 1;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < size / columns * width; i += blockDim.x) {
-        const u32 column = i % width, row = i / width;
+    for (u32 i = threadIdx.x; i < (is_product ? size / 2 : size); i += blockDim.x) {
+        const u32 column = i & (width - 1), row = i >> shift;
         write_result(to, tile, row, tile.column * width + column, results[place(row, column)],
                      is_product ? results[place(row, width + column)] : 0.0f);
     }
 }
 
-// For up to `ROWS` rows, 8 or 16, and 32 outputs. Two warps, of sixteen outputs each, do every
-// fourth record, and four such pairs share a stage of four records. So each pair has a unit of a
-// round, and its sums go through shared memory at the end of the round.
+// Computes a tile of up to `ROWS` rows, 8 or 16, and 32 outputs. A pair of warps, with 16 outputs each,
+// processes every fourth record, and four such pairs share a stage of four records. So each pair computes
+// one unit of a round. Its sums pass through shared memory at the end of the round.
 template <class F, int ROWS>
 INLINE void linear_quant_few(const Product product) {
     constexpr int DEPTH = CHAINS * RECORD_INPUTS, CHUNKS = DEPTH / 8, RECORD_CHUNKS = RECORD_INPUTS / 8, EIGHTS = ROWS / 8;
@@ -509,7 +515,7 @@ INLINE void linear_quant_few(const Product product) {
     if (tile.row >= tile.row_end) return;
     const u32 inputs = product.inputs, records = product.records(), sixteens = product.sixteens();
     const u32 round = round_of(records);
-    const Units rounds((records + round - 1) / round);
+    const Units rounds(rounds_in(records));
     const u32 begin = rounds.first * round, end = min(rounds.end * round, records);
     RowCopies<ROWS, DEPTH, FEW_THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
     x_copies.from += begin * (RECORD_INPUTS * 2);
@@ -518,8 +524,8 @@ INLINE void linear_quant_few(const Product product) {
     const u8* next = product.weight + (((u64)tile.expert * sixteens + sixteen) * records + begin + chain) * F::BYTES + lane_id() * 16;
     if (chain == 0 && lane_id() == 0 && sixteen < sixteens) prefetch(next, min(end - begin, STAGES * CHAINS) * F::BYTES);
     wait_for_kernels_before();
-    // A stage begins with record `first`: it holds x for the thread, and a record for the warp, if
-    // `first` is below these.
+    // A stage that begins with record `first` has x for the thread if `first` is below `x_end`, and a
+    // record for the warp if it is below `record_end`.
     const u32 thread_chunk = threadIdx.x % CHUNKS;
     u32 x_end = max(inputs / 8 + RECORD_CHUNKS - 1, thread_chunk) - thread_chunk;
     x_end = min(x_end / RECORD_CHUNKS, end);
@@ -547,27 +553,28 @@ INLINE void linear_quant_few(const Product product) {
     Sums<EIGHTS> sums;
     sums.reset();
 
-    // A thread adds up some of the results.
+    // Each thread adds up EACH of the tile's results.
     constexpr u32 RESULTS = ROWS * FEW_OUTPUTS, EACH = RESULTS / FEW_THREADS;
     constexpr u32 PITCH = FEW_OUTPUTS + 8, CHAIN = ROWS * PITCH;
     static_assert(CHAINS * CHAIN * 4 <= STAGE, "the sums of a round fit in a stage");
     float total[EACH] = {};
-    // Computed anew where they are needed, which takes fewer registers.
+    // Recomputed where they are needed, which takes fewer registers.
     const auto records_again = [&] {
         u32 records = product.records();
         settle(records);
         return records;
     };
-    const auto rounds_of = [&](u32 records) { return Units((records + round_of(records) - 1) / round_of(records)); };
+    const auto rounds_again = [&] { return Units(rounds_in(records_again())); };
     const auto kept = [&](const Units& rounds) {
         return SharedSums(product.sums, Product::index(), RESULTS, 1 + (rounds.all - rounds.first_end) * CHAINS);
     };
+    u32 number = rounds.first;
 #pragma unroll 1
-    for (u32 first = begin; first < end;) {
+    for (u32 first = begin; first < end; number++) {
         const u32 round_end = min(first + round_of(records_again()), end);
 #pragma unroll 1
         for (; first < round_end; first += CHAINS) {
-            // The oldest stage is there, of all threads, and none reads the one before.
+            // The oldest stage has arrived for all threads, and no thread reads the one before it any more.
             copy_async_wait<STAGES - 2>();
             __syncthreads();
             start(empty, first + (STAGES - 1) * CHAINS);
@@ -594,7 +601,7 @@ INLINE void linear_quant_few(const Product product) {
             empty = reading;
             reading = reading + STAGE == stages_end ? shared : reading + STAGE;
         }
-        // The stage that was read last takes the sums, unit by unit.
+        // The memory of the stage that was read last holds the sums, unit by unit.
         float* const results = reinterpret_cast<float*>(stages) + (empty - shared) / 4;
         __syncthreads();
         float* const own_results = results + chain * CHAIN + lane_id() % 4 * (2 * PITCH) + warp_id() % 2 * 16 + lane_id() / 4;
@@ -606,26 +613,28 @@ INLINE void linear_quant_few(const Product product) {
         sums.reset();
         __syncthreads();
         float* const of_round = results + warp_id() * PITCH + lane_id();
-        // Not for the first block, which adds up.
-        const u32 again = records_again();
-        const Units units = rounds_of(again);
-        const u32 place = 1 + ((first - 1) / round_of(again) - units.first_end) * CHAINS;
-        float* const to = kept(units).at + (int)(place * RESULTS) + threadIdx.x;
+        // Where blocks other than the first, which adds up, store the sums.
+        float* to = nullptr;
+        if (blockIdx.z > 0) {
+            const Units units = rounds_again();
+            const u32 place = 1 + (number - units.first_end) * CHAINS;
+            to = kept(units).at + (int)(place * RESULTS) + threadIdx.x;
+        }
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
 #pragma unroll
             for (u32 unit = 0; unit < CHAINS; unit++) {
                 const float sum = of_round[unit * CHAIN + i * (FEW_THREADS / 32) * PITCH];
-                // If others add up, what this block adds up is not used.
+                // Unless this block adds up its units, its `total` is not used.
                 total[i] += sum;
-                if (!units.adds()) to[unit * RESULTS + i * FEW_THREADS] = sum;
+                if (blockIdx.z > 0) to[unit * RESULTS + i * FEW_THREADS] = sum;
             }
         }
     }
     copy_async_wait<0>();
-    // The stages are read; their memory takes the results, unless several blocks have a part of them.
+    // All stages have been read, so their memory can hold the results, unless several blocks share the tile.
     __syncthreads();
-    const SharedSums sums_of_blocks = kept(rounds_of(records_again()));
+    const SharedSums sums_of_blocks = is_shared() ? kept(rounds_again()) : SharedSums(product.sums, 0, 0, 0);
     float* const results = (is_shared() ? sums_of_blocks.at : reinterpret_cast<float*>(stages)) + threadIdx.x;
     if (rounds.adds()) {
 #pragma unroll
@@ -634,12 +643,12 @@ INLINE void linear_quant_few(const Product product) {
     finish(product.output(tile), tile, sums_of_blocks, RESULTS, 0);
 }
 
-// The records of a range of units, in the order in which a block of `linear_quant_many` takes them.
+// The records of a range of units, in the order in which a block of `linear_quant_many` processes them.
 struct RecordOrder {
     u32 records, round, unit, record, end;
 
     INLINE RecordOrder(u32 first_unit, u32 records_) : records(records_), round(round_of(records_)) { begin(first_unit); }
-    // The first record of a unit, and the end of its records.
+    // Moves to the first record of a unit.
     INLINE void begin(u32 number) {
         unit = number;
         const u32 first = unit / CHAINS * round;
@@ -655,7 +664,7 @@ struct RecordOrder {
     }
 };
 
-// For many rows: each warp computes all 64 rows of 32 outputs, or of sixteen if the format takes too
+// Computes a tile of 64 rows. Each warp computes all rows of 32 outputs, or of 16 if the format takes too
 // many registers.
 template <class F>
 INLINE void linear_quant_many(const Product product) {
@@ -672,10 +681,10 @@ INLINE void linear_quant_many(const Product product) {
     RowCopies<MANY_ROWS, RECORD_INPUTS, MANY_THREADS> x_copies(product.x, tile.row_end - tile.row, inputs, RowOf{product.row_index, tile});
     const OutputOf output_of(OUTPUTS, product.outputs, product.out_mode);
     const u32 sixteen = (tile.column * output_of.half + output_of(warp_id() * (EACH * 16))) / 16;
-    // How many of the warp's sixteens exist.
+    // Number of groups of 16 outputs that exist from the warp's first one on.
     const u32 existing = sixteen < sixteens ? sixteens - sixteen : 0;
     const u8* const lane_weight = product.weight + ((u64)tile.expert * sixteens + (existing ? sixteen : 0)) * records * F::BYTES + lane_id() * 16;
-    // Of a round that is not complete, some units may have no records.
+    // If the last round is incomplete, some of its units may have no records. They are not counted.
     const u32 round = round_of(records);
     const Units units(records / round * CHAINS + min(records % round, CHAINS));
     RecordOrder copying(units.first, records);
@@ -706,7 +715,7 @@ INLINE void linear_quant_many(const Product product) {
     Sums<EIGHTS> sums[EACH], total[EACH];
 #pragma unroll
     for (u32 i = 0; i < EACH; i++) sums[i].reset(), total[i].reset();
-    // The sums of a tile as the threads hold them, four at a time.
+    // The sums of a tile, in groups of four, in the layout in which the threads hold them.
     constexpr u32 FOURS = EACH * EIGHTS;
     const SharedSums kept(product.sums, Product::index(), FOURS * MANY_THREADS * 4, 1 + units.all - units.first_end);
     const auto kept_at = [&](u32 place) { return reinterpret_cast<float4*>(kept.at) + place * (FOURS * MANY_THREADS) + threadIdx.x; };
@@ -714,13 +723,13 @@ INLINE void linear_quant_many(const Product product) {
     using Operands = typename Rows<EIGHTS, CHUNKS>::Operands;
 #pragma unroll 1
     for (RecordOrder order(units.first, records); order.unit < units.end;) {
-        // The oldest stage is there, of all threads, and none reads the one before.
+        // The oldest stage has arrived for all threads, and no thread reads the one before it any more.
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         start(empty);
         const Rows<EIGHTS, CHUNKS> x_rows(reading, 0);
         if constexpr (F::MINIMUM) {
-            // The sums of x over the record's groups, for all warps: each finds those of a part.
+            // The sums of x over the groups of the record, for all warps. Each warp computes those of one part.
             static_assert(F::PARTS == MANY_THREADS / 32, "each warp has one part");
             const auto operands = x_rows.operands(warp_id());
 #pragma unroll
@@ -763,13 +772,13 @@ INLINE void linear_quant_many(const Product product) {
 #pragma unroll
         for (u32 i = 0; i < EACH; i++) {
             if (!units.adds()) sums[i].store(to + i * (EIGHTS * MANY_THREADS), MANY_THREADS);
-            // If others add up, what this block adds up is not used.
+            // Unless this block adds up its units, its `total` is not used.
             total[i].add(sums[i]);
             sums[i].reset();
         }
     }
     copy_async_wait<0>();
-    // The stages are read; their memory takes the results, unless several blocks have a part of them.
+    // All stages have been read, so their memory can hold the results, unless several blocks share the tile.
     __syncthreads();
     float4* const results = is_shared() ? kept_at(0) : reinterpret_cast<float4*>(stages) + threadIdx.x;
     static_assert(FOURS * MANY_THREADS * 16 <= STAGES * STAGE, "the results fit where the stages were");
@@ -780,8 +789,8 @@ INLINE void linear_quant_many(const Product product) {
     finish(product.output(tile), tile, kept, MANY_ROWS * OUTPUTS, EACH);
 }
 
-// `out[row] = scale · table[resolved[row]]`, not rounded; one block a row. An id beyond
-// the vocabulary reads row 0.
+// `out[row] = scale · table[resolved[row]]`, not rounded to the activation type. One block per row. An id
+// beyond the vocabulary reads row 0.
 template <class F>
 INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float scale, u32 columns, u32 vocabulary) {
     wait_for_kernels_before();
@@ -790,7 +799,7 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
     out += (u64)blockIdx.x * columns;
     const u32 records = (columns + RECORD_INPUTS - 1) / RECORD_INPUTS, output = token % RECORD_OUTPUTS, row = output / 8;
     table += (u64)(token / RECORD_OUTPUTS) * records * F::BYTES;
-    // A lane's four weights of a step.
+    // Each iteration computes the four weights that a lane has of a step.
     for (u32 i = threadIdx.x; i < records * 32; i += blockDim.x) {
         const u8* record = table + (u64)(i / 32) * F::BYTES;
         const u32 part = i / 8 % 4, step = i / 4 % 2, quarter = i % 4, lane = output % 8 * 4 + quarter;
@@ -823,8 +832,8 @@ INLINE void embed_quant(float* out, const u8* table, const u32* resolved, float 
     }
 }
 
-// Shared memory: as many stages as `stages_of` says, which lets two blocks run on a multiprocessor
-// of compute capability 9.0.
+// Shared memory: the number of stages that `stages_of` returns, which lets two blocks run on a
+// multiprocessor of compute capability 9.0.
 #define LINEAR_QUANT(NAME, THREADS, ...)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                        \
         NAME(void* out, const T* x, const u8* weight, const float* bias, const u32* row_index,                      \

@@ -1,16 +1,16 @@
 // Root-mean-square norms, sums, copies and pooling of rows. Zhang & Sennrich, RMSNorm, 2019.
 //
-// One block a row. Each thread takes eight neighbouring columns at a time; what it adds
-// up, and in which order, depends on the number of columns and the block's size only.
+// Norms use one block per row, whose threads handle eight adjacent columns at a time. Which elements a
+// thread sums, and in which order, depends only on the number of columns and the block size.
 #include "vector.cuh"
 
-// 1 / √(mean square + ε) of a row whose threads hold `sum` of their squares.
+// Returns 1 / √(mean square + ε) of a row, where `sum` is the thread's sum of squares.
 INLINE float inverse_rms(float sum, float epsilon, u32 columns) {
     __shared__ float scratch[32];
     return 1.0f / sqrtf(block_sum(sum, scratch) / float(columns) + epsilon);
 }
 
-// Reads the weights, which no kernel writes, into the cache while the kernel before still runs.
+// Prefetches the weights, which no kernel writes, and then waits for the kernels before this one.
 INLINE void begin_norm(const float* weight, u32 columns) {
     if (blockIdx.x == 0 && threadIdx.x == 0) prefetch(weight, columns * sizeof(float));
     wait_for_kernels_before();
@@ -22,7 +22,7 @@ INLINE float add_squares(float sum, const float (&x)[8]) {
     return sum;
 }
 
-// x · factor · weight for eight columns.
+// Multiplies eight columns by `factor` and by their weights.
 INLINE void scale8(float (&x)[8], float factor, const float* weight) {
     float w[8];
     load8(w, weight);
@@ -30,9 +30,9 @@ INLINE void scale8(float (&x)[8], float factor, const float* weight) {
     for (int i = 0; i < 8; i++) x[i] = x[i] * factor * w[i];
 }
 
-// A thread's columns number 8 · (k · threads + thread) and the next seven, for k below KEPT, stay in
-// registers between the two passes over a row: all of them if there are at most 8192 columns. They
-// are read at once. The others are read again in the second pass.
+// A thread keeps the columns 8 · (k · threads + thread) and the next seven, for k below KEPT, in registers
+// between the two passes over a row, and loads them all at once. With 256 threads, these are all columns
+// of a row of up to 8192 columns. Further columns are read again in the second pass.
 constexpr u32 KEPT = 4;
 INLINE u32 column_of(u32 k) { return (k * blockDim.x + threadIdx.x) * 8; }
 
@@ -97,7 +97,7 @@ KERNEL(256) rms_norm(T* out, const float* x, const float* weight, float epsilon,
     norm_row(out, x, weight, epsilon, columns);
 }
 
-// The same for activations, with a float32 result.
+// Like `rms_norm`, for an x in the activation type and a float32 result.
 KERNEL(256) rms_norm_full(float* out, const T* x, const float* weight, float epsilon, u32 columns) {
     norm_row(out, x, weight, epsilon, columns);
 }
@@ -128,7 +128,7 @@ KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* we
     }
     float factor = inverse_rms(sum, epsilon, columns);
     write_kept(out, kept, factor, weight, columns);
-    // Each thread reads again what it has written itself.
+    // Each thread rereads only what it has written itself.
 #pragma unroll 1
     for (u32 k = KEPT; column_of(k) < columns; k++) {
         load8(r, residual + column_of(k));
@@ -217,9 +217,9 @@ KERNEL(256) gather_rows(float* out, const float* x, const u32* indices, u32 colu
     }
 }
 
-// out[i] = the sum of the rows ranges[i] = {first, count} of x, in units of 2⁻²⁸; the lowest
-// number there is in a column with a value that is no number or whose size is beyond 2¹⁵.
-// Sums of integers do not depend on their order. Grid (columns / 256, ranges), 256 threads.
+// out[i] = the sum of the rows ranges[i] = {first, count} of x, as integers in units of 2⁻²⁸, because
+// integer sums do not depend on their order. A column with NaN or a magnitude above 2¹⁵ gets the lowest
+// 64-bit integer instead. Grid (ceil(columns / 256), ranges), 256 threads.
 KERNEL(256) pool_rows(long long* out, const T* x, const uint2* ranges, u32 columns) {
     wait_for_kernels_before();
     u32 column = blockIdx.x * blockDim.x + threadIdx.x;

@@ -2,24 +2,24 @@
 #pragma once
 #include "recurrence.cuh"
 
-// What a block that computes prompts keeps in shared memory.
+// Shared memory of a block that computes prompts.
 struct PromptMemory {
-    // Keys and queries of an interval, those of the next one, and the values of both.
+    // The keys and queries of an interval and of the next one, and the values of both.
     alignas(16) u8 rows[2][2][TILE_BYTES];
     alignas(16) u8 values[2][INTERVAL][WIDTH * 2 + 16];
-    // Factor of u of token i in what token t computes of its keys, and of its query: [i][t].
+    // Factors on the u of token i in what token t computes from its key, and from its query: [i][t].
     alignas(8) float factors[2][INTERVAL][24];
     // For each warp and token t: r(t), and then r(t, i) of each token i.
     float decays[WARPS][INTERVAL][INTERVAL + 2];
-    // What keys and queries are multiplied by.
+    // Factors on keys, and on queries.
     float scales[2][INTERVAL];
     // Results of each warp.
     alignas(16) u8 out[WARPS][INTERVAL][COLUMNS * 2 + 16];
 };
 
-// Computes all rows of a sequence, interval by interval. `DELTA`: of a delta net, where `scale` multiplies
-// queries; otherwise of Mamba-2, where it is the factor of the values that bypass the state. `states` is
-// the first slot.
+// Computes all rows of a sequence, interval by interval. With `DELTA`, for a delta net, where `scale` is a
+// factor on queries; otherwise for Mamba-2, where it is the factor on the values that bypass the state.
+// `states` points to the first slot.
 template <bool DELTA, class Gates>
 INLINE void compute_prompt(
     PromptMemory& shared, const Columns& columns, const Rows& rows, const Gates& gates, float scale,
@@ -64,7 +64,7 @@ INLINE void compute_prompt(
     start_copies(0);
     float2 next_gates = read_gates(0);
     Matrix matrix;
-    // Lane 0 has r(t), and lane i + 1 has r(t, i), of the last token t so far.
+    // Lane 0 has r(t), and lane i + 1 has r(t, i), where t is the last token so far.
     float product = 1.0f;
     if (begin > 0 && lane < INTERVAL) product = before[place.decays + lane];
     if (has_warp) read_matrix(matrix, begins ? nullptr : before + place.matrix, chunks);
@@ -77,7 +77,7 @@ INLINE void compute_prompt(
         __syncthreads();
         if ((interval + 1) * INTERVAL < all) start_copies(interval + 1);
 
-        // Of the token's decay and of what its value is multiplied by.
+        // The decay of the lane's token, and the factor on its value.
         float2 gate = gates.of(next_gates);
         if (lane < first || lane >= end) gate = make_float2(1.0f, 0.0f);
         next_gates = read_gates(interval + 1);
@@ -91,7 +91,7 @@ INLINE void compute_prompt(
         }
         __syncwarp();
 
-        // Each warp multiplies the keys with half of the keys, or of the queries.
+        // Each warp multiplies the keys with one half of the keys or of the queries.
         const u32 kind = DELTA ? warp / 2 : 1, half_of_warp = warp % 2;
         if (DELTA || warp < 2) {
             float sums[4], squares;
@@ -119,7 +119,7 @@ INLINE void compute_prompt(
         float sums[TILES][2][4] = {};
         if (has_warp) multiply_matrix(sums, matrix, SharedRow(tiles[DELTA ? 0 : 1], lane % 8, lane / 8), chunks);
         __syncthreads();
-        // What a step in the middle of the interval leaves for the next one. What is there already stays.
+        // A step that ends within the interval stores this for the next one, except for rows that are stored.
         const bool leaves = end < INTERVAL && sequence.after != NONE;
         const u32 first_left = interval > 0 || moves ? 0 : first;
         if (leaves) {
@@ -134,8 +134,8 @@ INLINE void compute_prompt(
         }
         if (!has_warp) continue;
 
-        // A lane has columns `group` and `group` + 8 of tokens `first_token`, the next one, and the two that
-        // are eight later. Inputs u of a delta net are still to be multiplied by `beta`.
+        // A lane has columns `group` and `group` + 8 of four tokens: `first_token`, the next one, and those
+        // eight tokens later. The inputs u of a delta net have yet to be multiplied by `beta`.
         float u[2][4], result[2][4], beta[4];
         auto token_of = [&](u32 i) { return i / 2 * 8 + first_token + i % 2; };
         const T* values = reinterpret_cast<const T*>(shared.values[interval % 2]);
@@ -165,7 +165,7 @@ INLINE void compute_prompt(
                 for (u32 c = 0; c < 2; c++) u[c][i] = before[place.inputs + token * columns.dim + group + c * 8];
             }
         }
-        // Token after token: its u is known, and goes into those after it and into the results.
+        // Token by token: its u is now known, and is added to the u of later tokens and to the results.
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
             if (half == 1 && end <= 8) break;

@@ -2,18 +2,18 @@
 #pragma once
 #include "recurrence.cuh"
 
-// What a block that computes a single row keeps in shared memory.
+// Shared memory of a block that computes a single row.
 struct TokenMemory {
-    // Keys of the interval's tokens, and the query.
+    // The keys of the interval's tokens, and the query.
     alignas(16) u8 keys[TILE_BYTES];
     alignas(16) u8 query[ROW_BYTES];
-    // For each warp: factors of u of the tokens in what the row computes of its keys, and of its query.
+    // For each warp: factors on the u of the tokens in what the row computes from its key, and from its query.
     float factors[WARPS][2][INTERVAL];
-    // Inputs u of each warp, token by token.
+    // The inputs u of each warp, token by token.
     float inputs[WARPS][INTERVAL][COLUMNS + 4];
 };
 
-// As `compute_prompt`, for a sequence with a single row: the same operations in the same order.
+// Like `compute_prompt`, for a sequence with a single row, with the same operations in the same order.
 template <bool DELTA, class Gates>
 INLINE void compute_token(
     TokenMemory& shared, const Columns& columns, const Rows& rows, const Gates& gates, float scale,
@@ -41,7 +41,7 @@ INLINE void compute_token(
     copy_async_commit();
 
     Matrix matrix;
-    // The lanes of each half have the warp's columns: one for u, and one for the result.
+    // Each half of the lanes has the columns of the warp: the first one for u, the second for the result.
     const u32 column = lane % COLUMNS, half = lane / COLUMNS;
     float inputs[INTERVAL - 1], value = 0.0f, product = 1.0f;
     if (token > 0 && lane < INTERVAL) product = before[place.decays + lane];
@@ -71,7 +71,7 @@ INLINE void compute_token(
     }
     if (!has_warp) return;
 
-    // Of the eight rows that the instructions take, the first is the key, and the others are the query.
+    // The instructions take eight rows: the first is the key of a delta net, and the others are the query.
     const bool is_key = DELTA && lane % 8 == 0;
     const SharedRow row(is_key ? shared.keys : shared.query, is_key ? token : 0, lane / 8);
     const SharedRow keys(shared.keys, min(lane % 16, token), lane / 16);
@@ -100,7 +100,7 @@ INLINE void compute_token(
     const bool lower = column < 8;
     const float of_key = lower ? of_columns[0] : of_columns[2], of_query = lower ? of_columns[1] : of_columns[3];
     const float decay = __shfl_sync(FULL_WARP, product, 0);
-    // Of u in the first half, and of the result in the second one.
+    // The sum for u in the first half of the lanes, and for the result in the second.
     float sum = of_query * (DELTA ? decay * query_scale : decay);
     if (half == 0) sum = DELTA ? value - of_key * (decay * key_scale) : value * gate.y;
 #pragma unroll

@@ -1,24 +1,24 @@
 // Recurrent layers: causal convolutions, gated delta nets (Yang et al., 2024), Mamba-2 (Dao & Gu,
 // 2024), and the norms of their results.
 //
-// States are float32. `states` is the part of the first slot that belongs to the operation, and the
-// slots are `slot_elements` numbers apart. A result is computed with the same operations wherever its
-// row is in a step, so it does not matter how a sequence is cut into steps.
+// States are float32. `states` points to the operation's part of the first slot, and the slots are
+// `slot_elements` numbers apart. A row takes the same operations wherever it is in a step, so its
+// result does not depend on how the sequence is divided into steps.
 #include "gate.cuh"
 #include "recurrence_prompt.cuh"
 #include "recurrence_token.cuh"
 
-// Eight neighbouring channels of a convolution. The state has, for every sixteen channels, their
-// inputs of the last `taps` − 1 tokens, the oldest first.
+// Eight adjacent channels of a convolution. For every 16 channels, the state has their inputs of the
+// last `taps` − 1 tokens, the oldest first.
 struct Channels {
     const T* input;
     const float* before;
-    // Columns from a row to the next, and inputs in the state.
+    // Distance between rows in columns, and number of tokens in the state.
     u32 stride, tokens;
-    // Columns from a channel to what it is multiplied by; 0: to nothing.
+    // Columns from a channel to the factor on it; 0: no factor.
     int factor;
 
-    // The inputs of a row, which may lie before the first one.
+    // Reads the inputs of a row. A negative row is before the first one, in the state.
     INLINE void read(float (&x)[8], int row) const {
         if (row < 0 && before == nullptr) {
 #pragma unroll
@@ -36,8 +36,8 @@ struct Channels {
         }
     }
 
-    // Writes the state after `rows` rows. It may take the place of the one before: in ascending
-    // order, nothing is overwritten that is still to be read.
+    // Writes the state after `rows` rows. `to` may be the slot of the state before: in ascending order,
+    // nothing is overwritten that is still to be read.
     INLINE void write(float* to, u32 rows) const {
 #pragma unroll 1
         for (u32 token = 0; token < tokens; token++) {
@@ -48,9 +48,9 @@ struct Channels {
     }
 };
 
-// out = the convolution of the channels, which are columns `column` and the next ones of the input. If
-// `gated`, a row of the input is [b | c | x]: the channels are b · x, and the results are multiplied by
-// c. Grid (channels / 1024, sequences, parts of the longest sequence), 128 threads.
+// out = the convolution of the channels, which are the columns of the input from `column` on. If `gated`, a
+// row of the input is [b | c | x], the channels are b · x, and the results are multiplied by c. Grid
+// (ceil(channels / 1024), sequences, parts of the longest sequence), 128 threads.
 KERNEL(128) short_conv(
     T* out, const T* input, const float* weight, const float* bias, float* states, const uint4* sequences,
     u32 slot_elements, u32 stride, u32 column, u32 channels, u32 taps, u32 gated, u32 silu
@@ -58,7 +58,7 @@ KERNEL(128) short_conv(
     const u32 channel = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     const Sequence sequence = sequence_of(sequences, blockIdx.y);
     wait_for_kernels_before();
-    // Only the first part reads the state, which it overwrites at its end.
+    // Only the first part reads the state, so that it can overwrite the state at its end.
     const u32 each = max((sequence.rows + gridDim.z - 1) / gridDim.z, taps - 1);
     const u32 begin = blockIdx.z * each, end = min(begin + each, sequence.rows);
     if (channel >= channels || begin >= end) return;
@@ -119,7 +119,7 @@ struct DeltaGates {
 
 // A row of `qkv` is [queries | keys | values], one of `gates` [b | a]. With q and k divided by their lengths,
 // the state S of a head becomes α S + k ⊗ β (v − α Sᵀ k), and the result is Sᵀ q · query_scale. Heads have
-// at most 128 keys. Grid (heads · blocks per head, sequences).
+// keys of at most 128 elements. Grid (heads · blocks per head, sequences).
 template <bool PROMPT, class Memory>
 INLINE void compute_delta(
     Memory& shared, T* out, const T* qkv, const float* gates, const float* decay, const float* bias, float* states,
@@ -159,7 +159,7 @@ KERNEL(128, 2) gated_delta(
     );
 }
 
-// As `gated_delta`, for sequences with at most one row each.
+// Like `gated_delta`, for sequences with at most one row each.
 KERNEL(128, 4) gated_delta_token(
     T* out, const T* qkv, const float* gates, const float* decay, const float* bias, float* states,
     const uint4* sequences, float query_scale, u32 slot_elements, u32 key_heads, u32 value_heads, u32 key_dim,
@@ -181,7 +181,7 @@ struct MambaGates {
 
     INLINE float2 read(u32 row) const { return make_float2(to_float(at[u64(row) * stride]), 0.0f); }
     INLINE float2 of(float2 raw) const {
-        // Comparisons in this direction leave NaN as it is.
+        // These comparisons keep NaN.
         float step = softplus(raw.x + bias);
         step = step < least ? least : step;
         step = step > most ? most : step;
@@ -191,7 +191,7 @@ struct MambaGates {
 
 // A row of `projected` is [z | x | b | c | dt], one of `convolved` the convolution of its [x | b | c]. The state
 // S of a head becomes exp(step · rate) S + step · b ⊗ x, and the result is Sᵀ c + skip · x. There are at
-// most 128 elements of the state for each column. Grid as that of `gated_delta`.
+// most 128 elements of the state for each column. The grid is that of `gated_delta`.
 template <bool PROMPT, class Memory>
 INLINE void compute_mamba(
     Memory& shared, T* out, const T* projected, const T* convolved, const float* rates, const float* skips,
@@ -231,7 +231,7 @@ KERNEL(128, 2) mamba2(
     );
 }
 
-// As `mamba2`, for sequences with at most one row each.
+// Like `mamba2`, for sequences with at most one row each.
 KERNEL(128, 4) mamba2_token(
     T* out, const T* projected, const T* convolved, const float* rates, const float* skips, const float* step_biases,
     float* states, const uint4* sequences, float least, float most, u32 slot_elements, u32 heads, u32 head_dim,
@@ -245,7 +245,7 @@ KERNEL(128, 4) mamba2_token(
 }
 
 // x = x / rms(x) · weight · silu(gate), in heads of `width` columns, a multiple of eight. The rows of
-// gates are `stride` columns apart. Grid (rows, heads / 8), 256 threads; one warp per head.
+// gates are `stride` columns apart. Grid (rows, ceil(heads / 8)), 256 threads; one warp per head.
 KERNEL(256) gated_rms_norm(
     T* x, const T* gates, const float* weight, float epsilon, u32 columns, u32 width, u32 stride
 ) {
@@ -283,7 +283,7 @@ INLINE void gated8(float (&x)[8], const T* from, const T* gates) {
 }
 
 // x = norm(x · silu(gate)) · weight, where the norm is an RMSNorm of each group of `width` columns, a
-// multiple of eight. The rows of gates are `stride` columns apart. Grid (rows, groups), 256 threads.
+// multiple of eight. Rows of gates are `stride` columns apart. Grid (rows, groups), 256 threads.
 KERNEL(256) gated_norm(T* x, const T* gates, const float* weight, float epsilon, u32 width, u32 stride) {
     wait_for_kernels_before();
     __shared__ float scratch[32];

@@ -1,8 +1,8 @@
-// What some models do to the residual stream besides adding to it: factors, inputs of single layers,
-// several streams, and sparse gates.
+// Operations of some models on the residual stream: factors, per-layer inputs, several residual
+// streams (AltUp), and sparse gates.
 //
-// Sums over a row are those of one block. What a thread adds up, and in which order, depends on the
-// number of columns only.
+// One block sums over a row. Which elements a thread sums, and in which order, depends only on the
+// number of columns.
 #include "gate.cuh"
 #include "vector.cuh"
 
@@ -42,8 +42,8 @@ KERNEL(256) multiply(T* out, const float* x, const float* weight, u32 count, u32
     store8(out + index, v);
 }
 
-// gate = activation(gate) · inputs, for `count` gates. Rows have a multiple of eight gates. Rows of
-// `inputs` are `stride` apart.
+// gate = activation(gate) · inputs, for `count` gates. Rows have `columns` gates, a multiple of eight.
+// Rows of `inputs` are `stride` elements apart.
 KERNEL(256) gate_columns(T* gate, const float* inputs, u32 count, u32 columns, u32 stride, u32 gelu) {
     wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
@@ -62,7 +62,7 @@ INLINE float add_squares(float sum, const float (&x)[8]) {
     return sum;
 }
 
-// Scales a row so that its mean square is that of `like`; its own counts as at least `floor`.
+// Scales a row so that its mean square equals that of `like`; its own counts as at least `floor`.
 template <class E>
 INLINE void match_row(E* x, const float* like, float floor, u32 columns) {
     __shared__ float scratch[32];
@@ -87,13 +87,13 @@ INLINE void match_row(E* x, const float* like, float floor, u32 columns) {
     }
 }
 
-// One block a row.
+// One block per row; see `match_row`.
 KERNEL(256) match_magnitude(T* x, const float* like, float floor, u32 columns) {
     wait_for_kernels_before();
     match_row(x, like, floor, columns);
 }
 
-// The same for float32 rows.
+// Like `match_magnitude`, for float32 rows.
 KERNEL(256) match_magnitude_full(float* x, const float* like, float floor, u32 columns) {
     wait_for_kernels_before();
     match_row(x, like, floor, columns);
@@ -101,7 +101,7 @@ KERNEL(256) match_magnitude_full(float* x, const float* like, float floor, u32 c
 
 constexpr u32 MAX_STREAMS = 4;
 
-// What a row's router gives: `count` sums over its `streams` outputs, each plus `bias`.
+// Computes `count` factors of a row: `bias` + Σ_k weight[i, k] · routed[k], over `streams` router outputs.
 INLINE void make_factors(float* factors, const float* routed, const float* weight, u32 count, u32 streams, float bias) {
     if (threadIdx.x < count) {
         float factor = bias;
@@ -119,8 +119,8 @@ INLINE void add_product(float (&sum)[8], float factor, const float (&x)[8]) {
     for (int i = 0; i < 8; i++) sum[i] = fmaf(factor, x[i], sum[i]);
 }
 
-// out[i] = x[i] + Σ_j factor[i, j] · x[j] for at most four streams, where the factor [i, j] is the sum
-// of the products of the row's `routed` and row i · streams + j of `weight`. One block a row.
+// out[i] = x[i] + Σ_j factor[i, j] · x[j] for at most four streams, where factor[i, j] is the dot product
+// of the row's `routed` and row i · streams + j of `weight`. One block per row.
 KERNEL(256) mix_streams(
     float* out_0, float* out_1, float* out_2, float* out_3, const float* x_0, const float* x_1, const float* x_2,
     const float* x_3, const float* routed, const float* weight, u32 streams, u32 columns
@@ -153,8 +153,8 @@ KERNEL(256) mix_streams(
     }
 }
 
-// x[i] += (1 + factor[i]) · (updated − x[active]) for at most four streams, where the factor [i] is the
-// sum of the products of the row's `routed` and row i of `weight`. One block a row.
+// x[i] += (1 + factor[i]) · (updated − x[active]) for at most four streams, where factor[i] is the dot
+// product of the row's `routed` and row i of `weight`. One block per row.
 KERNEL(256) correct_streams(
     float* x_0, float* x_1, float* x_2, float* x_3, const float* active, const float* updated, const float* routed,
     const float* weight, u32 streams, u32 columns
@@ -168,7 +168,7 @@ KERNEL(256) correct_streams(
         const u64 at = u64(blockIdx.x) * columns + column;
         float change[8], own[8];
         load8(change, updated + at);
-        // One of the streams, read before any of them changes.
+        // `active` is one of the streams, so it is read before any of them changes.
         load8(own, active + at);
 #pragma unroll
         for (int i = 0; i < 8; i++) change[i] -= own[i];
@@ -182,7 +182,7 @@ KERNEL(256) correct_streams(
     }
 }
 
-// gate = max(0, gate − mean(gate) − deviations · σ(gate)), where a row is [gate | up]. One block a row.
+// gate = max(0, gate − mean(gate) − deviations · σ(gate)), where a row is [gate | up]. One block per row.
 KERNEL(256) cut_gate(T* gate_up, float deviations, u32 columns) {
     wait_for_kernels_before();
     __shared__ float scratch[32];

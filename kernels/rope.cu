@@ -1,18 +1,18 @@
-// Queries and keys are normalised and rotated, keys and values written to the cache.
+// Normalises and rotates queries and keys, and writes keys and values to the KV cache.
 #include "rope.cuh"
 
-// Where a head's elements are put, beside in the row itself; null: nowhere.
+// Stores two elements of a head in the row and, unless `cached` is null, in the cache.
 INLINE void store_two(T* row, T* cached, u32 column, float2 x) {
     const T2 rounded = to_t2(x.x, x.y);
     *reinterpret_cast<T2*>(row + column) = rounded;
     if (cached != nullptr) *reinterpret_cast<T2*>(cached + column) = rounded;
 }
 
-// grid (rows, any), 256 threads; one warp per head. With a norm over whole rows there is one block
-// per row, since blocks that rotate heads would change what others add up. The row at `position` has
-// its angles from angles[position · rotary_dim / 2] on; see `rotate`. rotary_dim is a multiple of 4,
-// head_dim of 8. A block of the cache has `block_vectors` · 8 elements. Without key-value heads, a
-// row holds queries only, and nothing is stored.
+// Normalises, rotates and stores the heads of each row. Grid (rows, any), 256 threads; one warp per head.
+// A norm over whole rows requires one block per row, because a block that rotates heads would change
+// elements that other blocks sum up. The angles of a row begin at angles[position · rotary_dim / 2]; see
+// `rotate`. rotary_dim is a multiple of 4, head_dim of 8. A cache block has `block_vectors` · 8 elements.
+// If kv_heads is 0, a row holds only queries, and nothing is stored.
 KERNEL(256) rope_store(
     T* qkv, T* k_cache, T* v_cache, const u32* positions, const u32* slots, const float2* angles, const float* q_norm,
     const float* k_norm, float epsilon, u32 norm_mode, u32 q_heads, u32 kv_heads, u32 head_dim, u32 rotary_dim,
@@ -61,8 +61,8 @@ KERNEL(256) rope_store(
     }
 }
 
-// The queries of a row times 1 + slope · ln(1 + ⌊(position + offset) / interval⌋). Grid (rows), 256
-// threads.
+// Multiplies the queries of each row by 1 + slope · ln(1 + ⌊(position + offset) / interval⌋). Grid
+// (rows), 256 threads.
 KERNEL(256) scale_queries(
     T* qkv, const u32* positions, float slope, u32 interval, u32 offset, u32 q_columns, u32 columns
 ) {

@@ -1,15 +1,15 @@
-// How one warp normalises and rotates a head: the same for prompts (rope.cu) and for decoding
-// (attention.cu), to the bit.
+// Normalisation and rotation of a head by one warp. Prefill (rope.cu) and decode (attention.cu) share
+// this code, so that both give the same bits.
 #pragma once
 #include "common.cuh"
 
-// How queries and keys are normalised; and, beside one of the two, that values are, each head on its
-// own and without weights.
+// Flags of `norm_mode`: queries and keys are normalised per head, or over the whole row. NORM_VALUES is
+// added to one of the two if values are normalised as well, per head and without weights.
 constexpr u32 NORM_HEADS = 1, NORM_ROW = 2, NORM_VALUES = 4;
 
 // RMSNorm on queries or keys.
 struct Norm {
-    // One weight a column; null: no norm.
+    // One weight per column; null for no norm.
     const float* weight;
     float factor;
 
@@ -22,8 +22,8 @@ struct Norm {
 
 INLINE float2 load_two(const T* from) { return to_float2(*reinterpret_cast<const T2*>(from)); }
 
-// The sum of the squares of those of `columns` elements that this thread, one of `step` / 2,
-// comes to.
+// Returns a thread's share of the sum of squares of `columns` elements, which `step` / 2 threads divide
+// among them: the pairs of elements at `first`, `first` + `step`, and so on.
 INLINE float squares(const T* x, u32 first, u32 columns, u32 step) {
     float sum = 0.0f;
     for (u32 column = first; column < columns; column += step) {
@@ -34,13 +34,13 @@ INLINE float squares(const T* x, u32 first, u32 columns, u32 step) {
     return sum;
 }
 
-// The norm of one head, `row`.
+// Returns the norm of the head at `row`.
 INLINE Norm norm_of_head(const T* row, const float* weight, float epsilon, u32 head_dim) {
     const float sum = warp_sum(squares(row, lane_id() * 2, head_dim, 64));
     return {weight, rsqrtf(sum / float(head_dim) + epsilon)};
 }
 
-// Copies a head, normalised without weights or as it is.
+// Copies the head at `row`, normalised without weights if `normalized`.
 INLINE void copy_head(T* to, const T* row, bool normalized, float epsilon, u32 head_dim) {
     const float factor = normalized ? norm_of_head(row, nullptr, epsilon, head_dim).factor : 1.0f;
 #pragma unroll 1
@@ -50,9 +50,9 @@ INLINE void copy_head(T* to, const T* row, bool normalized, float epsilon, u32 h
     }
 }
 
-// Normalises a head and rotates it: the pair (i, i + rotary_dim / 2) by the angle whose cosine and
-// sine are angles[i]; the elements from rotary_dim on are not rotated. `store(column, x)` takes two
-// elements.
+// Normalises and rotates a head: the pair (i, i + rotary_dim / 2) by the angle whose cosine and sine are
+// angles[i]. Elements from rotary_dim on are not rotated. `store(column, x)` receives two elements at a
+// time, those at `column` and `column` + 1.
 template <class Store>
 INLINE void rotate(const T* row, const Norm& norm, const float2* angles, u32 rotary_dim, u32 head_dim, Store store) {
     const u32 half = rotary_dim / 2, lane_column = lane_id() * 2;

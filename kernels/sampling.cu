@@ -1,29 +1,29 @@
 // Chooses a token for each row of logits, as src/sampling/sampler.rs does, and reports
 // log-probabilities.
 //
-// A row of logits is cut into slices of 4096; grids over (slices, rows) let several blocks
-// work at one row. The order of the kernels, each of them launched only if a row needs it:
-//   sample_sums       max and sum of exponentials of each slice of the unmodified logits
+// A row of logits is divided into slices of 4096, and grids over (slices, rows) let several blocks
+// work on one row. The kernels run in this order, each of them only if a row needs it:
+//   sample_sums       the max and the sum of exponentials of each slice of the unmodified logits
 //   sample_top        the likeliest tokens and the log of the sum
 //   sample_edit       penalties and bias, in place
 //   sample_best       the largest logit of each slice
-//   sample_histogram  rows with top-k or top-p: how many tokens have which score
-//   sample_compact    those rows: the list of the tokens that may be kept
-//   sample_filter     those rows: which of them are kept, and the draw among them
-//   sample_draw       other rows with a temperature: the draw among each slice
-//   sample_finish     the token; what sample_edit changed is put back
+//   sample_histogram  rows with top-k or top-p: a histogram of the scores
+//   sample_compact    those rows: a list of the tokens that may be kept
+//   sample_filter     those rows: the tokens that are kept, and the draw among them
+//   sample_draw       other rows with a temperature: the draw within each slice
+//   sample_finish     the token; also restores the logits that sample_edit changed
 //
-// A row whose unmodified logits are not all finite is reported: sample_best marks the slices in
-// which it finds a number that is not, edits included; where there is one, sample_finish looks
-// at the row again, after the edits are put back.
+// A row whose unmodified logits are not all finite is reported. sample_best marks the slices that
+// have a logit that is not finite, edits included. If a slice is marked, sample_finish checks the
+// whole row again after it has restored the logits.
 //
-// A row may have a mask, a bit a token: the others count as −∞ from sample_best on, without
-// being written. sample_sums, sample_top and the log-probabilities do not look at it.
+// A row may have a mask with one bit per token. From sample_best on, tokens whose bit is not set count
+// as −∞, but nothing is written. sample_sums, sample_top and the log-probabilities ignore the mask.
 //
-// A score is (logit − largest logit) / temperature. A token with the score s weighs e^s, in
-// units of 2⁻³⁶: sums of integers do not depend on their order. Where tokens are ranked, a rank
-// is one number that no two tokens of a row share: it orders by score, then by lower id. Rank 0
-// is a token that cannot be chosen.
+// A score is (logit − largest logit) / temperature. The mass of a token with the score s is e^s, as
+// an integer in units of 2⁻³⁶, because integer sums do not depend on their order. A rank is a number
+// that no two tokens of a row share; it orders tokens by score, then by lower id. Rank 0 means that a
+// token cannot be chosen.
 #include "common.cuh"
 
 #define INFINITE __uint_as_float(0x7f800000u)
@@ -35,46 +35,46 @@ constexpr u32 SLICE_THREADS = 256;
 constexpr u32 PER_THREAD = SLICE / SLICE_THREADS;
 // Bins of a row's histogram, 1/16 wide; the last holds all lower scores.
 constexpr u32 BINS = 512;
-// The longest list that sample_compact makes; a row that needs more is read as a whole.
+// Maximum length of the list that sample_compact makes. A row that needs more is read as a whole.
 constexpr u32 LIST = 4096;
 constexpr u32 MAX_TOP = 1024;
-// Set in the token of a slice's best: a logit of the slice is not finite. Set in the token of a
-// result: the row's logits are not. No token has this bit.
+// Set in the token of a slice's best if a logit of the slice is not finite, and in the token of a result
+// if a logit of the row is not finite. No token id has this bit.
 constexpr u32 NOT_FINITE = 0x80000000u;
 
-// What a row asks for: 18 words.
+// Sampling parameters of a row: 18 words.
 struct Row {
     u32 seed_low, seed_high;
     u32 position;
     u32 top_k;
     float inverse_temperature;  // 0: greedy
     float top_p;
-    float floor;  // lowest score that min-p leaves
+    float floor;  // lowest score that min-p keeps
     float repetition, presence, frequency;
-    u32 history_start, history_count;  // entries {token, times generated} and one set aside; or NONE
-    u32 bias_start, bias_count;        // entries {token, bias}, equal tokens together
-    u32 logprobs;                      // likeliest tokens to report; NONE: no report at all
-    u32 mask;                          // where the mask begins, in words from the first row; NONE: no mask
-    u32 forced;                        // the token in any case; NONE: it is chosen
-    u32 unused;                        // pairs of words follow the rows
+    u32 history_start, history_count;  // entries {token, times generated} and a spare one; or NONE
+    u32 bias_start, bias_count;        // entries {token, bias}, those of a token adjacent
+    u32 logprobs;                      // number of likeliest tokens to report; NONE: no log-probabilities
+    u32 mask;                          // offset of the mask in words from the first row; NONE: no mask
+    u32 forced;                        // token to return instead of the chosen one; NONE: none
+    u32 unused;                        // padding, because pairs of words follow the rows
 };
 
-// The state of a row with top-k or top-p: 8 words, zeroed by sample_best.
+// State of a row with top-k or top-p: 8 words. sample_best resets `length`; sample_compact sets the rest.
 struct Filter {
-    u64 mass;     // of all tokens
-    u32 tokens;   // that can be chosen
-    u32 listed;   // that may be kept
-    u32 length;   // of the list, while it is made
+    u64 mass;     // of all tokens; 0 without top-p
+    u32 tokens;   // number of tokens that can be chosen
+    u32 listed;   // number of tokens that may be kept
+    u32 length;   // current length of the list, while it is made
     u32 unused[3];
 };
 
-// A token and what it is compared by.
+// A token, and the value by which it is compared.
 struct Candidate {
     float value;
     u32 token;
 };
 
-// Larger values win, then lower ids; NaN never does.
+// Keeps the better candidate: the larger value, then the lower id. NaN is never better.
 INLINE void take_better(Candidate& best, float value, u32 token) {
     if (value > best.value || (value == best.value && token < best.token)) best = {value, token};
 }
@@ -89,7 +89,7 @@ INLINE Candidate warp_best(Candidate best) {
     return best;
 }
 
-// The best of a block of whole warps, in the threads of its first warp.
+// Returns the best candidate of a block of whole warps to the threads of its first warp.
 INLINE Candidate block_best(Candidate best) {
     __shared__ float values[32];
     __shared__ u32 tokens[32];
@@ -108,7 +108,7 @@ INLINE Candidate block_best(Candidate best) {
     return best;
 }
 
-// The best of `count` candidates in memory, in every thread of the warp.
+// Returns the best of `count` candidates in memory to every thread of the warp.
 INLINE Candidate best_of(const uint2* candidates, u32 count) {
     Candidate best = {NEVER, NONE};
     for (u32 i = lane_id(); i < count; i += 32) {
@@ -120,14 +120,14 @@ INLINE Candidate best_of(const uint2* candidates, u32 count) {
 
 INLINE uint2 packed(Candidate candidate) { return make_uint2(__float_as_uint(candidate.value), candidate.token); }
 
-// A row's logits as the choice sees them.
+// A row's logits with its mask applied.
 struct Logits {
     const float* values;
-    const u32* mask;  // null: none
+    const u32* mask;  // null: no mask
 
-    // Unmasked.
+    // Logits without a mask.
     INLINE explicit Logits(const float* logits) : values(logits), mask(nullptr) {}
-    // Those of row `row` of `rows`.
+    // The logits and the mask of row `row` of `rows`.
     INLINE Logits(const float* logits, const Row* rows, u32 row, u32 columns)
         : values(logits + u64(row) * columns),
           mask(rows[row].mask == NONE ? nullptr : reinterpret_cast<const u32*>(rows) + rows[row].mask) {}
@@ -141,10 +141,10 @@ INLINE bool is_filtered(const Row& row) {
     return row.inverse_temperature != 0.0f && (row.top_k != 0 || row.top_p < 1.0f);
 }
 
-// Whether there is anything to draw among when `largest` is the largest logit.
+// Returns whether a logit is finite. If the largest one of a row is not, there is nothing to draw.
 INLINE bool is_finite(float largest) { return fabsf(largest) < INFINITE; }
 
-// Counts in shared memory the warps that have found a number that is not finite.
+// Counts, in shared memory, the warps that have found a logit that is not finite.
 INLINE void count_broken(u32& broken, bool finite) {
     u32 ballot = __ballot_sync(FULL_WARP, !finite);
     if (ballot != 0 && lane_id() == 0) atomicAdd(&broken, 1);
@@ -152,13 +152,13 @@ INLINE void count_broken(u32& broken, bool finite) {
 
 INLINE float score_of(float logit, float largest, float inverse) { return __fmul_rn(__fsub_rn(logit, largest), inverse); }
 
-// In the last bin, like all below it. Their weight rounds to zero.
+// A score in the last bin that stands for all lower ones. Their masses round to zero.
 constexpr float LOWEST_SCORE = -float(BINS - 1) / 16.0f;
 
-// e^score · 2³⁶ for a score of at most zero.
+// Returns e^score · 2³⁶ for a score of at most zero.
 INLINE float scaled_weight(float score) {
     constexpr float LOG2_E = 1.44269502f, REST = 1.92596303e-8f;
-    // 1.5 · 2²³, whose lowest bits the exponent of the result is rounded into, and the 36.
+    // 1.5 · 2²³, whose addition rounds the result's exponent into the lowest bits, plus the 36.
     constexpr float CARRIER = 12582912.0f + 36.0f;
     score = fmaxf(score, LOWEST_SCORE);
     const float carried = __fmaf_rn(score, LOG2_E, CARRIER);
@@ -170,7 +170,7 @@ INLINE float scaled_weight(float score) {
 }
 INLINE u64 mass_of(float score) { return __float2ull_rn(scaled_weight(score)); }
 
-// A score and a token as a rank: 32 bits in the order of the scores, 24 of the ids.
+// Returns the rank of a token: 32 bits that order by score, then 24 bits that order by lower id.
 INLINE u64 rank_of(float score, u32 token) {
     u32 bits = __float_as_uint(score);
     bits = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -182,7 +182,7 @@ INLINE float score_at(u64 rank) {
     return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
 
-// Philox 4×32-10, first word. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+// Returns the first word of Philox 4×32-10. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
 INLINE u32 philox(const Row& row, u32 token) {
     u32 a = token, b = row.position, c = 0, d = 0;
     u32 key = row.seed_low, other_key = row.seed_high;
@@ -200,11 +200,11 @@ INLINE u32 philox(const Row& row, u32 token) {
     return a;
 }
 
-// Takes a token into account: its score plus Gumbel noise −ln(−ln u), u uniform in (0, 1).
+// Replaces `best` if a token's score plus Gumbel noise −ln(−ln u), with u uniform in (0, 1), is better.
 //
-// Most tokens are passed over sooner. Noise is below 17.4. And the token must reach the value t
-// of the best so far: −ln(−ln u) ≥ t − score means u ≥ e^−e^(score − t), so 1 − u ≤ e^(score − t).
-// The margin is far above what rounding does to either side.
+// Most tokens are rejected early. The noise is below 17.4. To reach the value t of the best so far,
+// −ln(−ln u) ≥ t − score requires u ≥ e^−e^(score − t), so 1 − u ≤ e^(score − t).
+// The margin is far larger than the rounding errors of either side.
 INLINE void draw(Candidate& best, const Row& row, float score, u32 token) {
     if (!(score >= row.floor) || score + 17.4f < best.value) return;
     u32 random = philox(row, token) >> 8;
@@ -214,10 +214,10 @@ INLINE void draw(Candidate& best, const Row& row, float score, u32 token) {
     float noise = float(-log(-log(uniform)));
     take_better(best, __fadd_rn(score, noise), token);
 }
-// Below all noise, which is at least −ln(−ln 2⁻²⁵) = −2.852.
+// Initial candidate. A token with score 0 is always better: its noise is at least −ln(−ln 2⁻²⁵) = −2.852.
 constexpr Candidate NOTHING_DRAWN = {-2.86f, NONE};
 
-// {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
+// Computes {max, sum of e^(logit − max)} of each slice. Grid (slices, rows), 256 threads.
 KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 columns) {
     wait_for_kernels_before();
     __shared__ float scratch[32];
@@ -246,9 +246,9 @@ KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 
     if (threadIdx.x == 0) sums[u64(blockIdx.y) * gridDim.x + blockIdx.x] = make_float2(max, sum);
 }
 
-// Where the ranks of a row come from: a list of them, or its logits.
+// The source of a row's ranks: a list of them, or its logits.
 struct Ranks {
-    const u64* list;  // null: logits
+    const u64* list;  // null: ranks of the logits
     Logits logits;
     float largest, inverse;
     bool infinite;  // whether a score of −∞ counts
@@ -271,13 +271,13 @@ struct SelectScratch {
     u32 done;
 };
 
-// The rank down to which ranks from `lowest` on number `need` – or, BY_MASS, weigh at least
-// `target`; `lowest` if all together do not. Digit by digit, the highest first. For a block of
-// at least 256 threads.
+// Returns the lower bound of the highest ranks that number `need` or, with BY_MASS, of the fewest highest
+// ranks whose mass is at least `target`; `lowest` if all ranks from `lowest` on are not enough. Finds
+// the bound digit by digit, the highest first. For a block of at least 256 threads.
 template <bool BY_MASS>
 INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, SelectScratch& scratch) {
     u64 prefix = 0;
-    // Above the digits so far.
+    // Number and mass of the ranks above the digits found so far.
     u32 count = 0;
     u64 mass = 0;
 #pragma unroll 1
@@ -297,7 +297,7 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
             }
         }
         __syncthreads();
-        // Lane i of the first warp looks at the digits 255 − 8i … 248 − 8i.
+        // Lane i of the first warp handles the digits 255 − 8i … 248 − 8i.
         if (warp_id() == 0) {
             u32 top = 255 - 8 * lane_id();
             u32 own_count = 0;
@@ -326,7 +326,7 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
                 u32 here = scratch.counts[top - i];
                 u64 here_mass = BY_MASS ? scratch.masses[top - i] : 0;
                 bool reached = BY_MASS ? double(above_mass + here_mass) >= target : above_count + here >= need;
-                // True of one digit of one lane.
+                // True for at most one digit of one lane.
                 if (reached && !before) {
                     scratch.digit = top - i;
                     scratch.count = above_count;
@@ -347,14 +347,14 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
         if (done) break;
         __syncthreads();
     }
-    // The digits that were not looked at are zeros.
+    // The digits that were not examined are zeros.
     return prefix > lowest ? prefix : lowest;
 }
 
-// The likeliest tokens of the unmodified logits, likeliest first, and the log of the sum of
-// their exponentials. A row of `result` has 4 + 2 · top_stride words: token, its
-// log-probability, how many tokens follow, the log of the sum; then ids with log-probabilities.
-// Grid rows, 1024 threads.
+// Reports the likeliest tokens by the unmodified logits, likeliest first, and the log of the sum of the
+// exponentials of all logits. A row of `result` has 4 + 2 · top_stride words: the token, its
+// log-probability, the number of tokens that follow, and the log of the sum; then ids with
+// log-probabilities. Grid (rows), 1024 threads.
 KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, const Row* rows, u32 columns, u32 slices,
                         u32 top_stride) {
     wait_for_kernels_before();
@@ -374,7 +374,7 @@ KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, co
         float sum = 0.0f;
         for (u32 i = lane_id(); i < slices; i += 32) {
             float2 slice = sums[i];
-            // 0 · NaN of a slice, or a row, without a finite logit.
+            // Avoids 0 · NaN for a slice, or a row, without a finite logit.
             if (slice.y > 0.0f) sum += slice.y * expf(slice.x - max);
         }
         sum = warp_sum(sum);
@@ -428,9 +428,9 @@ INLINE float penalised(float logit, const Row& row, u32 generated) {
     return logit;
 }
 
-// Applies penalties and biases to the logits and keeps what they were in `saved`, entry by
-// entry. The token that was fed back in this step counts as generated once more; if the
-// history lacks it, it becomes the entry set aside. Grid rows, 256 threads.
+// Applies penalties and biases to the logits, and saves their previous values in `saved`, entry by entry.
+// The token that was fed back in this step counts as generated once more; if the history lacks it,
+// it becomes the spare entry. Grid (rows), 256 threads.
 KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* rows, const u32* feedback,
                    const u32* resolved, const u32* sample_rows, u32 columns) {
     wait_for_kernels_before();
@@ -475,7 +475,7 @@ KERNEL(256) sample_edit(float* logits, float* saved, uint2* entries, const Row* 
     }
 }
 
-// The largest logit of each slice, and clean counters for rows with top-k or top-p.
+// Finds the largest logit of each slice, and resets the counters of rows with top-k or top-p.
 // Grid (slices, rows), 256 threads.
 KERNEL(256) sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, const float* logits, const Row* rows,
                    u32 columns) {
@@ -511,8 +511,8 @@ KERNEL(256) sample_best(uint2* best, u32* counts, u64* masses, Filter* filters, 
     }
 }
 
-// A score's bin is ⌊−16 · score⌋, at most the last one. This is the bin in the lowest bits of 2²³,
-// whose other bits are to be subtracted.
+// A score's bin is ⌊−16 · score⌋, at most the last one. `carried_bin_of` returns it in the lowest bits of
+// the float 2²³, whose bits BIN_CARRIER the caller must subtract.
 constexpr u32 BIN_CARRIER = 0x4b000000u;
 INLINE u32 carried_bin_of(float score) {
     return __float_as_uint(__fmaf_rz(fmaxf(score, LOWEST_SCORE), -16.0f, __uint_as_float(BIN_CARRIER)));
@@ -523,8 +523,8 @@ INLINE void add_shared(u32 address, u32 value) {
     asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// Calls `visit(logit, token)` for the block's slice of a row, in all threads together; beyond the
-// row, and for tokens that the mask forbids, the logit is −∞.
+// Calls `visit(logit, token)` for each token of the block's slice, in all threads of a warp together. The
+// logit is −∞ beyond the end of the row, and for tokens that the mask forbids.
 template <class Visit>
 INLINE void visit_slice(const Logits& logits, u32 columns, Visit visit) {
     constexpr u32 AT_ONCE = 4;
@@ -548,11 +548,11 @@ INLINE void visit_slice(const Logits& logits, u32 columns, Visit visit) {
     }
 }
 
-// Counts, and for top-p weighs, the tokens of each bin of scores. Grid (slices, rows), 256 threads.
+// Counts the tokens of each bin and, for top-p, adds up their masses. Grid (slices, rows), 256 threads.
 //
-// Shared memory adds 64-bit numbers in a loop that tries again and again, so masses are added up
-// in two parts, of 20 and of up to 17 bits. The sum of a slice's 4096 parts fits into 32 bits. Most
-// tokens are so unlikely that they have the lower part only.
+// A 64-bit addition to shared memory is a retry loop, so masses are added in two parts, of 20 and of
+// up to 17 bits. The sum of a slice's 4096 parts fits into 32 bits. Most tokens are so unlikely that
+// their upper part is zero.
 KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, const uint2* best, const Row* rows, u32 columns) {
     wait_for_kernels_before();
     constexpr u32 PART_BITS = 20, PART = (1u << PART_BITS) - 1;
@@ -570,10 +570,10 @@ KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, cons
     float inverse = row.inverse_temperature;
     bool weigh = row.top_p < 1.0f;
     Logits row_logits(logits, rows, blockIdx.y, columns);
-    // Where the first count would be if bins were not carried; kept in a register.
+    // Address of the first count minus the contribution of BIN_CARRIER; kept in a register.
     u32 first_place = shared_address(own) - BIN_CARRIER * 4;
     asm volatile("" : "+r"(first_place));
-    // Tokens that cannot be chosen are in the last bin at first: that takes no branch.
+    // Tokens that cannot be chosen are first counted in the last bin, which takes no branch.
     u32 impossible = 0;
     auto count = [&](float logit, bool weighs) {
         float score = score_of(logit, largest, inverse);
@@ -607,8 +607,8 @@ KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, cons
 
 INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && row.top_k < tokens; }
 
-// Lists the ranks of the tokens in the bins that top-k, or top-p, can reach into, in any
-// order; makes no list if they are too many. Grid (slices, rows), 256 threads.
+// Lists the ranks of the tokens in the bins from which top-k or top-p may keep tokens, in any order.
+// Makes no list if there are more than LIST of them. Grid (slices, rows), 256 threads.
 KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
     wait_for_kernels_before();
@@ -647,7 +647,7 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
         double target = double(row.top_p) * double(all_mass);
         count -= own_count;
         mass -= own_mass;
-        // The first bin with which there are enough; the last if there never are.
+        // The first bin with which there are enough tokens or mass; NONE, for all bins, if there never are.
         u32 enough = NONE, enough_count = tokens;
         for (u32 i = 0; i < LANE_BINS; i++) {
             count += counts[i];
@@ -679,7 +679,7 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
     }
     __syncthreads();
     if (listed > LIST) return;
-    // Below the scores that are listed: those whose bin is at most the last one.
+    // Scores above `below` are listed: those whose bin is at most `last_bin`.
     float below = last_bin < BINS - 1 ? float(last_bin + 1) * (-1.0f / 16.0f) : NEVER;
     float inverse = row.inverse_temperature;
     Logits own(logits, rows, blockIdx.y, columns);
@@ -696,7 +696,7 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
     });
 }
 
-// Top-k and top-p exactly, then min-p and the draw. Grid rows, 1024 threads.
+// Applies top-k and top-p exactly, then min-p, and draws a token. Grid (rows), 1024 threads.
 KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits,
                            const uint2* best, const Row* rows, u32 columns, u32 slices) {
     wait_for_kernels_before();
@@ -743,7 +743,7 @@ KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filte
     if (threadIdx.x == 0) winners[u64(blockIdx.x) * slices] = packed(winner);
 }
 
-// The draw among all tokens of each slice. Grid (slices, rows), 256 threads.
+// Draws among all tokens of each slice. Grid (slices, rows), 256 threads.
 KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
     wait_for_kernels_before();
     Row row = rows[blockIdx.y];
@@ -757,7 +757,7 @@ KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, 
     float logit = token < end ? own[token] : NEVER;
 #pragma unroll 1
     for (; token < end; token += SLICE_THREADS) {
-        // The next one is on its way meanwhile.
+        // The next logit is loaded in the meantime.
         u32 next = token + SLICE_THREADS;
         float next_logit = next < end ? own[next] : NEVER;
         draw(winner, row, score_of(logit, largest, row.inverse_temperature), token);
@@ -767,8 +767,8 @@ KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, 
     if (threadIdx.x == 0) winners[u64(blockIdx.y) * gridDim.x + blockIdx.x] = packed(winner);
 }
 
-// The tokens, for the next step and for the host (rows of `result` as in sample_top); puts
-// back what sample_edit changed. Grid rows, 256 threads.
+// Writes the tokens, for the next step and for the host (rows of `result` as in sample_top), and
+// restores the logits that sample_edit changed. Grid (rows), 256 threads.
 KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
                      const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
     wait_for_kernels_before();
@@ -790,7 +790,7 @@ KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float*
         if (token < columns) logits[token] = saved[row.history_start + i];
     }
     __syncthreads();
-    // Every warp looks at all slices and comes to the same answer.
+    // Every warp checks all slices and comes to the same answer.
     u32 marks = 0;
     for (u32 i = lane_id(); i < slices; i += 32) marks |= best[i].y & NOT_FINITE;
     if (__ballot_sync(FULL_WARP, marks != 0) != 0) {
@@ -804,7 +804,7 @@ KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float*
     if (row.inverse_temperature != 0.0f && is_finite(chosen.value))
         chosen = best_of(winners + u64(blockIdx.x) * slices, is_filtered(row) ? 1 : slices);
     if (lane_id() != 0) return;
-    // No token is possible.
+    // If no token can be chosen, the token is 0.
     u32 token = chosen.token < columns ? chosen.token : 0;
     if (row.forced < columns) token = row.forced;
     sampled[blockIdx.x] = token;

@@ -1,5 +1,5 @@
-// Eight neighbouring numbers at a time, in accesses of sixteen bytes. The addresses are
-// multiples of sixteen bytes.
+// Loads and stores of eight adjacent numbers, in accesses of 16 bytes. The addresses must be
+// multiples of 16 bytes.
 #pragma once
 #include "common.cuh"
 

@@ -354,36 +354,72 @@ fn other_rows_change_no_bit_of_a_row() {
 fn experts_without_rows_are_skipped() {
     let _gpu = gpu::lock();
     let mut random = Random::new(23);
-    let (experts, hidden, columns, rows) = (200, 8, 16, 20);
+    let (hidden, columns, rows) = (8, 16, 20);
     let activations = CudaActivations::F16;
     let mut device = device(activations);
-    let shape = (experts, hidden, columns);
-    let layer = Layer::new(&mut random, activations, DType::F32, shape);
-    let loaded = layer.load(&mut device);
-    let routing = routing(2, false, Activation::Silu);
-    let x = random.numbers(rows * columns);
-    let mut logits = vec![0.0; rows * experts];
-    for row in logits.chunks_mut(experts) {
-        row[199] = 3.0;
-        row[100] = 2.0;
+    for experts in [200, 512] {
+        let shape = (experts, hidden, columns);
+        let layer = Layer::new(&mut random, activations, DType::F32, shape);
+        let loaded = layer.load(&mut device);
+        let routing = routing(2, false, Activation::Silu);
+        let x = random.numbers(rows * columns);
+        let mut logits = vec![0.0; rows * experts];
+        for row in logits.chunks_mut(experts) {
+            row[experts - 1] = 3.0;
+            row[100] = 2.0;
+        }
+        let inputs = (&x[..], &logits[..]);
+        let out = apply(&mut device, &loaded, routing, inputs, (rows, columns));
+        for (row, found) in out.chunks(columns).enumerate() {
+            let x = &x[row * columns..][..columns];
+            let (expected, magnitude) = layer.row(x, &logits[..experts], routing);
+            for (found, expected) in found.iter().zip(expected) {
+                let error = (f64::from(*found) - expected).abs();
+                let what = format!("{experts} experts, row {row}");
+                assert!(
+                    error <= 1e-3 * (magnitude + 1.0),
+                    "{what}: {found}, not {expected}"
+                );
+            }
+        }
     }
-    let out = apply(
-        &mut device,
-        &loaded,
-        routing,
-        (&x, &logits),
-        (rows, columns),
+}
+
+/// Every expert gets rows, in steps of one token and of many.
+#[test]
+fn rows_are_spread_over_five_hundred_experts() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(27);
+    let (experts, hidden, columns, rows) = (512, 8, 16, 150);
+    let activations = CudaActivations::F16;
+    let mut device = device(activations);
+    let layer = Layer::new(
+        &mut random,
+        activations,
+        DType::F32,
+        (experts, hidden, columns),
     );
+    let loaded = layer.load(&mut device);
+    let routing = routing(10, true, Activation::Silu);
+    let x = random.numbers(rows * columns);
+    let logits: Vec<f32> = random.numbers(rows * experts);
+    let inputs = (&x[..], &logits[..]);
+    let out = apply(&mut device, &loaded, routing, inputs, (rows, columns));
     for (row, found) in out.chunks(columns).enumerate() {
-        let x = &x[row * columns..][..columns];
-        let (expected, magnitude) = layer.row(x, &logits[..experts], routing);
-        for (found, expected) in found.iter().zip(expected) {
-            let error = (f64::from(*found) - expected).abs();
+        let (x, logits) = (
+            &x[row * columns..][..columns],
+            &logits[row * experts..][..experts],
+        );
+        let (expected, magnitude) = layer.row(x, logits, routing);
+        for (&found, expected) in found.iter().zip(expected) {
+            let error = (f64::from(found) - expected).abs();
             assert!(
                 error <= 1e-3 * (magnitude + 1.0),
                 "row {row}: {found}, not {expected}"
             );
         }
+        let alone = apply(&mut device, &loaded, routing, (x, logits), (1, columns));
+        assert_eq!(bits(&alone), bits(found), "row {row}");
     }
 }
 
@@ -446,6 +482,17 @@ fn invalid_experts_and_routings_are_refused() {
         .unwrap();
     assert!(
         error.to_string().contains("1 gate-and-up projections"),
+        "{error}"
+    );
+
+    let gate_up = vec![layer.gate_up[0].spec(); 513];
+    let down = vec![layer.down[0].spec(); 513];
+    let error = device
+        .load_experts(&gate_up, &down, None, None)
+        .err()
+        .unwrap();
+    assert!(
+        error.to_string().contains("513 experts in a layer"),
         "{error}"
     );
 

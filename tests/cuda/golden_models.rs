@@ -99,6 +99,9 @@ fn check_conditioned(name: &str, path: &Path) {
     let strict = strict.filter(|change| 2.0 * *change <= 0.08).count();
     println!("{name}: {strict} of 48 steps may be off by less than 0.08");
     assert!(strict >= 10, "{name}: {strict} steps");
+    for (case, changes) in cases.iter().zip(conditioning.steps.chunks(12)) {
+        golden::check_tokens(&engine, case, |step| 0.08f32.max(2.0 * changes[step]));
+    }
 }
 
 fn float16_as_conditioned(name: &str) {
@@ -124,6 +127,22 @@ fn bfloat16(name: &str) {
         margin: 0.5,
     };
     check(name, CudaActivations::Bf16, tolerance);
+}
+
+#[test]
+fn every_fixture_is_compared_in_float16() {
+    let own = include_str!("golden_models.rs");
+    let paths = golden::checkpoints();
+    assert!(paths.len() > 40);
+    for path in paths {
+        let file = path.file_name().unwrap().to_str().unwrap();
+        let (name, checks) = match file.strip_suffix(".gguf") {
+            Some(name) => (name, ["gguf_in_float16", "gguf_as_conditioned"]),
+            None => (file, ["float16", "float16_as_conditioned"]),
+        };
+        let is_compared = |check| own.contains(&format!("_float16: {check} {name:?},"));
+        assert!(checks.into_iter().any(is_compared), "{file} has no test");
+    }
 }
 
 macro_rules! golden {
@@ -174,6 +193,7 @@ golden! {
     seed_oss_as_gguf_agrees_in_float16: gguf_in_float16 "seed-oss",
     smollm3_as_gguf_agrees_in_float16: gguf_in_float16 "smollm3",
     gpt_oss_agrees_in_float16: float16_as_conditioned "gpt-oss",
+    gpt_oss_as_gguf_agrees_in_float16: gguf_as_conditioned "gpt-oss",
     glm4_moe_agrees_in_float16: float16 "glm4-moe",
     minimax_m2_agrees_in_float16: float16 "minimax-m2",
     llama4_agrees_in_float16: float16 "llama4",

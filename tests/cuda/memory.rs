@@ -310,6 +310,12 @@ fn a_second_engine_gets_the_memory_that_the_first_one_leaves() {
     let error = load("llama", &rest).unwrap_err();
     assert!(matches!(error, LoadError::Memory { .. }), "{error}");
     assert_eq!(answer(&second), expected);
+    // Both compute at the same time.
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| answer(&first));
+        assert_eq!(answer(&second), expected);
+        assert_eq!(other.join().unwrap(), expected);
+    });
     drop(second);
     assert_eq!(answer(&load("llama", &rest).unwrap()), expected);
     assert_eq!(answer(&first), expected);

@@ -23,7 +23,7 @@ kernels! {
             pair_expert: Ptr, pair_weight: Ptr, router: Ptr, rows: u32, experts: u32, top_k: u32,
             normalize: u32, scale: f32, groups: u32, top_groups: u32
         );
-        group_pairs(
+        group_pairs_of[256, 512](
             tiles: Ptr, row_index: Ptr, pair_slot: Ptr, pair_expert: Ptr, rows: u32, experts: u32,
             top_k: u32, places_8: u32, places_16: u32, places_64: u32, places_128: u32
         );
@@ -44,8 +44,8 @@ kernels! {
 }
 
 /// Maximum number of experts per layer, as in `kernels/experts.cu`.
-const MAX_EXPERTS: usize = 256;
-/// Maximum number of experts per row, as in `kernels/experts.cu`.
+const MAX_EXPERTS: usize = 512;
+/// Maximum number of experts per row: each lane of a warp has one of them (`kernels/experts.cu`).
 const MAX_TOP_K: usize = 32;
 /// Maximum number of groups of experts, as in `kernels/experts.cu`.
 const MAX_GROUPS: usize = 32;
@@ -552,9 +552,15 @@ impl CudaDevice {
             )?,
         }
         let [places_8, places_16, places_64, places_128] = places.tiles.places();
-        self.experts.group_pairs(
+        let (most, threads) = if count <= 256 {
+            (256, 1024)
+        } else {
+            (512, 512)
+        };
+        self.experts.group_pairs_of(
+            most,
             &self.context,
-            Grid::new([1, 1, 1], [1024, 1, 1]),
+            Grid::new([1, 1, 1], [threads, 1, 1]),
             places.tiles.start(),
             places.row_index,
             places.slot,

@@ -415,7 +415,7 @@ fn quantised(image: &str) -> Result<bool, Fault> {
     Ok(true)
 }
 
-/// Runs `group_pairs` with 45 rows, each of which goes to two of six experts; the third one gets
+/// Runs `group_pairs_of256` with 45 rows, each of which goes to two of six experts; the third one gets
 /// none, and the first one more than a tile of rows.
 fn grouping(image: &str) -> Result<bool, Fault> {
     let (rows, experts, top_k) = (45usize, 6usize, 2usize);
@@ -426,7 +426,7 @@ fn grouping(image: &str) -> Result<bool, Fault> {
     let tile_rows = [8, 16, 64, 128];
     let places = tile_rows.map(|tile| experts + (pairs - experts) / tile);
     let module = Module::parse(image).unwrap();
-    let kernel = module.kernel("group_pairs").unwrap();
+    let kernel = module.kernel("group_pairs_of256").unwrap();
     let mut memory = HostMemory::new();
     let count: usize = places.iter().sum();
     let tiles = memory.alloc_uninitialised("tiles", count * 16);
@@ -656,7 +656,7 @@ fn a_list_of_tiles_that_is_off_by_one_expert_is_detected() {
         let expert = operands.split(',').next().unwrap();
         format!("add.s32 {expert}, {expert}, 1;\n{line}")
     };
-    let image = with_bug("experts", "group_pairs", 0, is_entry, next_expert);
+    let image = with_bug("experts", "group_pairs_of256", 0, is_entry, next_expert);
     assert_eq!(outcome(grouping(&image)), Err("wrong result".to_owned()));
 }
 

@@ -698,7 +698,16 @@ fn calls_that_wait_or_allocate_invalidate_a_capture() {
         let (code, graph) = end(s);
         assert_eq!(code, OK);
         assert_eq!(cuGraphDestroy(graph), OK);
-        // In global mode it may not.
+        // It may not wait for the whole context, in no mode.
+        begin(s);
+        let other = std::thread::spawn(move || {
+            cuCtxSetCurrent(context);
+            cuCtxSynchronize()
+        });
+        assert_eq!(other.join().unwrap(), codes::STREAM_CAPTURE_UNSUPPORTED);
+        expect("cuCtxSynchronize");
+        assert_eq!(end(s).0, codes::STREAM_CAPTURE_INVALIDATED);
+        // In global mode, it may not allocate either.
         assert_eq!(cuStreamBeginCapture_v2(s, 0), OK);
         let other = std::thread::spawn(move || {
             cuCtxSetCurrent(context);
