@@ -1,4 +1,4 @@
-//! Everything about a model but its weights.
+//! A model's configuration: everything about it but its weights.
 
 use super::architectures::Architecture;
 use super::layer::{
@@ -9,21 +9,22 @@ use super::{ModelError, RopeConfig};
 use crate::device::{Device, HeadShape, StatePart};
 use std::fmt::Debug;
 
-/// Which projections have a bias: `None` means those that the file has one for.
+/// Which projections have a bias. `None` leaves it to the file: a projection has a bias if the file
+/// holds one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Biases {
     /// Query, key and value projections.
     pub qkv: Option<bool>,
-    /// The attention's output projections.
+    /// Output projections of attention.
     pub attention_out: Option<bool>,
-    /// The feed-forward layers' projections.
+    /// Projections of feed-forward parts, including routers and experts.
     pub feed_forward: Option<bool>,
-    /// The projections of recurrent mixers.
+    /// Projections of recurrent mixers.
     pub recurrent: Option<bool>,
 }
 
 impl Biases {
-    /// As the file has them: GGUF metadata does not say.
+    /// The file decides for every projection, since GGUF metadata does not say.
     pub const AS_STORED: Self = Self {
         qkv: None,
         attention_out: None,
@@ -31,7 +32,7 @@ impl Biases {
         recurrent: None,
     };
 
-    /// None at all.
+    /// No projection has a bias.
     pub const NONE: Self = Self {
         qkv: Some(false),
         attention_out: Some(false),
@@ -40,76 +41,76 @@ impl Biases {
     };
 }
 
-/// Everything about a model but its weights: its layers, and what belongs to no layer.
+/// Configuration of a model: its layers, and what belongs to no layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     /// The architecture that its files name.
     pub architecture: &'static Architecture,
-    /// What each layer computes. There is at least one.
+    /// What each layer computes; never empty.
     pub layers: Vec<LayerSpec>,
-    /// The position embeddings that layers refer to by index. The first is that of the
+    /// The position embeddings, which layers refer to by index. The first one belongs to the
     /// layers with full attention.
     pub ropes: Vec<RopeConfig>,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocabulary: usize,
-    /// Longest sequence that it was made for.
+    /// Longest sequence that the model supports, in tokens.
     pub context: usize,
-    /// Factor on the token embeddings.
+    /// Factor applied to the token embeddings.
     pub embedding_scale: f32,
     /// What the norms of the residual stream compute.
     pub norm: NormKind,
-    /// Added to the mean square, or the variance, in norms.
+    /// Value added to the mean square, or to the variance, in norms.
     pub norm_epsilon: f32,
-    /// Factor on logits.
+    /// Factor applied to logits.
     pub logit_scale: f32,
-    /// Soft cap on logits.
+    /// Soft cap on logits: `x → cap · tanh(x / cap)`.
     pub logit_softcap: Option<f32>,
-    /// The inputs of single layers, if there are such inputs.
+    /// Per-layer inputs, if the model has them.
     pub per_layer_inputs: Option<PerLayerInputs>,
-    /// The residual streams, if there are several.
+    /// The residual streams, if there is more than one.
     pub streams: Option<Streams>,
     /// Which projections have a bias.
     pub biases: Biases,
-    /// Layers that files hold after these, to predict further tokens. They are not computed.
+    /// Number of multi-token prediction layers that files hold after these. They are not computed.
     pub prediction_layers: usize,
-    /// Tokens that end a sequence, as far as the model's own settings say.
+    /// IDs of the tokens that end a sequence, according to the model's settings. May be empty.
     pub end_tokens: Vec<u32>,
 }
 
-/// Where recurrent layers keep what they know of the tokens so far.
+/// Layout of the recurrent state of one sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateLayout {
-    /// Number of float32 numbers of a sequence's state, all layers together; 0 if no layer is
-    /// recurrent.
+    /// Number of float32 elements in the state, all layers together; 0 if no layer is recurrent.
     pub elements: usize,
-    /// The parts of each layer: that of its convolution, and that of its recurrence. They are
-    /// empty where there is none.
+    /// Parts of each layer: one for its convolution, and one for its recurrence. A part is empty
+    /// if the layer does not need it.
     pub layers: Vec<[StatePart; 2]>,
 }
 
 impl ModelConfig {
-    /// The longest sequence unless a longer one, up to [`ModelConfig::context`], is asked
-    /// for. It is shorter for models with LongRoPE: beyond it other factors apply, to short
-    /// sequences as well, since cached keys are rotated already.
+    /// Returns the default maximum sequence length in tokens; settings may raise it up to
+    /// [`ModelConfig::context`]. It is shorter than that for models with LongRoPE: with a larger
+    /// maximum, other factors apply to short sequences as well, since cached keys are already
+    /// rotated.
     pub fn native_context(&self) -> usize {
         self.ropes[0].native_context(self.context)
     }
 
-    /// The heads of the first layer that attends to a cache. Those of others may differ.
+    /// Returns the heads of the first layer with attention. Those of other layers may differ.
     #[cfg(any(test, feature = "cli", feature = "internals"))]
     pub fn heads(&self) -> HeadShape {
         let mut heads = self.layers.iter().filter_map(LayerSpec::heads);
         heads.next().unwrap_or_default()
     }
 
-    /// The attention of the layers that have some that is not latent.
+    /// Returns the attention of each layer whose mixer is attention, except for latent attention.
     pub fn attentions(&self) -> impl Iterator<Item = &Attention> {
         self.layers.iter().filter_map(LayerSpec::attention)
     }
 
-    /// Where the recurrent layers keep what they know of the tokens so far on a device.
+    /// Returns the layout of a sequence's recurrent state on a device.
     pub fn states<D: Device>(&self, device: &D) -> StateLayout {
         let mut layout = StateLayout::default();
         for layer in &self.layers {
@@ -128,21 +129,21 @@ impl ModelConfig {
         layout
     }
 
-    /// The number of layers that keep a state.
+    /// Returns the number of layers that keep a recurrent state.
     pub fn recurrent_layers(&self) -> usize {
         let layers = self.layers.iter();
         let states = layers.map(|layer| layer.state_elements(self.hidden));
         states.filter(|parts| *parts != [0, 0]).count()
     }
 
-    /// The heads of the layer whose keys and values take the most room.
+    /// Returns the heads of the layer whose keys and values take the most KV cache memory.
     pub fn cache_heads(&self) -> HeadShape {
         let heads = self.layers.iter().filter_map(LayerSpec::heads);
         let largest = heads.max_by_key(|heads| (heads.cache_elements(), heads.q_heads));
         largest.unwrap_or_default()
     }
 
-    /// The heads of a layer with the fewest key-value heads, if they differ from
+    /// Returns the heads of a layer with the fewest key-value heads, if they differ from
     /// [`ModelConfig::cache_heads`].
     pub fn narrow_heads(&self) -> Option<HeadShape> {
         let heads = self.layers.iter().filter_map(LayerSpec::heads);
@@ -150,14 +151,14 @@ impl ModelConfig {
         narrow.filter(|narrow| *narrow != self.cache_heads())
     }
 
-    /// The sliding window of the layers that have one.
+    /// Returns the sliding window of the first layer that has one.
     #[cfg(any(test, feature = "cli"))]
     pub fn window(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
         layers.find_map(LayerSpec::window)
     }
 
-    /// The latent attention of the layers that have it.
+    /// Returns the latent attention of the layers that have it.
     pub fn latent(&self) -> Option<&Latent> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match &layer.mixer {
@@ -166,7 +167,7 @@ impl ModelConfig {
         })
     }
 
-    /// The width of the dense feed-forward parts, if there are any.
+    /// Returns the width of the first dense feed-forward part, if there is one.
     #[cfg(any(test, feature = "cli"))]
     pub fn dense_width(&self) -> Option<usize> {
         let mut layers = self.layers.iter();
@@ -176,7 +177,7 @@ impl ModelConfig {
         })
     }
 
-    /// The mixture of experts of the layers that have one.
+    /// Returns the mixture of experts of the layers that have one.
     pub fn experts(&self) -> Option<Experts> {
         let mut layers = self.layers.iter();
         layers.find_map(|layer| match layer.feed_forward {
@@ -185,13 +186,13 @@ impl ModelConfig {
         })
     }
 
-    /// The width of the dense parts beside the experts, if there are any.
+    /// Returns the width of the dense parts beside the experts, if there are any.
     #[cfg(test)]
     pub fn shared_width(&self) -> Option<usize> {
         self.experts()?.shared
     }
 
-    /// The gated delta net of the layers that have one.
+    /// Returns the gated delta net of the layers that have one.
     pub fn gated_delta(&self) -> Option<GatedDelta> {
         self.layers.iter().find_map(|layer| match layer.mixer {
             Mixer::GatedDelta(delta) => Some(delta),
@@ -199,13 +200,13 @@ impl ModelConfig {
         })
     }
 
-    /// The rank of the paths beside mixers, if there are any.
+    /// Returns the rank of the paths beside mixers, if there are any.
     pub fn side_rank(&self) -> Option<usize> {
         self.layers.iter().find_map(|layer| layer.side_rank)
     }
 
-    /// The different widths of dense parts, those beside experts included, each with the number of
-    /// columns before its activation.
+    /// Returns each distinct width of the dense parts, including those beside experts, together
+    /// with the number of columns of `[gate | up]`.
     pub fn dense_widths(&self) -> Vec<[usize; 2]> {
         let mut widths = Vec::new();
         for layer in &self.layers {
@@ -224,17 +225,9 @@ impl ModelConfig {
         widths
     }
 
-    /// Checks that the layers fit together: those that share a cache, and the experts, which
-    /// share the intermediates of a step.
+    /// Checks that the layers fit together: that a shared cache matches, and that layers of the
+    /// same kind have the same sizes, since they share the activations of a step.
     pub(super) fn check_layers(self) -> Result<Self, ModelError> {
-        if self.layers.iter().all(|layer| layer.heads().is_none()) {
-            let expected = "at least one layer with attention";
-            return Err(ModelError::setting(
-                "layer_types",
-                "recurrent only",
-                expected,
-            ));
-        }
         let (experts, delta) = (self.experts(), self.gated_delta());
         for (index, layer) in self.layers.iter().enumerate() {
             self.check_attention(index)?;
@@ -268,7 +261,8 @@ impl ModelConfig {
                     if own != first {
                         return Err(uneven(index, "experts", own, first));
                     }
-                    // Both are added to the residual stream, one after the other.
+                    // The outputs of the experts and of the dense part are added to the residual
+                    // stream one after the other, so no norm can apply to their sum.
                     let adds_both = own.shared.is_some() && !own.has_own_norms;
                     if adds_both && layer.feed_forward_norms != NormPlacement::Before {
                         let key = format!("layer {index}'s norms beside shared experts");
@@ -281,8 +275,9 @@ impl ModelConfig {
         Ok(self)
     }
 
-    /// Checks that a path beside a mixer finds the mixer's input, and has the rank of the others,
-    /// and that no single stream would have to be multiplied out of several.
+    /// Checks that a path beside a mixer can read the mixer's normalised input and has the same
+    /// rank as in other layers, and that no layer of a model with several residual streams has a
+    /// factor, since it would apply to only one of them.
     fn check_side_path(&self, index: usize) -> Result<(), ModelError> {
         let layer = &self.layers[index];
         if layer.has_scale && self.streams.is_some() {
@@ -304,8 +299,9 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Checks that a layer that shares a cache finds one, and that norms of values are beside
-    /// norms of keys.
+    /// Checks that a layer can share the cache of the layer that it names, and that values are
+    /// normalised only if queries and keys are. A layer that shares a cache cannot normalise whole
+    /// rows.
     fn check_attention(&self, index: usize) -> Result<(), ModelError> {
         let Some(own) = self.layers[index].attention() else {
             return Ok(());
@@ -342,7 +338,7 @@ impl ModelConfig {
     }
 }
 
-/// The error for a layer whose sizes are not those of the first layer of its kind.
+/// Returns the error for a layer whose sizes differ from those of the first layer of its kind.
 fn uneven(layer: usize, what: &str, found: impl Debug, expected: impl Debug) -> ModelError {
     ModelError::setting(
         format!("layer {layer}'s {what}"),

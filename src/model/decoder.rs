@@ -1,4 +1,4 @@
-//! The decoder: a list of layers, computed over any device.
+//! The decoder: computes the layers of a model on any device.
 
 mod gated_delta;
 mod latent;
@@ -25,44 +25,46 @@ use streams::StreamWeights;
 use weights::{LayerWeights, MixerWeights};
 use workspace::Workspace;
 
-/// A model on a device.
+/// A model loaded on a device.
 pub struct Decoder<D: Device> {
     config: ModelConfig,
     embedding: D::Linear,
     layers: Vec<LayerWeights<D>>,
-    /// Where each layer's keys and values are in the KV cache. Without meaning for a recurrent
-    /// layer.
+    /// Place of each layer's keys and values in the KV cache. Unused for layers without attention.
     places: Vec<CacheLayer>,
-    /// The parts of each layer in the state of a sequence.
+    /// Parts of each layer in the recurrent state of a sequence: that of its convolution, and that
+    /// of its recurrence.
     states: Vec<[StatePart; 2]>,
     final_norm: D::Vector,
-    /// The weight of the final norm times the factor on logits, unless that is 1.
+    /// Weight of the final norm, multiplied by the factor on logits. `None` if the factor is 1.
     logit_norm: Option<D::Vector>,
-    /// `None` when it is the embedding.
+    /// The output projection; `None` if it is the embedding.
     output: Option<D::Linear>,
-    /// The inputs of single layers.
+    /// The weights of per-layer inputs, if the model has them.
     inputs: Option<InputWeights<D>>,
-    /// The residual streams, if there are several.
+    /// The weights of the residual streams, if there are several.
     streams: Option<StreamWeights<D>>,
-    /// The position embeddings that layers refer to by index, and one that rotates nothing.
+    /// The position embeddings that layers refer to by index, followed by one that rotates nothing,
+    /// for layers without a position embedding.
     ropes: Vec<D::Rope>,
     workspace: Workspace<D::Tensor>,
 }
 
-/// The most rows of a step, and of them sampled.
+/// Upper limits on the size of a step.
 #[derive(Clone, Copy, Debug)]
 pub struct StepLimits {
-    /// Tokens of a step.
+    /// Maximum number of tokens per step.
     pub rows: usize,
-    /// Sequences of a step.
+    /// Maximum number of sampled rows per step.
     pub samples: usize,
-    /// Positions are below this.
+    /// Exclusive upper bound of the positions.
     pub positions: usize,
 }
 
 impl<D: Device> Decoder<D> {
-    /// Loads a model. `place` returns where a layer's keys and values are in the KV cache.
-    /// `progress` is told after each layer how many of how many are done.
+    /// Loads a model. `place` returns the place of a layer's keys and values in the KV cache.
+    /// `progress` is called with the number of parts that are loaded and the total number of
+    /// parts: the embedding with the output projection is one part, and each layer is another.
     pub fn load(
         source: &ModelSource,
         device: &mut D,
@@ -115,8 +117,8 @@ impl<D: Device> Decoder<D> {
         })
     }
 
-    /// Returns the bytes that the activations of steps within `limits` and the tables of
-    /// positions take on `device`.
+    /// Returns the number of bytes that the activations of steps within `limits` and the rotary
+    /// embeddings take on `device`.
     pub fn activation_bytes(config: &ModelConfig, device: &D, limits: StepLimits) -> usize {
         let mut bytes = workspace::bytes(config, device, limits);
         let specs = rope_specs(config, limits);
@@ -128,8 +130,8 @@ impl<D: Device> Decoder<D> {
         bytes
     }
 
-    /// Enqueues one step: every row of `batch` through all layers, keys and values
-    /// into `cache`, and the logits of the sampled rows, which are returned.
+    /// Enqueues the forward pass of one step: computes every row of `batch` through all layers,
+    /// writes keys and values to `cache`, and returns the logits of the sampled rows.
     pub fn forward(
         &mut self,
         device: &mut D,
@@ -147,8 +149,8 @@ impl<D: Device> Decoder<D> {
         Ok(&self.workspace.logits)
     }
 
-    /// Runs the steps that make later ones fast. `progress` is called after each of them with
-    /// the number of steps that have run.
+    /// Runs the device's warm-up steps, so that later steps are fast from the start. `progress`
+    /// is called after each of them with the number of steps that have run.
     pub fn warm_up(
         &mut self,
         device: &mut D,
@@ -164,8 +166,7 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    /// Enqueues the operations of a staged step with this number of rows, and of rows that are
-    /// sampled.
+    /// Enqueues the operations of a staged step with `rows` rows, of which `samples` are sampled.
     fn enqueue(
         &mut self,
         device: &mut D,
@@ -223,7 +224,8 @@ impl<D: Device> Decoder<D> {
                 pending = step.output(device, workspace, norms.after.as_ref())?;
             }
             if let Some(side) = &layer.side {
-                // `check_layers` allows it only where the output is added by its norm.
+                // `check_layers` allows a side path only where a norm adds the mixer's output to
+                // the residual stream, so `delta` is free.
                 side.add(device, step.norm.epsilon, rows, workspace)?;
             }
             if spec.feed_forward != FeedForward::None {
@@ -254,8 +256,8 @@ impl<D: Device> Decoder<D> {
         self.logits(device, samples)
     }
 
-    /// Enqueues the sums of the last hidden states, after the final norm, of some ranges
-    /// of the last step's `rows` rows. Comes after [`Decoder::forward`].
+    /// Enqueues the sums of the last hidden states, after the final norm, over each of `ranges` of
+    /// the last step's `rows` rows. Must be called after [`Decoder::forward`].
     pub fn pool(
         &mut self,
         device: &mut D,
@@ -270,7 +272,7 @@ impl<D: Device> Decoder<D> {
         device.pool(normed, ranges)
     }
 
-    /// The logits of the sampled rows.
+    /// Enqueues the logits of the sampled rows.
     fn logits(&mut self, device: &mut D, samples: usize) -> Result<(), DeviceError> {
         if samples == 0 {
             return Ok(());
@@ -295,7 +297,7 @@ impl<D: Device> Decoder<D> {
     }
 }
 
-/// Returns the position embeddings of a model, and one that rotates nothing.
+/// Returns the position embeddings of a model, followed by one that rotates nothing.
 fn rope_specs(config: &ModelConfig, limits: StepLimits) -> Vec<RopeSpec> {
     let specs = config.ropes.iter().map(|rope| rope.spec(limits.positions));
     let nothing = RopeSpec::nothing(limits.positions);

@@ -1,4 +1,4 @@
-//! The tensors of a gated delta net.
+//! Reads the tensors of a gated delta net.
 
 use super::names::Part;
 use super::stored::{StoredLinear, ungrouped};
@@ -6,7 +6,7 @@ use super::{ModelError, ModelSource};
 use crate::device::DeltaHeads;
 
 impl ModelSource {
-    /// The projections to queries, keys, values and the gate of the outputs, stacked.
+    /// Reads the projections to queries, keys, values and the output gate, stacked in this order.
     pub(super) fn delta_projection(
         &self,
         layer: usize,
@@ -27,7 +27,8 @@ impl ModelSource {
         Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
     }
 
-    /// The projections to what the strengths of the updates and the decays come from, stacked.
+    /// Reads the projections to the inputs of the update strengths (beta) and of the decays
+    /// (alpha), stacked: one row per head of values each.
     pub(super) fn delta_gates(
         &self,
         layer: usize,
@@ -43,7 +44,7 @@ impl ModelSource {
         Ok(fused.select(&ungrouped(heads.key_heads, &widths)))
     }
 
-    /// The tensors of the projections of a gated delta net, as the file has them.
+    /// Returns the projections of a gated delta net that the file stores, fused or separate.
     pub(super) fn delta_projections(&self, layer: usize) -> Vec<Part> {
         let mut parts = match self.fuses(layer, Part::RecurrentInput) {
             true => vec![Part::RecurrentInput],
@@ -57,7 +58,7 @@ impl ModelSource {
         parts
     }
 
-    /// Whether the file has this tensor, which stands for two others.
+    /// Returns whether the file holds this tensor, which fuses two others.
     fn fuses(&self, layer: usize, part: Part) -> bool {
         self.holds(&self.name(layer, part))
     }

@@ -1,19 +1,19 @@
-//! What can be wrong with a model whose files were read.
+//! Errors in the files of a model.
 
 use crate::device::DeviceError;
 use crate::weights::WeightsError;
 use thiserror::Error;
 
-/// Why the files hold no model that quell can run.
+/// Reason why quell cannot run the model that the files hold.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The architecture is not one that quell knows.
+    /// The architecture is not supported.
     #[error("architecture '{found}' is not supported; supported are {supported}")]
     UnknownArchitecture {
-        /// As the file names it.
+        /// Its name in the file.
         found: String,
-        /// The ones that quell knows.
+        /// The supported architectures, separated by commas.
         supported: String,
     },
     /// A setting of the model is missing.
@@ -22,15 +22,14 @@ pub enum ModelError {
         /// Its name in the file.
         key: String,
     },
-    /// A setting of the model makes no sense, or asks for something that quell
-    /// does not do.
+    /// A setting of the model is not valid, or asks for something that quell does not support.
     #[error("the model's {key} is {value}, but must be {expected}")]
     BadSetting {
         /// Its name in the file.
         key: String,
-        /// What was found.
+        /// The value that was found.
         value: String,
-        /// What is accepted.
+        /// The values that are accepted.
         expected: String,
     },
     /// A tensor is missing.
@@ -39,7 +38,7 @@ pub enum ModelError {
         /// Its name in the file.
         name: String,
     },
-    /// The output projection is missing, and it is not the embedding.
+    /// The output projection is missing, and the model does not tie it to the embedding.
     #[error(
         "tensor '{name}', the output projection, is missing, and the model does not say that \
          it is the embedding (tie_word_embeddings)"
@@ -48,8 +47,8 @@ pub enum ModelError {
         /// Its name in the file.
         name: String,
     },
-    /// A tensor of the text model has no use: the results would not be what the checkpoint
-    /// means.
+    /// The file holds a tensor of the text model that quell does not use, so its results would be
+    /// wrong.
     #[error(
         "tensor '{name}' is not part of {architecture} as quell computes it: without it, the \
          results would be wrong{hint}"
@@ -59,33 +58,33 @@ pub enum ModelError {
         name: String,
         /// The architecture.
         architecture: &'static str,
-        /// What may have made it, if the name tells; with what leads to it.
+        /// Explanation in parentheses, with a leading space, or empty if the name suggests none.
         hint: &'static str,
     },
-    /// A tensor has another shape than the settings prescribe.
+    /// The shape of a tensor differs from the one that the settings require.
     #[error("tensor '{name}' has shape {found:?}, but must have {expected:?}")]
     WrongShape {
         /// Its name in the file.
         name: String,
         /// Its shape, outermost dimension first.
         found: Vec<usize>,
-        /// What the settings prescribe.
+        /// The shape that the settings require.
         expected: Vec<usize>,
     },
-    /// A tensor is stored in a format that it cannot have.
+    /// A tensor is stored in a format that is not supported for it.
     #[error("tensor '{name}' is stored as {found}, but must be {expected}")]
     WrongFormat {
         /// Its name in the file.
         name: String,
         /// Its format.
         found: String,
-        /// What is accepted.
+        /// The formats that are accepted.
         expected: &'static str,
     },
     /// The weights could not be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The device could not take it.
+    /// The device could not load the model.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }

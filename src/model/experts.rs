@@ -1,4 +1,4 @@
-//! The tensors of a mixture of experts.
+//! Reads the tensors of a mixture of experts.
 
 use super::architectures::StackedExperts;
 use super::layer::Experts;
@@ -11,8 +11,8 @@ use crate::weights::TensorView;
 use std::borrow::Cow;
 
 impl ModelSource {
-    /// Gate and up projection of one expert, stacked, or the latter alone, and its down
-    /// projection.
+    /// Reads one expert: its gate and up projections, stacked, or only the up projection if the
+    /// activation has no gate; and its down projection.
     pub(super) fn expert(
         &self,
         layer: usize,
@@ -43,8 +43,8 @@ impl ModelSource {
         Ok((gate_up, self.expert_linear(layer, expert, &down, width)?))
     }
 
-    /// Gate and up projection of the dense part beside the experts, stacked, or the latter alone,
-    /// and its down projection.
+    /// Reads the dense part beside the experts: its gate and up projections, stacked, or only the
+    /// up projection if the activation has no gate; and its down projection.
     pub(super) fn shared_expert(
         &self,
         layer: usize,
@@ -58,7 +58,7 @@ impl ModelSource {
         Ok((gate_up, down))
     }
 
-    /// The projection to the gate of the dense part beside the experts: one row.
+    /// Reads the projection to the gate of the dense part beside the experts: one row.
     pub(super) fn shared_gate(&self, layer: usize) -> Result<StoredLinear<'_>, ModelError> {
         let tensor = self.tensor(&self.name(layer, Part::SharedGateOut))?;
         let row = [1, self.config().hidden];
@@ -71,49 +71,60 @@ impl ModelSource {
         Ok(StoredLinear::new(vec![rows]))
     }
 
-    /// The weight of the norm on the router's input.
+    /// Reads the weight of the norm on the router's input.
     pub(super) fn router_scale(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::RouterScale), self.config().hidden)
     }
 
-    /// The factors on the experts' outputs.
+    /// Reads the factors on the experts' outputs, one per expert.
     pub(super) fn expert_scales(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::ExpertScales), count)
     }
 
-    /// What is added to the experts' weights to choose.
+    /// Reads the corrections, one per expert, that are added to the experts' weights when experts
+    /// are chosen.
     pub(super) fn corrections(&self, layer: usize, count: usize) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Corrections), count)
     }
 
-    /// The tensors that hold a part of all experts of a layer, one after the other: one, or one
-    /// for each expert.
+    /// Returns the names of the tensors that hold a part of all experts of a layer: one stacked
+    /// tensor, or one tensor per expert in order. If the file holds neither, it is the name of the
+    /// stacked tensor, if the format or the architecture has one.
     pub(super) fn expert_names(
         &self,
         layer: usize,
         count: usize,
         part: fn(usize) -> Part,
     ) -> Vec<String> {
-        if let Some(stacked) = self.stacked_experts(layer) {
-            let name = match part(0) {
-                Part::ExpertDown(_) => stacked.down,
-                _ => stacked.gate_up,
-            };
-            return vec![self.layer_prefix(layer) + name];
-        }
         let is_down = matches!(part(0), Part::ExpertDown(_));
         if let Some(fused) = self.fused_experts(layer).filter(|_| !is_down) {
             return vec![fused];
         }
-        match self.stacked_name(layer, part(0)) {
-            Some(stacked) => vec![stacked],
-            None => (0..count)
-                .map(|expert| self.name(layer, part(expert)))
-                .collect(),
+        let single = || (0..count).map(|expert| self.name(layer, part(expert)));
+        let stacked = match self.naming() {
+            Naming::Gguf => names::gguf_stacked(part(0)).map(|name| format!("{name}.weight")),
+            Naming::HuggingFace { .. } => {
+                let stacked = self.config().architecture.storage.stacked_experts;
+                let name = |stacked: StackedExperts| {
+                    if is_down {
+                        stacked.down
+                    } else {
+                        stacked.gate_up
+                    }
+                };
+                stacked.map(|stacked| name(stacked).to_owned())
+            }
+        };
+        let stacked = stacked.map(|name| self.layer_prefix(layer) + &name);
+        match stacked {
+            Some(stacked) if self.holds(&stacked) || !single().any(|name| self.holds(&name)) => {
+                vec![stacked]
+            }
+            _ => single().collect(),
         }
     }
 
-    /// The name of the bias that belongs to a tensor of experts.
+    /// Returns the name of the bias that belongs to a tensor of experts.
     pub(super) fn expert_bias_name(&self, weight: &str) -> String {
         match weight.ends_with(".weight") {
             true => names::bias(weight),
@@ -121,7 +132,7 @@ impl ModelSource {
         }
     }
 
-    /// How the experts of a layer are stacked in Hugging Face checkpoints, if they are.
+    /// Returns how a Hugging Face checkpoint stacks the experts of a layer, if it does.
     fn stacked_experts(&self, layer: usize) -> Option<StackedExperts> {
         let stacked = match self.naming() {
             Naming::Gguf => None,
@@ -132,8 +143,8 @@ impl ModelSource {
         })
     }
 
-    /// The name of the tensor in which a GGUF file stacks gates and ups of all experts of a layer,
-    /// the gate of each expert first, if the file has it.
+    /// Returns the name of the tensor in which a GGUF file stacks the gate and up projections of
+    /// all experts of a layer, if the file holds it. The rows of each expert's gate come first.
     fn fused_experts(&self, layer: usize) -> Option<String> {
         if self.naming() != Naming::Gguf {
             return None;
@@ -142,8 +153,8 @@ impl ModelSource {
         self.holds(&name).then_some(name)
     }
 
-    /// The name of the tensor in which a GGUF file stacks a part of all experts of a layer, if the
-    /// file has it.
+    /// Returns the name of the tensor in which a GGUF file stacks a part of all experts of a layer,
+    /// if the file holds it.
     fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
         let name = match self.naming() {
             Naming::Gguf => names::gguf_stacked(part)?,
@@ -153,8 +164,8 @@ impl ModelSource {
         self.holds(&name).then_some(name)
     }
 
-    /// A linear layer of parts of one expert, each a tensor of its own or an entry of a stacked
-    /// one, with their biases if there are some.
+    /// Reads a linear layer from parts of one expert, with their biases if there are any. Each part
+    /// is a tensor of its own or an entry of a stacked tensor.
     fn expert_linear(
         &self,
         layer: usize,
@@ -170,7 +181,10 @@ impl ModelSource {
         })
     }
 
-    /// Entry `index` of a stacked tensor, whose entries must have this shape.
+    /// Returns entry `index` of a stacked tensor.
+    ///
+    /// # Errors
+    /// [`ModelError::WrongShape`] if there is no such entry or it does not have this shape.
     pub(super) fn entry(
         &self,
         name: &str,
@@ -186,7 +200,8 @@ impl ModelSource {
         })
     }
 
-    /// The rows of one expert in a stacked tensor of a layer, with its bias, if there is one.
+    /// Reads the rows of one expert from a stacked tensor of a layer, with its bias if there is
+    /// one.
     fn expert_entry(
         &self,
         layer: usize,
@@ -205,7 +220,7 @@ impl ModelSource {
         Ok(StoredLinear::new(vec![stored]).with_bias(bias))
     }
 
-    /// One expert of a checkpoint that stacks them transposed.
+    /// Reads one expert of a checkpoint that stacks transposed matrices.
     fn transposed_expert(
         &self,
         layer: usize,
@@ -214,7 +229,7 @@ impl ModelSource {
         stacked: StackedExperts,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config().hidden;
-        // Where each row of the stacked gate and up projection is.
+        // Stored column of each row of the stacked gate and up projection.
         let place = |row: usize| match (stacked.alternates, row < width) {
             (false, _) => row,
             (true, true) => 2 * row,
@@ -228,8 +243,8 @@ impl ModelSource {
         Ok((gate_up, self.transposed(&down, expert, width, &columns)?))
     }
 
-    /// The transpose of entry `expert` of a stacked tensor, `[inputs, outputs]`, whose columns
-    /// become rows in this order; with its bias, if there is one.
+    /// Reads entry `expert` of a stacked tensor, `[inputs, outputs]`, and transposes it: row `i` of
+    /// the result is column `columns[i]`. The bias, if there is one, is put in the same order.
     fn transposed(
         &self,
         name: &str,

@@ -1,4 +1,4 @@
-//! Reads a model's numbers from GGUF metadata.
+//! Reads a model's hyperparameters from GGUF metadata.
 
 mod rope;
 
@@ -12,17 +12,17 @@ use crate::weights::WeightSource;
 use crate::weights::gguf::{Gguf, Value};
 use std::collections::HashSet;
 
-/// A GGUF file's metadata together with the architecture that it names, whose settings
-/// have keys that begin with its name.
+/// A GGUF file's metadata, together with the architecture that it names. The keys of the
+/// architecture's settings begin with that name.
 pub(super) struct Metadata<'a> {
     file: &'a Gguf,
     name: &'a str,
     architecture: &'static Architecture,
-    /// Keys that the architecture reads itself.
+    /// Keys that the architecture reads itself, without the architecture's name.
     own: &'static [&'static str],
 }
 
-/// The model that a GGUF file describes.
+/// Reads the configuration of the model that a GGUF file describes.
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let key = "general.architecture";
     let name = file.metadata(key).and_then(Value::as_str);
@@ -67,7 +67,7 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// The error for a setting with this value.
+    /// Returns the error for a setting whose value is refused.
     pub(super) fn refused(
         &self,
         key: &str,
@@ -89,8 +89,8 @@ impl<'a> Metadata<'a> {
         self.size(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A number that some files give once and some for each layer; quell needs it
-    /// to be the same for all, unless the architecture reads those of all layers itself.
+    /// Reads a number that some files store once and others for each layer. It must be the same for
+    /// all layers, unless the architecture reads the key itself; then the first one is returned.
     fn uniform_size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         match self.sizes(key)? {
             Some(all) => self.uniform(key, &all),
@@ -98,7 +98,12 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// The number that all of these are.
+    /// Returns the number that all entries of `all` have in common, or the first one if the
+    /// architecture reads the key itself.
+    ///
+    /// # Errors
+    /// [`ModelError::BadSetting`] if there are no entries, or if they differ although the
+    /// architecture does not read the key itself.
     fn uniform(&self, key: &str, all: &[usize]) -> Result<Option<usize>, ModelError> {
         match all.first() {
             Some(&first) if self.own.contains(&key) || all.iter().all(|&value| value == first) => {
@@ -111,7 +116,7 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A number that some files give once and some for each layer.
+    /// Reads a number that some files store once and others for each layer, as a list.
     fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
         self.optional(key, "a whole number", |value| {
             let all = match value {
@@ -123,7 +128,18 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    /// A number that some files give once for all layers and some for each of `layers`.
+    /// Like [`Metadata::size_of_each`], for a number that the file must have.
+    pub(super) fn required_size_of_each(
+        &self,
+        key: &str,
+        layers: usize,
+    ) -> Result<Vec<usize>, ModelError> {
+        let sizes = self.size_of_each(key, layers)?;
+        sizes.ok_or_else(|| self.missing(key))
+    }
+
+    /// Reads a number that some files store once for all layers and others for each layer. The
+    /// result has one entry for each of `layers` layers.
     pub(super) fn size_of_each(
         &self,
         key: &str,
@@ -145,7 +161,7 @@ impl<'a> Metadata<'a> {
         self.optional(key, "a number", Value::as_f32)
     }
 
-    /// The number, which must be positive, or `None` where it is missing; 0 stands for none.
+    /// Reads a number, which must be positive. Returns `None` if it is missing or 0.
     pub(super) fn positive(&self, key: &str) -> Result<Option<f32>, ModelError> {
         let number = self.number(key)?.filter(|&number| number != 0.0);
         match number {
@@ -160,10 +176,17 @@ impl<'a> Metadata<'a> {
         self.optional(key, "true or false", Value::as_bool)
     }
 
-    /// A list of flags.
+    /// Reads a list of flags.
     pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>, ModelError> {
         self.optional(key, "a list of true and false", |value| {
             value.as_bools().map(<[bool]>::to_vec)
+        })
+    }
+
+    /// Reads a list of numbers.
+    pub(super) fn numbers(&self, key: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        self.optional(key, "a list of numbers", |value| {
+            value.as_f32s().map(<[f32]>::to_vec)
         })
     }
 
@@ -175,14 +198,14 @@ impl<'a> Metadata<'a> {
         ModelError::MissingSetting { key: self.key(key) }
     }
 
-    /// The numbers that all architectures have in common. There are no experts; an
-    /// architecture that has some reads them itself.
+    /// Reads the hyperparameters that all architectures have in common. The result has no experts:
+    /// an architecture that has experts reads them itself.
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
         let hidden = self.required_size("embedding_length")?;
         self.hyperparameters_of(self.heads(hidden)?)
     }
 
-    /// Like [`Metadata::hyperparameters`], for these heads.
+    /// Like [`Metadata::hyperparameters`], but with these heads instead of those of the metadata.
     pub(super) fn hyperparameters_of(
         &self,
         heads: HeadShape,
@@ -192,7 +215,7 @@ impl<'a> Metadata<'a> {
         let context = self.required_size("context_length")?;
         let intermediate = match self.uniform_size("feed_forward_length")? {
             Some(intermediate) => intermediate,
-            // Models without dense layers need not say it.
+            // Models without dense layers may leave it out.
             None if self.size("expert_count")?.unwrap_or(0) > 0 => {
                 self.size("expert_feed_forward_length")?.unwrap_or(0)
             }
@@ -251,6 +274,10 @@ impl<'a> Metadata<'a> {
         let q_heads = self.uniform_size(key)?.ok_or_else(|| self.missing(key))?;
         let head_dim = match self.size("attention.key_length")? {
             Some(head_dim) => head_dim,
+            None if hidden < q_heads => {
+                let expected = format!("at least {q_heads}, the number of heads");
+                return Err(self.refused("embedding_length", hidden, expected));
+            }
             None => hidden.checked_div(q_heads).unwrap_or(0),
         };
         let key = "attention.value_length";
@@ -269,7 +296,8 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    /// The key-value heads of the layers that have some, which must be the same number.
+    /// Reads the number of key-value heads of the layers that have any. It must be the same in all
+    /// of them, unless the architecture reads the key itself.
     fn kv_heads(&self) -> Result<Option<usize>, ModelError> {
         let Some(mut all) = self.sizes("attention.head_count_kv")? else {
             return Ok(None);
@@ -280,7 +308,8 @@ impl<'a> Metadata<'a> {
         self.uniform("attention.head_count_kv", &all)
     }
 
-    /// The layers that have no key-value heads, because they have no attention.
+    /// Returns the layers that have no attention, which the file gives 0 key-value heads. The
+    /// result is empty if all layers have 0, or if the key is missing.
     fn layers_without_heads(&self) -> Result<HashSet<usize>, ModelError> {
         let heads = self.sizes("attention.head_count_kv")?.unwrap_or_default();
         if heads.iter().all(|&heads| heads == 0) {
@@ -292,16 +321,21 @@ impl<'a> Metadata<'a> {
     }
 
     fn vocabulary(&self) -> Result<usize, ModelError> {
-        // The embedding knows best: some files pad it beyond the tokenizer.
-        if let Some(embedding) = self.file.tensor("token_embd.weight")
+        // The shape of the embedding counts more than `vocab_size`: some files pad the embedding
+        // beyond the tokenizer's vocabulary.
+        let name = "token_embd.weight";
+        if let Some(embedding) = self.file.tensor(name)
             && let &[rows, _] = embedding.shape
         {
             return Ok(rows);
         }
-        self.required_size("vocab_size")
+        let size = self.size("vocab_size")?;
+        size.ok_or_else(|| ModelError::MissingTensor {
+            name: name.to_owned(),
+        })
     }
 
-    /// The sliding window, or `default` where the file does not say; a 0 stands for none.
+    /// Reads the sliding window; `default` if it is missing. A window of 0 means no window.
     pub(super) fn window(&self, default: Option<usize>) -> Result<Option<usize>, ModelError> {
         Ok(match self.size("attention.sliding_window")? {
             None => default,
@@ -309,8 +343,9 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    /// The window of each layer: as the file lists them, or one for every layer but the
-    /// last of a period, by default of `period` layers. A period of 0 gives it to all.
+    /// Returns the window of each layer. The file may list the layers that have `window`, or store
+    /// a period: then all layers but the last of each period have it. If the file has neither, the
+    /// period is `period`. A period of 0 gives the window to all layers.
     pub(super) fn windows(
         &self,
         window: Option<usize>,
@@ -333,8 +368,8 @@ impl<'a> Metadata<'a> {
         Ok(layers.map(|layer| of(slides(layer))).collect())
     }
 
-    /// The mixture of experts, if there is one. The weights of the chosen experts are
-    /// scaled to sum to 1.
+    /// Reads the mixture of experts, if there is one. The router's scores go through a softmax, and
+    /// the weights of the chosen experts are scaled to sum to 1.
     pub(super) fn experts(&self) -> Result<Option<Experts>, ModelError> {
         let Some(count) = self.size("expert_count")?.filter(|&count| count > 0) else {
             return Ok(None);
@@ -362,7 +397,8 @@ impl<'a> Metadata<'a> {
         }))
     }
 
-    /// The mixture of experts of an architecture whose weights are sigmoids, if there is one.
+    /// Reads the mixture of experts, if there is one, of an architecture whose expert weights are
+    /// sigmoids.
     pub(super) fn sigmoid_experts(&self) -> Result<Option<Experts>, ModelError> {
         let Some(experts) = self.experts()? else {
             return Ok(None);
@@ -390,7 +426,7 @@ impl<'a> Metadata<'a> {
         }))
     }
 
-    /// The rows of a matrix, if the file has it.
+    /// Returns the number of rows of a matrix, if the file has it.
     pub(super) fn rows(&self, name: &str) -> Option<usize> {
         match *self.file.tensor(name)?.shape {
             [rows, _] => Some(rows),
@@ -398,12 +434,12 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// Whether the file has a tensor of this name.
+    /// Returns whether the file has a tensor of this name.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.file.tensor(name).is_some()
     }
 
-    /// Refuses experts of an architecture that is computed without.
+    /// Refuses a file with experts whose architecture has none.
     fn refuse_experts(&self) -> Result<(), ModelError> {
         let key = "expert_count";
         match self.size(key)?.filter(|&count| count > 0) {
@@ -415,8 +451,8 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// Refuses settings that change the results and that the architecture does not have;
-    /// `own` are those that it has.
+    /// Refuses settings that would change the results but that the architecture does not read.
+    /// `own` are the keys that it reads.
     fn refuse_unknown(&self, own: &[&str]) -> Result<(), ModelError> {
         for (key, neutral) in [
             ("attention.clamp_kqv", 0.0),
@@ -430,14 +466,18 @@ impl<'a> Metadata<'a> {
             ("expert_weights_scale", 1.0),
             ("leading_dense_block_count", 0.0),
             ("logit_scale", 1.0),
+            ("moe_latent_size", 0.0),
             ("nextn_predict_layers", 0.0),
             ("residual_scale", 1.0),
         ] {
             if own.contains(&key) {
                 continue;
             }
-            // A 0 stands for none.
-            let value = self.number(key)?.filter(|&value| value != 0.0);
+            // Some of these are whole numbers.
+            let read = |value: &Value| value.as_f32().or_else(|| Some(value.as_i64()? as f32));
+            // A value of 0 means that the setting is not used.
+            let value = self.optional(key, "a number", read)?;
+            let value = value.filter(|&value| value != 0.0);
             if let Some(value) = value.filter(|&value| value != neutral) {
                 let expected = format!("{neutral} for the architecture '{}'", self.name);
                 return Err(self.refused(key, value, expected));
@@ -451,11 +491,13 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// The value of `expert_gating_func` for sigmoids.
+/// Value of `expert_gating_func` for expert weights that are sigmoids.
 const SIGMOID: usize = 2;
 
-/// How a file says which layers have a window.
+/// The two forms of `attention.sliding_window_pattern`.
 enum Pattern {
+    /// Whether each layer has the window.
     List(Vec<bool>),
+    /// All layers but the last of each period have the window.
     Period(usize),
 }

@@ -1,6 +1,7 @@
-//! Reads a model's numbers from a Hugging Face `config.json`, as transformers does: what it
-//! leaves out is as in the architecture's configuration class, and what would change the
-//! results and is not supported is refused by its key.
+//! Reads a model's hyperparameters from a Hugging Face `config.json`, as transformers does.
+//!
+//! Missing settings have the defaults of the architecture's configuration class. A setting that
+//! would change the results but is not supported is refused, and the error names its key.
 
 mod class;
 mod rope;
@@ -24,18 +25,19 @@ use std::collections::HashSet;
 /// A `config.json` together with the architecture that it names.
 pub(super) struct Config<'a> {
     root: Settings<'a>,
-    /// The text model's settings: models with vision keep them in a part of their own.
+    /// Settings of the text model. Models with vision keep them in an object of their own,
+    /// `text_config`.
     pub(super) settings: Settings<'a>,
     architecture: &'static Architecture,
 }
 
-/// The model that `config.json` describes.
+/// Reads the configuration of the model that a `config.json` describes.
 pub(super) fn read(config: &Value) -> Result<ModelConfig, ModelError> {
     let config = Config::new(config)?;
     (config.architecture.read_config)(&config)?.into_model(config.architecture)
 }
 
-/// Whether the output projection is the embedding where the file has none of its own.
+/// Returns whether the output projection is the embedding, unless the file has one of its own.
 pub(super) fn ties_embeddings(config: &Value) -> Result<bool, ModelError> {
     let config = Config::new(config)?;
     let key = "tie_word_embeddings";
@@ -47,7 +49,7 @@ pub(super) fn ties_embeddings(config: &Value) -> Result<bool, ModelError> {
     Ok(config.class().ties_embeddings)
 }
 
-/// Refuses a folder whose weights are quantised, which is only supported in GGUF files.
+/// Refuses a model whose weights are quantised, which is only supported in GGUF files.
 pub(super) fn refuse_quantised(config: &Value) -> Result<(), ModelError> {
     let root = Settings::new(config);
     for settings in [Some(root), root.part("text_config")].into_iter().flatten() {
@@ -68,7 +70,8 @@ impl<'a> Config<'a> {
         let key = "model_type";
         let name = root.text(key)?.ok_or_else(|| root.missing(key))?;
         let settings = root.part("text_config").unwrap_or(root);
-        // The name of a model with vision may stand for several text models.
+        // The name of a model with vision may stand for several text models, so the name of the
+        // text model takes precedence.
         let own = settings.text(key)?.map(Architecture::from_model_type);
         let architecture = match own {
             Some(Ok(architecture)) => architecture,
@@ -85,13 +88,13 @@ impl<'a> Config<'a> {
         &self.architecture.class
     }
 
-    /// The numbers that all architectures have in common. There are no windows, experts,
-    /// caps or biases; an architecture that has some reads them itself.
+    /// Reads the hyperparameters that all architectures have in common. The result has no windows,
+    /// experts, caps or biases: an architecture that has them reads them itself.
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
         let (settings, class) = (self.settings, self.class());
         self.check_activation()?;
         let key = "use_bidirectional_attention";
-        // Only tokens of images see each other both ways with "vision".
+        // With "vision", only the tokens of images attend to each other in both directions.
         let is_causal = |value: &Value| matches!(value.as_str(), Some("vision"));
         if let Some(value) = settings.get(key).filter(|value| !is_causal(value))
             && value.as_bool() != Some(false)
@@ -145,7 +148,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// What the file calls the numbers.
+    /// Returns the keys of the hyperparameters in this file, for error messages.
     fn names(&self) -> KeyNames {
         let settings = self.settings;
         let names = ["num_local_experts", "n_routed_experts"];
@@ -161,13 +164,14 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The number of layers.
+    /// Returns the number of layers.
     pub(super) fn layers(&self) -> Result<usize, ModelError> {
         let default = self.class().layers;
         self.settings.size_or("num_hidden_layers", default)
     }
 
-    /// The width of the dense parts, or the first one if the class lists one for each layer.
+    /// Returns the width of the dense feed-forward parts, or the first width if the class allows a
+    /// list with one for each layer.
     fn intermediate(&self) -> Result<usize, ModelError> {
         let (settings, key) = (self.settings, "intermediate_size");
         let first = match settings.get(key) {
@@ -183,13 +187,14 @@ impl<'a> Config<'a> {
         self.settings.size_or("hidden_size", self.class().hidden)
     }
 
-    /// The context that the model was trained on, extensions included.
+    /// Returns the context in tokens that the model was trained on, including training after an
+    /// extension.
     fn trained_context(&self) -> Result<usize, ModelError> {
         let default = self.class().context;
         self.settings.size_or("max_position_embeddings", default)
     }
 
-    /// The attention heads.
+    /// Returns the shape of the attention heads.
     pub(super) fn heads(&self) -> Result<HeadShape, ModelError> {
         let (settings, class) = (self.settings, self.class());
         let q_heads = settings.size_or("num_attention_heads", class.q_heads)?;
@@ -211,7 +216,7 @@ impl<'a> Config<'a> {
         let key = "num_key_value_heads";
         let kv_heads = match settings.size(key)? {
             Some(kv_heads) => kv_heads,
-            // A null stands for as many as there are query heads.
+            // A null means as many key-value heads as query heads.
             None if settings.says(key) => q_heads,
             None => class.kv_heads.unwrap_or(q_heads),
         };
@@ -223,7 +228,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// Refuses non-linearities that the architecture is not computed with.
+    /// Refuses a non-linearity other than the one of the architecture.
     fn check_activation(&self) -> Result<(), ModelError> {
         let activation = self.class().activation;
         let expected: &[&str] = match activation {
@@ -237,7 +242,7 @@ impl<'a> Config<'a> {
             "hidden_act"
         };
         match self.settings.text(key)? {
-            // Early Gemma checkpoints say "gelu" in hidden_act and mean the tanh form.
+            // In early Gemma checkpoints, "gelu" in `hidden_act` means the tanh approximation.
             Some("gelu") if key == "hidden_act" && activation == Activation::GeluTanh => Ok(()),
             Some(found) if !expected.contains(&found) => {
                 Err(self.settings.refused(key, found, expected.join(" or ")))
@@ -246,7 +251,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The experts of a layer.
+    /// Returns the number of experts per layer, or `default` if the file does not have it.
     pub(super) fn expert_count(&self, default: usize) -> Result<usize, ModelError> {
         match self.settings.size("num_local_experts")? {
             Some(count) => Ok(count),
@@ -254,7 +259,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Biases on all of the attention's projections, if `attention_bias` says so.
+    /// Returns biases on all projections of the attention if `attention_bias` is true, else none.
     pub(super) fn attention_biases(&self) -> Result<Biases, ModelError> {
         let attention = self.attention_bias(false)?;
         Ok(Biases {
@@ -264,14 +269,14 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// `attention_bias`, or `default` where it is missing.
+    /// Reads `attention_bias`, or returns `default` if it is missing. The result is never `None`.
     pub(super) fn attention_bias(&self, default: bool) -> Result<Option<bool>, ModelError> {
         let said = self.settings.flag("attention_bias")?;
         Ok(Some(said.unwrap_or(default)))
     }
 
     fn end_tokens(&self) -> Result<Vec<u32>, ModelError> {
-        // A negative id stands for none.
+        // A negative id means no token.
         let read = |value: &Value| -> Option<Vec<u32>> {
             let ids = match value {
                 Value::Array(ids) => ids.as_slice(),

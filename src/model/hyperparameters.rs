@@ -1,5 +1,5 @@
-//! The numbers that both formats tell of a model, before its architecture makes layers of
-//! them.
+//! Hyperparameters of a model, read from either file format. The architecture builds the layers
+//! from them.
 
 use super::architectures::Architecture;
 use super::key_names::{KeyNames, Keys};
@@ -13,19 +13,19 @@ use crate::device::{
 };
 use std::collections::{HashMap, HashSet};
 
-/// The numbers of a model, from `config.json` or GGUF metadata.
+/// Hyperparameters of a model, from `config.json` or GGUF metadata.
 #[derive(Clone, Debug)]
 pub(super) struct Hyperparameters {
     pub(super) layers: usize,
     /// Width of the residual stream.
     pub(super) hidden: usize,
-    /// Width of the dense feed-forward parts' hidden layer.
+    /// Intermediate size of the dense feed-forward parts.
     pub(super) intermediate: usize,
     pub(super) activation: Activation,
     pub(super) heads: HeadShape,
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub(super) vocabulary: usize,
-    /// Longest sequence that the model was made for.
+    /// Longest sequence that the model supports, in tokens.
     pub(super) context: usize,
     pub(super) norm: NormKind,
     pub(super) norm_epsilon: f32,
@@ -41,77 +41,85 @@ pub(super) struct Hyperparameters {
     pub(super) rope: RopeConfig,
     /// Position embedding of the layers with a sliding window.
     pub(super) sliding_rope: RopeConfig,
-    /// The attention of every layer, if it is latent. Heads, scale and position embedding above
-    /// are then those of the attention over latents.
+    /// Latent attention, if all layers with attention use it. `heads`, `attention_scale` and
+    /// `rope` then describe the attention over latents.
     pub(super) latent: Option<Latent>,
     /// Layers whose queries and keys are not rotated.
     pub(super) unrotated: HashSet<usize>,
-    /// Whether queries and keys are normalised, in architectures whose models may do without.
+    /// Whether queries and keys are normalised. Only architectures whose models differ in this
+    /// read it.
     pub(super) has_qk_norm: bool,
-    /// Factor on the queries that depends on their position.
+    /// Factor on the queries that depends on their position, if there is one.
     pub(super) query_scale: Option<QueryScale>,
-    /// Whether the windows are chunks: a token sees those of its own chunk of that many.
+    /// Whether windows do not slide: the sequence is cut into chunks of `window` tokens, and a
+    /// token attends to those of its own chunk.
     pub(super) is_chunked: bool,
     /// The sliding window of each layer; `None` for full attention.
     pub(super) windows: Vec<Option<usize>>,
     pub(super) experts: Option<Experts>,
     /// Layers whose feed-forward part is dense although there are experts.
     pub(super) dense_layers: HashSet<usize>,
-    /// The mixer of the recurrent layers, in architectures that have some.
+    /// The mixer of the recurrent layers, if the model may have any.
     pub(super) recurrent: Option<Mixer>,
-    /// Layers that have it instead of attention.
+    /// Layers whose mixer is `recurrent` instead of attention.
     pub(super) recurrent_layers: HashSet<usize>,
-    /// Layers that are only a feed-forward part.
+    /// Layers that consist of a feed-forward part only.
     pub(super) without_mixer: HashSet<usize>,
-    /// Layers that are only a mixer.
+    /// Layers that consist of a mixer only.
     pub(super) without_feed_forward: HashSet<usize>,
-    /// What only some layers have, or have otherwise.
+    /// Optional features, and sizes that differ between layers.
     pub(super) variations: Variations,
     pub(super) biases: Biases,
-    /// Layers after the others that predict further tokens, and are not computed.
+    /// Number of multi-token prediction layers after the others. They are not computed.
     pub(super) prediction_layers: usize,
-    /// Tokens that end a sequence.
+    /// IDs of the tokens that end a sequence.
     pub(super) end_tokens: Vec<u32>,
-    /// What the file calls the numbers.
+    /// Keys of the settings in the file, for error messages.
     pub(super) names: KeyNames,
 }
 
-/// What only some layers of a model have, or have otherwise than the others.
+/// Features that only some models or layers have, and sizes that differ between layers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Variations {
-    /// The heads of layers where they are not [`Hyperparameters::heads`].
+    /// Heads by layer; other layers have [`Hyperparameters::heads`].
     pub(super) heads: HashMap<usize, HeadShape>,
-    /// The widths of dense parts where they are not [`Hyperparameters::intermediate`].
+    /// Widths of dense parts by layer; other layers have [`Hyperparameters::intermediate`].
     pub(super) widths: HashMap<usize, usize>,
-    /// Number of layers, the last ones, that share the cache of the last layer before them with
-    /// the same window.
+    /// Number of layers at the end of the model that share caches. Each shares the cache of the
+    /// last layer before them all that has the same window.
     pub(super) shared_caches: usize,
-    /// Layers whose values are what the key projection gives.
+    /// Layers whose values are the output of the key projection.
     pub(super) keys_as_values: HashSet<usize>,
-    /// Layers with a factor on the residual stream.
+    /// Layers after which the residual stream is multiplied by a stored factor.
     pub(super) scaled: HashSet<usize>,
-    /// The inputs of single layers.
+    /// Per-layer inputs, if the model has them.
     pub(super) inputs: Option<PerLayerInputs>,
-    /// The residual streams, if there are several.
+    /// The residual streams, if there is more than one.
     pub(super) streams: Option<Streams>,
-    /// The rank of the paths beside mixers.
+    /// Rank of the paths beside mixers, if there are any.
     pub(super) side_rank: Option<usize>,
-    /// By how many deviations above their mean gates are cut, in layers where they are.
+    /// Threshold of sparse gates by layer, in standard deviations above their mean. See
+    /// [`FeedForward::Dense`].
     pub(super) cuts: HashMap<usize, f32>,
 }
 
 impl Hyperparameters {
-    /// The model, with the layers that the architecture makes of the numbers.
+    /// Builds the model's configuration, with the layers that the architecture derives from the
+    /// numbers.
     ///
     /// # Errors
-    /// [`ModelError::BadSetting`] for the first number that makes no sense.
+    /// [`ModelError::BadSetting`] for the first number that is not valid.
     pub(super) fn into_model(
         self,
         architecture: &'static Architecture,
     ) -> Result<ModelConfig, ModelError> {
         self.validate()?;
         let layers = (0..self.layers).map(|layer| (architecture.layer)(&self, layer));
-        let layers = layers.collect();
+        let layers: Vec<LayerSpec> = layers.collect();
+        if layers.iter().all(|layer| layer.heads().is_none()) {
+            let expected = "such that a layer has attention, but all are recurrent";
+            return Err(self.refused(|keys| keys.layers, self.layers, expected));
+        }
         let mut ropes = vec![self.rope];
         if self.sliding_rope != ropes[0] {
             ropes.push(self.sliding_rope);
@@ -137,8 +145,8 @@ impl Hyperparameters {
         model.check_layers()
     }
 
-    /// A layer as the numbers alone tell it: norms on the inputs, and no norms on queries
-    /// and keys.
+    /// Returns a layer with the common structure: norms on the inputs of the mixer and of the
+    /// feed-forward part, and no norms on queries and keys.
     pub(super) fn layer(&self, index: usize) -> LayerSpec {
         let norms_before = |part_is_there| match part_is_there {
             true => NormPlacement::Before,
@@ -167,7 +175,8 @@ impl Hyperparameters {
         }
     }
 
-    /// The attention of a layer as the numbers alone tell it.
+    /// Returns the attention of a layer with the common structure: without norms on queries, keys
+    /// or values, without sinks and without a gate.
     pub(super) fn attention(&self, index: usize) -> Attention {
         let window = self.windows[index];
         let slides = window.is_some() && self.sliding_rope != self.rope;
@@ -189,13 +198,13 @@ impl Hyperparameters {
         }
     }
 
-    /// The heads of a layer.
+    /// Returns the heads of a layer.
     fn heads_of(&self, index: usize) -> HeadShape {
         let own = self.variations.heads.get(&index);
         own.copied().unwrap_or(self.heads)
     }
 
-    /// The layer whose cache a layer shares, if it does.
+    /// Returns the layer whose cache a layer shares, if it shares one.
     fn owner(&self, index: usize) -> Option<usize> {
         let first = self.layers.checked_sub(self.variations.shared_caches)?;
         if index < first {
@@ -204,7 +213,7 @@ impl Hyperparameters {
         (0..first).rfind(|&owner| self.windows[owner] == self.windows[index])
     }
 
-    /// The layers with full attention.
+    /// Returns the layers without a window.
     pub(super) fn layers_without_window(&self) -> HashSet<usize> {
         let layers = self.windows.iter().enumerate();
         let full = layers.filter(|(_, window)| window.is_none());
@@ -223,13 +232,13 @@ impl Hyperparameters {
         }
     }
 
-    /// The width of a layer's dense part.
+    /// Returns the width of a layer's dense part.
     fn width_of(&self, index: usize) -> usize {
         let own = self.variations.widths.get(&index);
         own.copied().unwrap_or(self.intermediate)
     }
 
-    /// Checks what only some layers have.
+    /// Checks the numbers in [`Variations`].
     fn check_variations(&self) -> Result<(), ModelError> {
         let Variations {
             heads,
@@ -258,7 +267,7 @@ impl Hyperparameters {
         Ok(())
     }
 
-    /// Checks that the numbers are consistent and of a size that can be meant.
+    /// Checks that the numbers are consistent and within plausible limits.
     fn validate(&self) -> Result<(), ModelError> {
         if let Some(latent) = self.latent {
             self.check_latent(latent)?;
@@ -278,7 +287,8 @@ impl Hyperparameters {
             self.check_experts(experts)?;
         }
         self.check_variations()?;
-        // Layers of one kind have one rotary embedding.
+        // All layers with a window share one rotary embedding, and so do all layers without, so
+        // their heads must have the same size.
         let of_kind = |slides: bool| {
             let mut layers =
                 (0..self.layers).filter(move |&at| self.windows[at].is_some() == slides);
@@ -297,7 +307,7 @@ impl Hyperparameters {
         self.sliding_rope.validate(sliding.0, &self.names)
     }
 
-    /// The error for a number with this value.
+    /// Returns the error for a number with a value that is not accepted.
     fn refused(
         &self,
         key: fn(&Keys) -> &'static str,
@@ -461,7 +471,7 @@ impl Hyperparameters {
             false => Err(self.refused(key, value, "a positive number")),
         };
         positive(|keys| keys.norm_epsilon, self.norm_epsilon)?;
-        // The scale is one over the root of the setting.
+        // The scale is one over the square root of the setting.
         let scale = self.attention_scale;
         if !scale.is_finite() || scale <= 0.0 {
             let expected = "a positive number";

@@ -1,5 +1,5 @@
-//! Every tensor of a file is either used or known to be harmless; any other is refused by
-//! its name, since a model that is computed without some of its weights answers nonsense.
+//! Checks that every tensor of a file is either used or known to be harmless. Any other tensor is
+//! refused by name, since a model that is computed without some of its weights gives wrong results.
 
 use super::layer::{Attention, FeedForward, Latent, LayerSpec, Mamba2, Mixer, ShortConv};
 use super::names::{self, GateUp, Part};
@@ -9,9 +9,8 @@ use super::{ModelError, ModelSource};
 use crate::device::Activation;
 use std::collections::HashSet;
 
-/// Beginnings of the names of tensors that are not the text model's: towers for images and
-/// sound with their projectors, layers that predict further tokens, and the heads of reward
-/// models.
+/// Name prefixes of tensors that do not belong to the text model: vision and audio towers with
+/// their projectors, multi-token prediction layers, and the heads of reward models.
 const OTHER_MODELS: [&str; 18] = [
     "audio_tower.",
     "mm_projector.",
@@ -34,8 +33,8 @@ const OTHER_MODELS: [&str; 18] = [
     "v.",
 ];
 
-/// Ends of the names of tensors that hold what is computed anyway: frequencies, sines and
-/// causal masks, which old checkpoints have saved.
+/// Name suffixes of tensors whose contents are computed anyway: RoPE frequencies, sines and
+/// cosines, and causal masks, which old checkpoints store.
 const COMPUTED: [&str; 6] = [
     ".attn.masked_bias",
     ".attn_rot_embd",
@@ -45,7 +44,7 @@ const COMPUTED: [&str; 6] = [
     ".rotary_emb.sin_cached",
 ];
 
-/// Ends of the names of what quantisers leave beside the weights.
+/// Name suffixes of tensors that quantisers store.
 const OF_QUANTISERS: [&str; 14] = [
     ".absmax",
     ".g_idx",
@@ -63,7 +62,8 @@ const OF_QUANTISERS: [&str; 14] = [
     ".weight_zero_point",
 ];
 
-/// Checks that the file has every tensor of the model, and no other that would matter.
+/// Checks that the file holds every tensor of the model, and no other one that would change the
+/// results.
 ///
 /// # Errors
 /// [`ModelError::MissingTensor`], [`ModelError::MissingHead`] and
@@ -131,7 +131,7 @@ impl Inventory<'_> {
         Ok(())
     }
 
-    /// What belongs to no layer.
+    /// Requires the tensors that belong to no layer.
     fn whole_model(&mut self) -> Result<(), ModelError> {
         self.require(self.source.embedding_name())?;
         self.require(self.source.final_norm_name())?;
@@ -203,7 +203,7 @@ impl Inventory<'_> {
         }
     }
 
-    /// What a layer has besides its mixer and its feed-forward part.
+    /// Requires the tensors that a layer has besides its mixer and its feed-forward part.
     fn beside(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ModelError> {
         if spec.has_scale {
             self.require(self.source.name(layer, Part::LayerScale))?;
@@ -228,7 +228,7 @@ impl Inventory<'_> {
                 self.linear(layer, part)?;
             }
             self.require(self.source.name(layer, Part::StreamRouterNorm))?;
-            // It is stored even if it is not used.
+            // Checkpoints store it even if the model does not use it.
             self.require(self.source.name(layer, Part::StreamScale))?;
         }
         Ok(())
@@ -250,7 +250,7 @@ impl Inventory<'_> {
     fn attention(&mut self, layer: usize, attention: &Attention) -> Result<(), ModelError> {
         if attention.shares.is_some() {
             self.linear(layer, Part::Query)?;
-            // Published checkpoints have these although the model was trained without.
+            // Published checkpoints hold these although the model was trained without them.
             for part in [Part::Key, Part::Value, Part::KeyNorm] {
                 self.used.insert(self.source.name(layer, part));
             }
@@ -271,7 +271,7 @@ impl Inventory<'_> {
     }
 
     fn latent(&mut self, layer: usize, latent: &Latent) -> Result<(), ModelError> {
-        for part in latent.linear_parts(self.source.naming()) {
+        for part in latent.linear_parts(self.source.splits_latent_up(layer)) {
             self.linear(layer, part)?;
         }
         for &part in latent.norms() {
@@ -320,7 +320,7 @@ impl Inventory<'_> {
         self.convolution(layer, false)
     }
 
-    /// A projection, with its bias if it has one.
+    /// Requires the weight of a projection, and its bias if it has one.
     fn linear(&mut self, layer: usize, part: Part) -> Result<(), ModelError> {
         let weight = self.source.name(layer, part);
         let bias = names::bias(&weight);
@@ -331,7 +331,7 @@ impl Inventory<'_> {
         }
     }
 
-    /// The same projection of all experts of a layer: one tensor, or one for each expert.
+    /// Requires one projection of all experts of a layer: a stacked tensor, or a tensor per expert.
     fn experts(
         &mut self,
         layer: usize,
@@ -349,7 +349,7 @@ impl Inventory<'_> {
     }
 }
 
-/// The norms of experts, and of the dense part beside them, that have some of their own.
+/// Norms of a mixture of experts that has norms of its own, including the dense part beside it.
 const EXPERT_NORMS: [Part; 4] = [
     Part::RouterScale,
     Part::SharedOutputNorm,
@@ -357,7 +357,7 @@ const EXPERT_NORMS: [Part; 4] = [
     Part::ExpertOutputNorm,
 ];
 
-/// The norms of a layer.
+/// Returns the norms of a layer's mixer and feed-forward part, and of its queries and keys.
 fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {
     let (mixer, feed_forward) = (spec.mixer_norms, spec.feed_forward_norms);
     let attention = spec.attention();

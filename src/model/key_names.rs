@@ -1,6 +1,6 @@
-//! What a model's files call its numbers, for errors about their values.
+//! Keys of a model's settings in each file format, for error messages.
 
-/// The keys of one format, each relative to where the format keeps them.
+/// The keys of one format, without their prefix: relative to [`KeyNames::place`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
     pub(super) layers: &'static str,
@@ -35,13 +35,13 @@ pub(super) struct Keys {
     pub(super) input_vocabulary: &'static str,
     pub(super) query_rank: &'static str,
     pub(super) latent: &'static str,
-    /// The elements of a query that are not rotated.
+    /// Number of elements of each query that are not rotated.
     pub(super) plain: &'static str,
     pub(super) rotated: &'static str,
     pub(super) value: &'static str,
     pub(super) rope_base: &'static str,
     pub(super) rope_dimension: &'static str,
-    /// The following are relative to [`KeyNames::rope_place`].
+    // The keys from here on are relative to `KeyNames::rope_place`.
     pub(super) rope_factor: &'static str,
     pub(super) rope_low_frequency: &'static str,
     pub(super) rope_high_frequency: &'static str,
@@ -63,7 +63,7 @@ pub(super) const GGUF: Keys = Keys {
     vocabulary: "vocab_size",
     context: "context_length",
     norm_epsilon: "attention.layer_norm_rms_epsilon",
-    // There is no key for the scale, which follows from the size of a head.
+    // GGUF has no key for the scale, which follows from the head dimension.
     attention_scale: "attention.key_length",
     attention_softcap: "attn_logit_softcapping",
     logit_softcap: "final_logit_softcapping",
@@ -84,7 +84,7 @@ pub(super) const GGUF: Keys = Keys {
     state_size: "ssm.state_size",
     shared_caches: "attention.shared_kv_layers",
     input_width: "embedding_length_per_layer_input",
-    // It is the shape of the embeddings.
+    // GGUF has no key for it: it is the number of rows of the embeddings.
     input_vocabulary: "vocab_size",
     query_rank: "attention.q_lora_rank",
     latent: "attention.kv_lora_rank",
@@ -156,9 +156,9 @@ pub(super) const HUGGINGFACE: Keys = Keys {
 #[derive(Clone, Debug)]
 pub(super) struct KeyNames {
     pub(super) keys: Keys,
-    /// What precedes each key, such as `llama.` or `text_config.`.
+    /// Prefix of each key, such as `llama.` or `text_config.`.
     pub(super) place: String,
-    /// What precedes the keys of an extended position embedding, such as `rope_scaling.`.
+    /// Prefix of the RoPE scaling keys, such as `rope_scaling.`.
     pub(super) rope_place: String,
 }
 
@@ -168,7 +168,7 @@ impl KeyNames {
         format!("{}{}", self.place, key(&self.keys))
     }
 
-    /// Returns the full name of a key of an extended position embedding.
+    /// Returns the full name of a RoPE scaling key.
     pub(super) fn of_rope(&self, key: fn(&Keys) -> &'static str) -> String {
         format!("{}{}", self.rope_place, key(&self.keys))
     }

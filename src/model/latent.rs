@@ -1,4 +1,4 @@
-//! The tensors of latent attention.
+//! Reads the tensors of latent attention.
 
 use super::layer::Latent;
 use super::names::Part;
@@ -10,21 +10,22 @@ use crate::weights::{DType, quant};
 use std::borrow::Cow;
 
 impl Latent {
-    /// The tensors of linear layers, as files of this naming have them.
-    pub(super) fn linear_parts(&self, naming: Naming) -> Vec<Part> {
+    /// Returns the linear layers that a file stores. `splits_up` says whether it splits the
+    /// projection from the latent to keys and values.
+    pub(super) fn linear_parts(&self, splits_up: bool) -> Vec<Part> {
         let queries: &[Part] = match self.query_rank {
             Some(_) => &[Part::QueryDown, Part::QueryUp],
             None => &[Part::LatentQuery],
         };
-        let keys_and_values: &[Part] = match naming {
-            Naming::Gguf => &[Part::LatentKeys, Part::LatentValues],
-            Naming::HuggingFace { .. } => &[Part::LatentUp],
+        let keys_and_values: &[Part] = match splits_up {
+            true => &[Part::LatentKeys, Part::LatentValues],
+            false => &[Part::LatentUp],
         };
         let others = [Part::LatentDown, Part::AttentionOut];
         [queries, keys_and_values, &others].concat()
     }
 
-    /// The norms of latents.
+    /// Returns the norms of the latents.
     pub(super) fn norms(&self) -> &'static [Part] {
         match self.query_rank {
             Some(_) => &[Part::LatentNorm, Part::QueryDownNorm],
@@ -32,9 +33,9 @@ impl Latent {
         }
     }
 
-    /// Which row of a stored projection is used as row `row`. Files store a part that is not
-    /// rotated, of `plain` rows, and then the rotated one, for each head. They are used the other
-    /// way round, and with the halves that RoPE rotates one after the other.
+    /// Returns the index of the stored row that is used as row `row` of a projection. For each
+    /// head, files store `plain` rows that are not rotated, then the rotated rows, whose two halves
+    /// may be interleaved. They are used with the rotated rows first, one half after the other.
     fn stored_row(&self, plain: usize, row: usize) -> usize {
         let rotated = self.shape.rotated;
         let (head, within) = (row / (plain + rotated), row % (plain + rotated));
@@ -51,7 +52,8 @@ impl Latent {
 }
 
 impl ModelSource {
-    /// The projection from the layer's input to the latent of the queries, of `rank` elements.
+    /// Reads the projection from the layer's input to the latent of the queries, of `rank`
+    /// elements.
     pub(super) fn query_down(
         &self,
         layer: usize,
@@ -60,7 +62,7 @@ impl ModelSource {
         self.linear(layer, &[(Part::QueryDown, rank)], self.config().hidden)
     }
 
-    /// The projection to the queries, from their latent or from the layer's input.
+    /// Reads the projection to the queries, from their latent or from the layer's input.
     pub(super) fn queries(
         &self,
         layer: usize,
@@ -76,8 +78,8 @@ impl ModelSource {
         Ok(queries.select(&stored.collect::<Vec<_>>()))
     }
 
-    /// The projection from the layer's input to the rotated part of the key, and to the latent of
-    /// keys and values.
+    /// Reads the projection from the layer's input to the rotated part of the key, followed by the
+    /// latent of keys and values.
     pub(super) fn latent_down(
         &self,
         layer: usize,
@@ -89,15 +91,15 @@ impl ModelSource {
         Ok(down.select(&stored.collect::<Vec<_>>()))
     }
 
-    /// What the queries of each head are multiplied with, so that their products with the latent
-    /// are those with the keys: the transposed weights of the keys.
+    /// Reads the transposed key weights of each head, `[latent, plain]`. A query multiplied by them
+    /// has the same dot product with the latent as the query itself has with the key.
     pub(super) fn latent_keys(
         &self,
         layer: usize,
         latent: &Latent,
     ) -> Result<Vec<StoredLinear<'_>>, ModelError> {
         let (plain, columns) = (latent.shape.plain, latent.shape.latent);
-        if self.naming() == Naming::Gguf {
+        if self.splits_latent_up(layer) {
             return self.head_entries(layer, Part::LatentKeys, latent, [columns, plain]);
         }
         let up = self.latent_up(layer, latent)?;
@@ -109,14 +111,14 @@ impl ModelSource {
         Ok(transposed.collect())
     }
 
-    /// The projection from the latent to the values of each head.
+    /// Reads the projection from the latent to the values of each head, `[value, latent]`.
     pub(super) fn latent_values(
         &self,
         layer: usize,
         latent: &Latent,
     ) -> Result<Vec<StoredLinear<'_>>, ModelError> {
         let (value, columns) = (latent.shape.value, latent.shape.latent);
-        if self.naming() == Naming::Gguf {
+        if self.splits_latent_up(layer) {
             return self.head_entries(layer, Part::LatentValues, latent, [value, columns]);
         }
         let up = self.latent_up(layer, latent)?;
@@ -128,14 +130,21 @@ impl ModelSource {
         Ok(values.collect())
     }
 
-    /// The projection from the latent to keys and values, for each head first the rows of the key.
+    /// Returns whether the file splits the projection from the latent to keys and values, and
+    /// stores the part of the keys transposed. GGUF files do, except for old ones.
+    pub(super) fn splits_latent_up(&self, layer: usize) -> bool {
+        self.naming() == Naming::Gguf && !self.holds(&self.name(layer, Part::LatentUp))
+    }
+
+    /// Reads the projection from the latent to keys and values,
+    /// `[heads · (plain + value), latent]`. The key rows of each head precede its value rows.
     fn latent_up(&self, layer: usize, latent: &Latent) -> Result<StoredRows<'_>, ModelError> {
         let shape = latent.shape;
         let rows = shape.heads * (shape.plain + shape.value);
         self.matrix(&self.name(layer, Part::LatentUp), rows, shape.latent)
     }
 
-    /// The matrices of all heads, which are the entries of one tensor.
+    /// Reads the matrices of all heads from one stacked tensor, `[heads, rows, columns]`.
     fn head_entries(
         &self,
         layer: usize,
@@ -163,7 +172,7 @@ impl ModelSource {
 }
 
 impl StoredRows<'_> {
-    /// Some of the rows.
+    /// Returns a copy of some of the rows.
     fn part(&self, rows: std::ops::Range<usize>) -> StoredRows<'static> {
         let bytes = self.data.len() / self.rows;
         StoredRows {
@@ -175,8 +184,8 @@ impl StoredRows<'_> {
         }
     }
 
-    /// The transposed matrix. Blocks of quantised weights cannot be transposed, so these become
-    /// float32.
+    /// Transposes the matrix. Quantised weights become float32, since their blocks cannot be
+    /// transposed.
     fn transposed(self) -> StoredRows<'static> {
         let count = self.rows * self.columns;
         let (dtype, data) = match self.dtype.is_float() {

@@ -1,40 +1,40 @@
 //! What one layer of a decoder computes.
 //!
-//! An architecture describes a model as a list of [`LayerSpec`]s. The decoder computes
-//! them, the inventory and the random weights follow from them, and nothing else needs to
-//! know which architecture they came from.
+//! An architecture describes a model as a list of [`LayerSpec`]s. The decoder computes them, and
+//! the inventory and the random weights are derived from them. Nothing else needs to know which
+//! architecture they came from.
 
 use crate::device::{
     Activation, DeltaHeads, Device, HeadShape, LatentShape, Mamba2Spec, QueryScale, RoutingSpec,
 };
 
-/// One layer: a mixer, which lets tokens see each other, and a feed-forward part, which
-/// works on each token alone. The output of each is added to the residual stream.
+/// One layer: a mixer, which combines information across tokens, and a feed-forward part, which
+/// processes each token on its own. The output of each is added to the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// How tokens see each other.
+    /// The part that combines information across tokens.
     pub mixer: Mixer,
     /// Where the mixer's norms are.
     pub mixer_norms: NormPlacement,
-    /// What is computed for each token alone.
+    /// The part that processes each token on its own.
     pub feed_forward: FeedForward,
     /// Where the feed-forward part's norms are.
     pub feed_forward_norms: NormPlacement,
     /// Whether the residual stream is multiplied by a stored factor after the layer.
     pub has_scale: bool,
-    /// Rank of a learned path beside the mixer (LAuReL, Gemma 3n): a product of two matrices with
-    /// the mixer's input, which is normalised and added, as is the input, to the residual stream
-    /// after the mixer. The sum is divided by the root of 2.
+    /// Rank of a learned path beside the mixer (LAuReL, Gemma 3n), if there is one. The path
+    /// multiplies the mixer's input by two matrices and normalises the result. After the mixer, the
+    /// result and the mixer's input are added to the residual stream, and the sum is divided by √2.
     pub side_rank: Option<usize>,
 }
 
-/// How the tokens of a sequence see each other in a layer.
+/// The part of a layer that combines information across the tokens of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mixer {
     /// Causal softmax attention over cached keys and values.
     Attention(Attention),
-    /// Causal softmax attention over a cached latent per token, which holds keys and values of all
-    /// heads.
+    /// Causal softmax attention over one cached latent per token, from which the keys and values of
+    /// all heads are projected.
     Latent(Latent),
     /// A gated convolution over the last few tokens.
     ShortConv(ShortConv),
@@ -42,11 +42,13 @@ pub enum Mixer {
     Mamba2(Mamba2),
     /// The gated delta rule: linear attention with a state of one matrix per head.
     GatedDelta(GatedDelta),
-    /// They do not: the layer is only a feed-forward part. Its mixer's norms are nowhere.
+    /// No mixer: the layer consists of a feed-forward part only. `mixer_norms` is
+    /// [`NormPlacement::BesideMixer`], which has no norms.
     None,
 }
 
-/// The gated convolution of a layer (LFM2): each channel of the residual stream on its own.
+/// The gated depthwise convolution of a layer (LFM2). It has as many channels as the residual
+/// stream has columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShortConv {
     /// Number of tokens that take part in a result, its own included.
@@ -59,13 +61,13 @@ pub struct ShortConv {
 /// a gated norm in as many groups as the recurrence has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mamba2 {
-    /// The dimensions of the recurrence.
+    /// Dimensions of the recurrence.
     pub recurrence: Mamba2Spec,
     /// Number of tokens that take part in a result of the convolution, its own included.
     pub taps: usize,
     /// Whether the convolution has a bias.
     pub has_conv_bias: bool,
-    /// Added to the mean square in the gated norm.
+    /// Value added to the mean square in the gated norm.
     pub norm_epsilon: f32,
 }
 
@@ -73,7 +75,7 @@ pub struct Mamba2 {
 /// over the last few tokens and SiLU, and the results of each head through a gated RMSNorm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GatedDelta {
-    /// The heads.
+    /// Head counts and head sizes.
     pub heads: DeltaHeads,
     /// Number of tokens that take part in a result of the convolution, its own included.
     pub taps: usize,
@@ -82,35 +84,38 @@ pub struct GatedDelta {
 /// The latent attention of a layer. DeepSeek-AI, *DeepSeek-V2*, 2024.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Latent {
-    /// The sizes.
+    /// Sizes of the heads and of the latent.
     pub shape: LatentShape,
-    /// Number of elements of the queries' own latent, of which they are made; `None` if they are
-    /// made of the layer's input.
+    /// Number of elements of the latent from which the queries are projected; `None` if they are
+    /// projected from the layer's input.
     pub query_rank: Option<usize>,
     /// Factor on `q · k`.
     pub scale: f32,
-    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
+    /// Index of the position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes).
     pub rope: usize,
-    /// Added to the mean square in the norms of latents.
+    /// Value added to the mean square in the norms of latents.
     pub norm_epsilon: f32,
-    /// Whether the rotated rows are stored with the two halves that RoPE rotates interleaved.
+    /// Whether files store the two halves that RoPE rotates interleaved.
     pub is_interleaved: bool,
 }
 
 /// The attention of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
-    /// The heads.
+    /// Head counts and head size.
     pub heads: HeadShape,
     /// Factor on `q · k`.
     pub scale: f32,
-    /// A token sees itself and the `window − 1` tokens before it; all when `None`.
+    /// Sliding window: a token attends to itself and to the `window − 1` tokens before it. `None`
+    /// means all tokens before it.
     pub window: Option<usize>,
-    /// Whether the window does not slide: a token sees those of its own chunk of that many.
+    /// Whether the window does not slide: the sequence is cut into chunks of `window` tokens, and a
+    /// token attends to those of its own chunk.
     pub is_chunked: bool,
-    /// Whether each head has a sink: a score that takes part in the softmax without a value.
+    /// Whether each head has an attention sink: a score that takes part in the softmax without a
+    /// value.
     pub has_sinks: bool,
-    /// Index of its position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes);
+    /// Index of the position embedding in [`ModelConfig::ropes`](super::ModelConfig::ropes);
     /// `None` if queries and keys are not rotated.
     pub rope: Option<usize>,
     /// Factor on the queries that depends on their position, if there is one.
@@ -120,15 +125,15 @@ pub struct Attention {
     /// Soft cap on the scaled scores: `s → cap · tanh(s / cap)`.
     pub softcap: Option<f32>,
     /// Whether the output is multiplied by the sigmoid of a gate, which is projected from the
-    /// input beside the queries.
+    /// layer's input.
     pub has_gate: bool,
-    /// Whether values are normalised, each head on its own and without weights. There is then a
-    /// norm on queries and keys as well.
+    /// Whether values are normalised, each head on its own and without weights. `qk_norm` is then
+    /// [`QkNormKind::PerHead`].
     pub normalizes_values: bool,
-    /// Whether values are what the key projection gives, before norms and RoPE.
+    /// Whether the values are the output of the key projection, before norms and RoPE.
     pub keys_are_values: bool,
-    /// Index of an earlier layer whose keys and values it attends to; it then has no projections
-    /// for keys and values of its own.
+    /// Index of the earlier layer whose keys and values this layer attends to, if it has none of
+    /// its own. It then has no key and value projections.
     pub shares: Option<usize>,
 }
 
@@ -138,17 +143,19 @@ pub enum FeedForward {
     /// `down(activation(gate(x)) · up(x))`, or `down(activation(up(x)))` if the activation has no
     /// gate.
     Dense {
-        /// Rows of `gate` and of `up`.
+        /// Number of rows of `gate` and of `up`.
         width: usize,
         /// The non-linearity.
         activation: Activation,
-        /// Gates less than this many deviations above their mean become 0, and the others are
-        /// what they exceed it by; `None` if gates are left as they are.
+        /// Threshold of sparse gates, in standard deviations:
+        /// `gate → max(0, gate − mean(gate) − cut · σ(gate))`, before the activation. `None` leaves
+        /// gates as they are.
         cut: Option<f32>,
     },
-    /// A mixture of such parts, of which a router chooses some for each token.
+    /// A mixture of experts: dense parts of which a router chooses some for each token.
     Experts(Experts),
-    /// Nothing: the layer is only a mixer. The norms of its feed-forward part are nowhere.
+    /// No feed-forward part: the layer consists of a mixer only. `feed_forward_norms` is
+    /// [`NormPlacement::BesideMixer`], which has no norms.
     None,
 }
 
@@ -157,17 +164,17 @@ pub enum FeedForward {
 pub struct Experts {
     /// Number of experts.
     pub count: usize,
-    /// Rows of an expert's `gate` and of its `up`.
+    /// Number of rows of an expert's `gate` and of its `up`.
     pub width: usize,
-    /// How the router chooses, and the experts' non-linearity.
+    /// How the router chooses and weights experts, and their non-linearity.
     pub routing: RoutingSpec,
-    /// Whether the choice of each expert is corrected by a number of its own.
+    /// Whether each expert has a correction that is added to its weight when experts are chosen.
     pub has_corrections: bool,
-    /// Width of a dense part beside the experts, which computes every token; `None` if there is
-    /// none.
+    /// Width of the dense part beside the experts (shared experts), which is computed for every
+    /// token; `None` if there is none.
     pub shared: Option<usize>,
-    /// Whether the output of the dense part is multiplied by the sigmoid of a number that is
-    /// projected from the input.
+    /// Whether the output of the dense part is multiplied by the sigmoid of a gate, one number per
+    /// token that is projected from the input.
     pub has_shared_gate: bool,
     /// Whether the experts and the dense part beside them have norms of their own (Gemma 4): on
     /// the inputs of the router and of the experts, which are the residual stream, and on the
@@ -175,29 +182,31 @@ pub struct Experts {
     pub has_own_norms: bool,
 }
 
-/// Several residual streams, of which the layers compute one (AltUp, Gemma 3n).
+/// Several residual streams, of which layers update one directly (AltUp, Gemma 3n).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Streams {
     /// Number of streams.
     pub count: usize,
-    /// Index of the stream that the layers compute.
+    /// Index of the stream that layers update directly.
     pub active: usize,
-    /// Whether stored factors multiply that stream where it gates a layer's own input.
+    /// Whether the active stream is multiplied by stored factors before it gates the per-layer
+    /// input.
     pub scales_output: bool,
 }
 
-/// An input of each layer that depends on the token and on its embedding only (Gemma 3n).
+/// Per-layer inputs: an input of each layer that depends only on the token and on its embedding
+/// (Gemma 3n, Gemma 4).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PerLayerInputs {
-    /// Width of the input of one layer.
+    /// Width of one layer's input.
     pub width: usize,
-    /// Tokens that have an embedding for it. Others have that of token 0.
+    /// Number of tokens with an embedding for per-layer inputs. Other tokens use that of token 0.
     pub vocabulary: usize,
-    /// The non-linearity of the gate through which it comes in.
+    /// The non-linearity of the gate through which the input is added.
     pub activation: Activation,
 }
 
-/// What the norms of the residual stream compute. Those of queries and keys are RMSNorms.
+/// What the norms of the residual stream compute. Norms of queries and keys are always RMSNorms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
     /// `x / rms(x) · weight`.
@@ -213,11 +222,11 @@ pub enum NormPlacement {
     Before,
     /// On its output.
     After,
-    /// On both.
+    /// On its input and on its output.
     BeforeAndAfter,
-    /// Nowhere. A feed-forward part with this placement computes beside the mixer, if there are
-    /// both: it reads the mixer's normalised input, and both outputs are added to the residual
-    /// stream.
+    /// No norms. If a layer has a mixer and a feed-forward part with this placement, the two run in
+    /// parallel: the feed-forward part reads the mixer's normalised input, and both outputs are
+    /// added to the residual stream.
     BesideMixer,
 }
 
@@ -228,12 +237,13 @@ pub enum QkNormKind {
     PerHead,
     /// Each head on its own, with weights of 1 that are not stored.
     PerHeadUnweighted,
-    /// All heads of a row together.
+    /// All heads of a token together.
     WholeRow,
 }
 
 impl LayerSpec {
-    /// The same layer, with queries and keys normalised in this way.
+    /// Returns the same layer with queries and keys normalised in this way. A layer without
+    /// [`Mixer::Attention`] is unchanged.
     pub(super) fn with_qk_norm(self, kind: QkNormKind) -> Self {
         let mixer = match self.mixer {
             Mixer::Attention(attention) => Mixer::Attention(Attention {
@@ -245,7 +255,7 @@ impl LayerSpec {
         Self { mixer, ..self }
     }
 
-    /// The layer's attention, if it has some that is not latent.
+    /// Returns the layer's attention, unless its mixer is another one, such as latent attention.
     pub fn attention(&self) -> Option<&Attention> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention),
@@ -253,7 +263,8 @@ impl LayerSpec {
         }
     }
 
-    /// The heads of what attends to the layer's cache, if it has one.
+    /// Returns the heads of the layer's attention, if it has any. For latent attention, they are
+    /// those of the attention over latents.
     pub fn heads(&self) -> Option<HeadShape> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention.heads),
@@ -262,14 +273,14 @@ impl LayerSpec {
         }
     }
 
-    /// The layer's sliding window, if it has one.
+    /// Returns the layer's sliding window, if it has one.
     pub fn window(&self) -> Option<usize> {
         self.attention()?.window
     }
 
-    /// Numbers of elements of the mixer's state: those of its convolution, and those of its
-    /// recurrence. Both are 0 for attention, which keeps keys and values. `hidden` is the width of
-    /// the residual stream.
+    /// Returns the numbers of elements in the state of the mixer's convolution and of its
+    /// recurrence. Both are 0 for attention, which keeps keys and values instead. `hidden` is the
+    /// width of the residual stream.
     pub fn state_elements(&self, hidden: usize) -> [usize; 2] {
         match self.mixer {
             Mixer::Attention(_) | Mixer::Latent(_) | Mixer::None => [0, 0],
@@ -287,7 +298,8 @@ impl LayerSpec {
         }
     }
 
-    /// Numbers of elements that a device keeps of all tokens so far: at least those of the state.
+    /// Returns the numbers of elements that `device` stores for the convolution and for the
+    /// recurrence. A device may store more than the state itself.
     pub fn kept_elements<D: Device>(&self, hidden: usize, device: &D) -> [usize; 2] {
         let [convolution, state] = self.state_elements(hidden);
         let recurrence = match &self.mixer {
@@ -300,7 +312,8 @@ impl LayerSpec {
 }
 
 impl Attention {
-    /// Lengths of the stored weights of the query norm and of the key norm, if there are some.
+    /// Returns the lengths of the stored weights of the query norm and of the key norm, or `None`
+    /// if no weights are stored.
     pub fn qk_norm_lengths(&self) -> Option<(usize, usize)> {
         let heads = self.heads;
         Some(match self.qk_norm? {
@@ -310,7 +323,8 @@ impl Attention {
         })
     }
 
-    /// Columns of the result of its first projection: queries, and keys and values of its own.
+    /// Returns the number of columns of the projected queries, together with those of the keys and
+    /// values unless the layer shares them.
     pub fn projected_columns(&self) -> usize {
         match self.shares {
             Some(_) => self.heads.q_columns(),
@@ -320,17 +334,17 @@ impl Attention {
 }
 
 impl NormPlacement {
-    /// Whether there is a norm on the input.
+    /// Returns whether there is a norm on the input.
     pub fn is_before(self) -> bool {
         matches!(self, Self::Before | Self::BeforeAndAfter)
     }
 
-    /// Whether the input is the residual stream itself.
+    /// Returns whether the input is the residual stream itself.
     pub fn reads_residual(self) -> bool {
         self == Self::After
     }
 
-    /// Whether there is a norm on the output.
+    /// Returns whether there is a norm on the output.
     pub fn is_after(self) -> bool {
         matches!(self, Self::After | Self::BeforeAndAfter)
     }

@@ -1,10 +1,10 @@
-//! The models: what a checkpoint's architecture is, and how it is computed.
+//! Models: reads a checkpoint's architecture and computes it.
 //!
 //! Every model that quell runs is a decoder. Its architecture, one file each in
-//! `architectures/`, reads a checkpoint's numbers from `config.json` (`huggingface.rs`) or
-//! GGUF metadata (`gguf.rs`) and makes a list of layers of them: a [`ModelConfig`] with a
-//! [`LayerSpec`] for each layer. `tensors.rs` finds the checkpoint's tensors; `decoder.rs`
-//! computes the layers over any [`crate::device::Device`].
+//! `architectures/`, reads a checkpoint's hyperparameters from `config.json` (`huggingface.rs`)
+//! or GGUF metadata (`gguf.rs`) and turns them into a [`ModelConfig`] with one `LayerSpec` per
+//! layer. `tensors.rs` finds the checkpoint's tensors, and `decoder.rs` computes the layers on
+//! any [`crate::device::Device`].
 
 mod architectures;
 mod config;

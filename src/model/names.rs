@@ -1,4 +1,4 @@
-//! The names of tensors, as most architectures have them.
+//! The tensors of a layer, and the names that most architectures give them.
 
 use crate::device::Activation;
 
@@ -13,25 +13,26 @@ pub(super) enum Part {
     AttentionOut,
     QueryNorm,
     KeyNorm,
-    /// From the layer's input to the latent of the queries.
+    /// Projection from the layer's input to the latent of the queries.
     QueryDown,
-    /// The norm of that latent.
+    /// Norm of the latent of the queries.
     QueryDownNorm,
-    /// From that latent to the queries.
+    /// Projection from the latent of the queries to the queries.
     QueryUp,
-    /// From the layer's input to the queries, where keys and values have a latent and queries do
-    /// not.
+    /// Projection from the layer's input to the queries, if keys and values have a latent but
+    /// queries do not.
     LatentQuery,
-    /// From the layer's input to the latent of keys and values, and to the rotated part of the key.
+    /// Projection from the layer's input to the latent of keys and values, and to the rotated part
+    /// of the key.
     LatentDown,
-    /// The norm of that latent.
+    /// Norm of the latent of keys and values.
     LatentNorm,
-    /// From that latent to the keys and values of all heads.
+    /// Projection from that latent to the keys and values of all heads.
     LatentUp,
-    /// From the queries of each head to what is multiplied with the latent: the transposed weights
-    /// of the keys. Only in GGUF files.
+    /// Transposed key weights of each head, by which queries are multiplied before their dot
+    /// product with the latent. Only in GGUF files.
     LatentKeys,
-    /// From the latent to the values of each head. Only in GGUF files.
+    /// Projection from the latent to the values of each head. Only in GGUF files.
     LatentValues,
     PostAttentionNorm,
     FeedForwardNorm,
@@ -44,78 +45,82 @@ pub(super) enum Part {
     ExpertGate(usize),
     ExpertUp(usize),
     ExpertDown(usize),
-    /// What is added to the experts' weights to choose.
+    /// Corrections added to the experts' weights when experts are chosen.
     Corrections,
     SharedGate,
     SharedUp,
     FusedSharedGateUp,
     SharedDown,
-    /// The projection to the gate of the dense part beside the experts.
+    /// Projection to the gate of the dense part beside the experts.
     SharedGateOut,
-    /// The sinks of the attention's heads.
+    /// Attention sinks, one per query head.
     Sinks,
-    /// The factor on the residual stream after a layer.
+    /// Factor on the residual stream after a layer.
     LayerScale,
-    /// The gate of a layer's own input.
+    /// Projection to the gate of the per-layer input.
     PerLayerGate,
-    /// The projection of a layer's own input.
+    /// Projection of the gated per-layer input.
     PerLayerProjection,
-    /// The norm of what that projection gives.
+    /// Norm of the projected per-layer input.
     PerLayerNorm,
-    /// The weight of the norm on the router's input, where it has one of its own.
+    /// Weight of the norm on the router's input, if the router has a norm of its own.
     RouterScale,
-    /// The norm on the output of the dense part beside experts.
+    /// Norm on the output of the dense part beside the experts.
     SharedOutputNorm,
-    /// The norm on the input of the experts, where they have one of their own.
+    /// Norm on the input of the experts, if they have a norm of their own.
     ExpertInputNorm,
-    /// The norm on the output of the experts.
+    /// Norm on the output of the experts.
     ExpertOutputNorm,
-    /// The factors on the experts' outputs.
+    /// Factors on the experts' outputs, one per expert.
     ExpertScales,
-    /// The two matrices of the path beside a mixer, and the norm of its output.
+    /// First matrix of the path beside a mixer.
     SideLeft,
+    /// Second matrix of the path beside a mixer.
     SideRight,
+    /// Norm on the output of the path beside a mixer.
     SideNorm,
-    /// The router of residual streams, and the norm of its input.
+    /// Router of the residual streams.
     StreamRouter,
+    /// Norm on the input of the router of the residual streams.
     StreamRouterNorm,
-    /// What the router's outputs predict and correct streams with.
+    /// Weights that turn the router's outputs into the factors that predict streams.
     StreamPrediction,
+    /// Weights that turn the router's outputs into the factors that correct streams.
     StreamCorrection,
-    /// The factors on the active stream where it gates a layer's own input.
+    /// Factors on the active stream before it gates the per-layer input.
     StreamScale,
-    /// The projection before a convolution.
+    /// Projection before a convolution.
     ConvInput,
-    /// The weights of a convolution.
+    /// Weights of a convolution.
     Convolution,
-    /// The projection after a convolution.
+    /// Projection after a convolution.
     ConvOutput,
-    /// Queries, keys and values of a gated delta net.
+    /// Projection to the queries, keys and values of a gated delta net.
     DeltaQkv,
-    /// The gate of the outputs of a gated delta net.
+    /// Projection to the output gate of a gated delta net.
     DeltaGate,
-    /// What the strengths of the updates of a gated delta net come from.
+    /// Projection to the inputs of a gated delta net's update strengths.
     DeltaBeta,
-    /// What the decays of a gated delta net come from.
+    /// Projection to the inputs of a gated delta net's decays.
     DeltaAlpha,
-    /// Both of these, with rows that are grouped by head of keys.
+    /// `DeltaBeta` and `DeltaAlpha` in one tensor, whose rows are grouped by head of keys.
     DeltaFusedBetaAlpha,
-    /// The projection before a recurrence. That of a gated delta net stands for `DeltaQkv` and
-    /// `DeltaGate`, and its rows are grouped by head of keys.
+    /// Projection before a recurrence. In a gated delta net, it fuses `DeltaQkv` and `DeltaGate`,
+    /// and its rows are grouped by head of keys.
     RecurrentInput,
-    /// The logarithms of the rates at which a state decays, or in GGUF files the negated rates.
+    /// Logarithms of the rates at which a state decays; the negated rates in GGUF files.
     DecayRates,
-    /// What is added to the lengths of a recurrence's steps.
+    /// Biases of the lengths of a recurrence's time steps.
     StepBiases,
-    /// Factors on the inputs that bypass a state.
+    /// Factors on the inputs that bypass the state.
     Skips,
-    /// The norm after a recurrence.
+    /// Norm after a recurrence.
     RecurrentNorm,
-    /// The projection after a recurrence.
+    /// Projection after a recurrence.
     RecurrentOutput,
 }
 
-/// The parts that may hold the gate and the up projection of a feed-forward part.
+/// The tensors that may hold the gate and up projections of a feed-forward part.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct GateUp {
     pub(super) gate: Part,
@@ -125,21 +130,22 @@ pub(super) struct GateUp {
 }
 
 impl GateUp {
-    /// Those of a dense feed-forward part.
+    /// Tensors of a dense feed-forward part.
     pub(super) const DENSE: Self = Self {
         gate: Part::Gate,
         up: Part::Up,
         fused: Part::FusedGateUp,
     };
 
-    /// Those of a dense part beside experts.
+    /// Tensors of a dense part beside experts.
     pub(super) const SHARED: Self = Self {
         gate: Part::SharedGate,
         up: Part::SharedUp,
         fused: Part::FusedSharedGateUp,
     };
 
-    /// Returns the parts that there are, with their rows, for an activation of `width` results.
+    /// Returns the tensors that exist for this activation, each with its number of rows. `width` is
+    /// the number of results of the activation.
     pub(super) fn parts(
         self,
         activation: Activation,
@@ -154,7 +160,7 @@ impl GateUp {
     }
 }
 
-/// What follows the name of a part in a GGUF file.
+/// Returns the suffix after the name of a part in a GGUF file.
 pub(super) fn gguf_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::StepBiases => ".bias",
@@ -164,7 +170,7 @@ pub(super) fn gguf_suffix(part: Part) -> &'static str {
     }
 }
 
-/// What follows the name of a part in a Hugging Face checkpoint.
+/// Returns the suffix after the name of a part in a Hugging Face checkpoint.
 pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     match part {
         Part::Corrections | Part::Sinks | Part::LayerScale | Part::StreamScale => "",
@@ -174,7 +180,7 @@ pub(super) fn huggingface_suffix(part: Part) -> &'static str {
     }
 }
 
-/// The name of a part in a GGUF file, between `blk.N.` and its suffix.
+/// Returns the name of a part in a GGUF file, between `blk.N.` and its suffix.
 pub(super) fn gguf(part: Part) -> String {
     let name = match part {
         Part::AttentionNorm => "attn_norm",
@@ -246,8 +252,8 @@ pub(super) fn gguf(part: Part) -> String {
     name.to_owned()
 }
 
-/// The name of the tensor in which a GGUF file stacks a part of all experts of a layer,
-/// between `blk.N.` and `.weight`.
+/// Returns the name of the tensor in which a GGUF file stacks a part of all experts of a layer,
+/// between `blk.N.` and `.weight`. `None` if the part does not belong to an expert.
 pub(super) fn gguf_stacked(part: Part) -> Option<&'static str> {
     match part {
         Part::ExpertGate(_) => Some("ffn_gate_exps"),
@@ -257,8 +263,7 @@ pub(super) fn gguf_stacked(part: Part) -> Option<&'static str> {
     }
 }
 
-/// The name of a part in a Hugging Face checkpoint, between `layers.N.` and its
-/// suffix.
+/// Returns the name of a part in a Hugging Face checkpoint, between `layers.N.` and its suffix.
 pub(super) fn huggingface(part: Part) -> String {
     let name = match part {
         Part::AttentionNorm => "input_layernorm",
@@ -276,7 +281,8 @@ pub(super) fn huggingface(part: Part) -> String {
         Part::LatentDown => "self_attn.kv_a_proj_with_mqa",
         Part::LatentNorm => "self_attn.kv_a_layernorm",
         Part::LatentUp | Part::LatentKeys | Part::LatentValues => "self_attn.kv_b_proj",
-        // Where there is a norm before the feed-forward part only, it has this name, too.
+        // Most architectures have no norm on the attention's output, and use its name for the
+        // norm before the feed-forward part.
         Part::PostAttentionNorm | Part::FeedForwardNorm => "post_attention_layernorm",
         Part::Gate => "mlp.gate_proj",
         Part::Up => "mlp.up_proj",
@@ -329,7 +335,7 @@ pub(super) fn huggingface(part: Part) -> String {
     name.to_owned()
 }
 
-/// The name of the bias that belongs to a weight.
+/// Returns the name of the bias that belongs to a weight.
 pub(super) fn bias(weight: &str) -> String {
     format!("{}bias", weight.trim_end_matches("weight"))
 }

@@ -1,28 +1,28 @@
-//! The tensors of what layers have beside a mixer and a feed-forward part: inputs of their own, and
-//! factors.
+//! Reads the tensors that layers have besides a mixer and a feed-forward part: those of per-layer
+//! inputs, of residual streams, and of factors on the residual stream.
 
 use super::layer::PerLayerInputs;
 use super::names::Part;
-use super::stored::StoredLinear;
+use super::stored::{StoredLinear, StoredRows};
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::weights::TensorView;
 
-/// The tensors of per-layer inputs that belong to no layer, each for all layers together.
+/// Tensors of per-layer inputs that belong to no single layer, but serve all layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PerLayerPart {
-    /// The embeddings.
+    /// Embeddings of the per-layer inputs.
     Table,
-    /// The projection of the tokens' usual embeddings.
+    /// Projection of the token embeddings to the per-layer inputs.
     Projection,
-    /// The norm of what the projection gives, the same for all layers.
+    /// Norm of the projection's output, the same for all layers.
     Norm,
 }
 
 impl PerLayerPart {
     pub(super) const ALL: [Self; 3] = [Self::Table, Self::Projection, Self::Norm];
 
-    /// The name in a Hugging Face checkpoint, after its prefix.
+    /// Returns the name in a Hugging Face checkpoint, after its prefix.
     pub(super) fn huggingface(self) -> &'static str {
         match self {
             Self::Table => "embed_tokens_per_layer.weight",
@@ -33,7 +33,7 @@ impl PerLayerPart {
 }
 
 impl ModelSource {
-    /// The name of a tensor of per-layer inputs that belongs to no layer.
+    /// Returns the name of a tensor of per-layer inputs that belongs to no single layer.
     pub(super) fn per_layer_name(&self, part: PerLayerPart) -> String {
         match (self.naming(), part) {
             (Naming::HuggingFace { prefix }, part) => prefix.to_owned() + part.huggingface(),
@@ -43,7 +43,8 @@ impl ModelSource {
         }
     }
 
-    /// The embeddings of the inputs, all layers in one row.
+    /// Reads the embeddings of the per-layer inputs: one row per token, with the inputs of all
+    /// layers one after the other.
     pub(super) fn per_layer_table(
         &self,
         inputs: PerLayerInputs,
@@ -54,7 +55,7 @@ impl ModelSource {
         Ok(StoredLinear::new(vec![rows]))
     }
 
-    /// The projection of a token's usual embedding to the inputs of all layers.
+    /// Reads the projection of a token's embedding to the inputs of all layers.
     pub(super) fn per_layer_model_projection(
         &self,
         inputs: PerLayerInputs,
@@ -65,7 +66,7 @@ impl ModelSource {
         Ok(StoredLinear::new(vec![rows]))
     }
 
-    /// The norm of what that projection gives for one layer.
+    /// Reads the weight of the norm of the projection's output for one layer.
     pub(super) fn per_layer_model_norm(
         &self,
         inputs: PerLayerInputs,
@@ -73,12 +74,15 @@ impl ModelSource {
         self.norm_weight(&self.per_layer_name(PerLayerPart::Norm), inputs.width)
     }
 
-    /// The name of the projection of the embeddings to a residual stream or, at the end, of a
-    /// stream to the output. There is none for the first stream. No GGUF file has them.
+    /// Returns the name of a projection of residual stream `stream`, which must not be the first,
+    /// stream 0. If `is_begin`, it projects the embeddings to the stream before the first layer;
+    /// otherwise, it projects the stream after the last layer. GGUF files stack those of all
+    /// streams.
     pub(super) fn stream_projection_name(&self, stream: usize, is_begin: bool) -> String {
         let prefix = match self.naming() {
             Naming::HuggingFace { prefix } => prefix,
-            Naming::Gguf => "",
+            Naming::Gguf if is_begin => return "altup_proj.weight".to_owned(),
+            Naming::Gguf => return "altup_unembd_proj.weight".to_owned(),
         };
         let name = match is_begin {
             true => "altup_projections",
@@ -87,7 +91,7 @@ impl ModelSource {
         format!("{prefix}{name}.{}.weight", stream - 1)
     }
 
-    /// That projection.
+    /// Reads the projection that [`ModelSource::stream_projection_name`] names.
     pub(super) fn stream_projection(
         &self,
         stream: usize,
@@ -95,10 +99,33 @@ impl ModelSource {
     ) -> Result<StoredLinear<'_>, ModelError> {
         let hidden = self.config().hidden;
         let name = self.stream_projection_name(stream, is_begin);
-        Ok(StoredLinear::new(vec![self.matrix(&name, hidden, hidden)?]))
+        let rows = match self.naming() {
+            Naming::HuggingFace { .. } => self.matrix(&name, hidden, hidden)?,
+            Naming::Gguf => self.stacked_projection(&name, stream)?,
+        };
+        Ok(StoredLinear::new(vec![rows]))
     }
 
-    /// The weights that make factors of residual streams of a router's outputs, one for each stream.
+    /// Reads the projection of residual stream `stream` from the tensor that stacks those of all
+    /// streams but the first, `[streams - 1, hidden, hidden]`.
+    fn stacked_projection(&self, name: &str, stream: usize) -> Result<StoredRows<'_>, ModelError> {
+        let hidden = self.config().hidden;
+        let streams = self.config().streams.map_or(1, |streams| streams.count);
+        let tensor = self.tensor(name)?;
+        let expected = [streams - 1, hidden, hidden];
+        if tensor.shape != expected {
+            return Err(ModelError::WrongShape {
+                name: name.to_owned(),
+                found: tensor.shape.to_vec(),
+                expected: expected.to_vec(),
+            });
+        }
+        let entry = self.entry(name, stream - 1, &expected[1..])?;
+        self.rows(&entry, hidden, hidden)
+    }
+
+    /// Reads the weights, `[rows, streams]`, that turn a router's outputs, one per stream, into
+    /// `rows` factors on residual streams.
     pub(super) fn stream_factors(
         &self,
         layer: usize,
@@ -121,12 +148,13 @@ impl ModelSource {
         self.numbers(&flat, rows * streams)
     }
 
-    /// The factor on the residual stream after a layer.
+    /// Reads the factor on the residual stream after a layer.
     pub(super) fn layer_scale(&self, layer: usize) -> Result<f32, ModelError> {
         Ok(self.vector(&self.name(layer, Part::LayerScale), 1)?[0])
     }
 
-    /// The gate of a layer's input, and the projection of the gated input.
+    /// Reads the projection to the gate of a per-layer input, and the projection of the gated
+    /// input.
     pub(super) fn per_layer_input(
         &self,
         layer: usize,

@@ -1,5 +1,5 @@
-//! A model of any size with random weights, described by a `config.json`: speed does
-//! not depend on what the weights are.
+//! Makes a model of any size with random weights from a `config.json`, to measure speed, which
+//! does not depend on the values of the weights.
 
 use super::layer::{
     Attention, FeedForward, GatedDelta, Latent, LayerSpec, Mamba2, Mixer, ShortConv,
@@ -9,7 +9,7 @@ use super::per_layer::PerLayerPart;
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
-/// The tensors that a Hugging Face checkpoint of the model has.
+/// Returns the tensors of a Hugging Face checkpoint of the model.
 pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<RandomTensor> {
     let mut list = List {
         config,
@@ -33,7 +33,7 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     list.tensors
 }
 
-/// The weights of the tensors above, in `format`.
+/// Creates the weights of these tensors, stored in `format`.
 pub(super) fn weights(
     tensors: Vec<RandomTensor>,
     format: DType,
@@ -60,7 +60,7 @@ struct List<'a> {
 }
 
 impl List<'_> {
-    /// What per-layer inputs have that belongs to no layer.
+    /// Adds the tensors of per-layer inputs that belong to no single layer.
     fn per_layer_inputs(&mut self) {
         let Some(inputs) = self.config.per_layer_inputs else {
             return;
@@ -76,7 +76,7 @@ impl List<'_> {
         }
     }
 
-    /// The projections to residual streams and from them.
+    /// Adds the projections to and from residual streams.
     fn streams(&mut self) {
         let (count, hidden) = (
             self.config.streams.map_or(0, |own| own.count),
@@ -184,7 +184,7 @@ impl List<'_> {
         }
     }
 
-    /// What a layer has besides its mixer and its feed-forward part.
+    /// Adds the tensors that a layer has besides its mixer and its feed-forward part.
     fn beside(&mut self, layer: usize, spec: &LayerSpec) {
         let (config, hidden) = (self.config, self.config.hidden);
         if let Some(rank) = spec.side_rank {
@@ -333,7 +333,7 @@ impl List<'_> {
         self.matrix(self.name(layer, part), rows, columns);
     }
 
-    /// A tensor of all experts, with a bias of 0 if the model has one there.
+    /// Adds a stacked tensor of all experts, and a bias of zeros if feed-forward parts have biases.
     fn stacked(
         &mut self,
         layer: usize,
@@ -356,7 +356,7 @@ impl List<'_> {
         });
     }
 
-    /// A bias of 0, if the model has one there.
+    /// Adds a bias of zeros if `is_there` is `Some(true)`.
     fn bias(&mut self, layer: usize, part: Part, length: usize, is_there: Option<bool>) {
         if is_there == Some(true) {
             self.vector(names::bias(&self.name(layer, part)), length, 0.0);
@@ -375,7 +375,7 @@ impl List<'_> {
         });
     }
 
-    /// A norm that scales by 1.
+    /// Adds a norm that scales by 1.
     fn norm(&mut self, name: String, length: usize) {
         let offset = self.config.architecture.storage.norm_weights_are_offsets;
         self.vector(name, length, if offset { 0.0 } else { 1.0 });

@@ -1,4 +1,4 @@
-//! The tensors of a recurrence.
+//! Reads the tensors of a recurrence.
 
 use super::names::Part;
 use super::tensors::Naming;
@@ -6,18 +6,18 @@ use super::{ModelError, ModelSource};
 use crate::weights::TensorView;
 
 impl ModelSource {
-    /// The rates at which the state of each head decays: negative numbers.
+    /// Reads the rate at which the state of each head decays, a negative number per head.
     pub(super) fn decay_rates(&self, layer: usize, heads: usize) -> Result<Vec<f32>, ModelError> {
         let mut rates = self.recurrent_vector(layer, Part::DecayRates, heads)?;
-        // GGUF converters have computed them already.
+        // GGUF converters compute the rates already.
         if self.naming() != Naming::Gguf {
             rates.iter_mut().for_each(|rate| *rate = -rate.exp());
         }
         Ok(rates)
     }
 
-    /// A vector of a recurrence. GGUF files may have it as a matrix with one row or column, or
-    /// with a row for each group of heads.
+    /// Reads a vector of a recurrence. GGUF files may store it as a matrix with one row or column,
+    /// or with one row per group of heads.
     pub(super) fn recurrent_vector(
         &self,
         layer: usize,

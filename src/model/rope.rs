@@ -1,81 +1,81 @@
-//! Rotary position embeddings: from a checkpoint's settings to frequencies.
+//! Rotary position embeddings: computes their frequencies from a checkpoint's settings.
 
 use super::ModelError;
 use super::key_names::{KeyNames, Keys};
 use crate::device::RopeSpec;
 use std::f32::consts::PI;
 
-/// The position embedding of a model.
+/// A rotary position embedding of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// The base of the frequencies.
+    /// Base of the frequencies.
     pub theta: f32,
-    /// Elements of a head that are rotated.
+    /// Number of elements of a head that are rotated.
     pub rotary_dim: usize,
-    /// How the frequencies are changed for longer contexts.
+    /// Scaling of the frequencies for longer contexts.
     pub scaling: RopeScaling,
 }
 
-/// How frequencies are changed for longer contexts than the model was trained on.
+/// How RoPE frequencies are scaled for longer contexts than the model was trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// Frequencies are not scaled.
     None,
     /// Positions are divided (Chen et al., *Position Interpolation*, 2023).
     Linear {
-        /// By this.
+        /// Divisor of positions.
         factor: f32,
     },
-    /// Low frequencies are divided, high ones kept, those between blended
+    /// Low frequencies are divided, high ones are kept, and those between are blended
     /// (Llama 3.1).
     Llama3 {
-        /// By this.
+        /// Divisor of low frequencies.
         factor: f32,
-        /// Wavelengths above `original / low` are divided.
+        /// Frequencies with wavelengths above `original_context / low_freq_factor` are divided.
         low_freq_factor: f32,
-        /// Wavelengths below `original / high` are kept.
+        /// Frequencies with wavelengths below `original_context / high_freq_factor` are kept.
         high_freq_factor: f32,
-        /// Context that the model was trained on.
+        /// Context length that the model was trained on, in tokens.
         original_context: f32,
     },
-    /// Peng et al., *YaRN*, 2023.
+    /// Low frequencies are divided, high ones are kept, and those between are blended by a ramp
+    /// over the pairs. Cosine and sine are scaled (Peng et al., *YaRN*, 2023).
     Yarn {
-        /// Context extension.
+        /// Factor by which the context is extended: the divisor of low frequencies.
         factor: f32,
-        /// Context that the model was trained on.
+        /// Context length that the model was trained on, in tokens.
         original_context: f32,
-        /// Rotations above which a frequency is kept.
+        /// Number of rotations in the original context above which a frequency is kept.
         beta_fast: f32,
-        /// Rotations below which a frequency is divided.
+        /// Number of rotations in the original context below which a frequency is divided.
         beta_slow: f32,
-        /// Whether the pairs between which frequencies are blended are rounded to whole ones.
+        /// Whether the ends of the ramp are rounded outwards to whole pairs.
         truncate: bool,
         /// Factor on cosine and sine; derived from `factor` if `None`.
         attention_factor: Option<f32>,
     },
-    /// Each frequency is divided by its own factor: the `rope_freqs` tensor of GGUF
-    /// files.
+    /// Each frequency is divided by its own factor, from the `rope_freqs` tensor of a GGUF file.
     Factors {
-        /// One a rotated pair.
+        /// One factor per rotated pair.
         factors: Vec<f32>,
     },
-    /// Only some of the pairs rotate, the first ones, as fast as if all did (Gemma 4).
+    /// Only the first pairs rotate, with the frequencies that they have if all pairs rotate
+    /// (Gemma 4).
     Proportional {
-        /// Share of the pairs that rotate.
+        /// Fraction of the pairs that rotate.
         share: f32,
         /// Divisor of the frequencies.
         factor: f32,
     },
-    /// Ding et al., *LongRoPE*, 2024: each frequency is divided by its own factor, of
-    /// one list or the other. Which one depends on the longest sequence that the
-    /// engine accepts, as in llama.cpp; the same for all sequences, since cached keys
-    /// are rotated already.
+    /// Each frequency is divided by its own factor, from one of two lists (Ding et al.,
+    /// *LongRoPE*, 2024). As in llama.cpp, the engine's maximum sequence length selects the list
+    /// for all sequences, since cached keys are already rotated.
     Long {
-        /// For contexts up to the original one; one a rotated pair.
+        /// Factors for contexts up to the original one, one per rotated pair.
         short: Vec<f32>,
-        /// For longer contexts.
+        /// Factors for longer contexts, one per rotated pair.
         long: Vec<f32>,
-        /// Context that the model was trained on.
+        /// Context length that the model was trained on, in tokens.
         original_context: usize,
         /// Factor on cosine and sine.
         magnitude: f32,
@@ -83,7 +83,7 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// Checks that the numbers make sense. `names` says what the file calls them.
+    /// Checks that the numbers are valid. `names` gives the keys for error messages.
     pub(super) fn validate(&self, head_dim: usize, names: &KeyNames) -> Result<(), ModelError> {
         let positive = |key: fn(&Keys) -> &'static str, value: f32| {
             if value.is_finite() && value > 0.0 {
@@ -186,7 +186,7 @@ impl RopeConfig {
         }
     }
 
-    /// The context that the scaling extends `trained` to.
+    /// Returns the context length to which the scaling extends `trained`.
     pub(super) fn extended_context(&self, trained: usize) -> usize {
         match self.scaling {
             RopeScaling::Yarn {
@@ -198,8 +198,9 @@ impl RopeConfig {
         }
     }
 
-    /// The longest sequence whose results are those of the reference: LongRoPE computes
-    /// longer ones with other factors, from their first token on.
+    /// Returns the largest maximum sequence length, up to `context`, with which results match the
+    /// reference implementation. With LongRoPE, a larger maximum selects other factors, which apply
+    /// to short sequences as well.
     pub(super) fn native_context(&self, context: usize) -> usize {
         match self.scaling {
             RopeScaling::Long {
@@ -209,7 +210,7 @@ impl RopeConfig {
         }
     }
 
-    /// The frequencies, for positions below `max_positions`.
+    /// Returns the frequencies and the magnitude, for positions below `max_positions`.
     pub fn spec(&self, max_positions: usize) -> RopeSpec {
         let pairs = self.rotary_dim / 2;
         let plain: Vec<f32> = (0..pairs)
@@ -235,7 +236,7 @@ impl RopeConfig {
                     if wavelength > original_context / low_freq_factor {
                         return frequency / factor;
                     }
-                    // If the factors are equal (Llama 4 Scout), nothing is between them.
+                    // If the factors are equal (Llama 4 Scout), there is no range to blend.
                     if wavelength < original_context / high_freq_factor
                         || high_freq_factor == low_freq_factor
                     {
@@ -295,8 +296,9 @@ impl RopeConfig {
         }
     }
 
-    /// The pairs that rotate `fast` and `slow` times in the original context: YaRN keeps the
-    /// frequencies below the one and divides those above the other.
+    /// Returns the ends of YaRN's ramp: the fractional indices of the pairs that rotate `fast` and
+    /// `slow` times in the original context. Frequencies before the first end are kept, and those
+    /// after the second end are divided.
     fn yarn_ends(&self, original: f32, [fast, slow]: [f32; 2], truncate: bool) -> [f32; 2] {
         use std::f64::consts::PI;
         let dim = self.rotary_dim as f64;

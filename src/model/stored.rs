@@ -1,16 +1,16 @@
-//! Linear layers whose weights have been read from a file.
+//! Linear layers whose weights were read from a file, before a device loads them.
 
 use crate::device::{LinearSpec, RowOrder, WeightRows};
 use crate::weights::DType;
 use std::borrow::Cow;
 
-/// A linear layer whose weights have been read.
+/// A linear layer whose weights were read from a file: a stack of parts, and a bias.
 pub(super) struct StoredLinear<'a> {
     parts: Vec<StoredRows<'a>>,
     bias: Option<Vec<f32>>,
 }
 
-/// Some rows of a linear layer, as they are stored.
+/// Rows of a linear layer, as stored in the file.
 pub(super) struct StoredRows<'a> {
     pub(super) dtype: DType,
     pub(super) rows: usize,
@@ -20,18 +20,18 @@ pub(super) struct StoredRows<'a> {
 }
 
 impl<'a> StoredLinear<'a> {
-    /// A layer of stacked parts without a bias.
+    /// Creates a layer of stacked parts without a bias.
     pub(super) fn new(parts: Vec<StoredRows<'a>>) -> Self {
         Self { parts, bias: None }
     }
 
-    /// The same layer with a bias, if there is one.
+    /// Returns the same layer with this bias.
     pub(super) fn with_bias(self, bias: Option<Vec<f32>>) -> Self {
         Self { bias, ..self }
     }
 
-    /// Says that the rows of the first `count` parts, and their biases, are stored in
-    /// `order`.
+    /// Declares that the rows of the first `count` parts are stored in `order`, and puts their
+    /// biases in the order of use.
     pub(super) fn order_first(&mut self, count: usize, order: RowOrder) {
         let mut first = 0;
         for part in self.parts.iter_mut().take(count) {
@@ -43,7 +43,7 @@ impl<'a> StoredLinear<'a> {
         }
     }
 
-    /// These of the rows of a layer that is stored as one part, in this order.
+    /// Returns a layer of the given rows, in this order. This layer must be stored as one part.
     pub(super) fn select(&self, rows: &[usize]) -> StoredLinear<'static> {
         let part = &self.parts[0];
         let size = part.data.len() / part.rows.max(1);
@@ -63,7 +63,8 @@ impl<'a> StoredLinear<'a> {
             .with_bias(bias.map(|bias| rows.iter().map(|&row| bias[row]).collect()))
     }
 
-    /// The rows of this layer, and those of another one after them.
+    /// Returns this layer with the rows of another one stacked after its own. If only one of them
+    /// has a bias, that of the other one is 0.
     pub(super) fn stack(mut self, other: Self) -> Self {
         let count = |linear: &Self| linear.parts.iter().map(|part| part.rows).sum::<usize>();
         let (own, others) = (count(&self), count(&other));
@@ -76,7 +77,7 @@ impl<'a> StoredLinear<'a> {
         self
     }
 
-    /// The layer as a device takes it.
+    /// Returns the layer as a device loads it.
     pub(super) fn spec(&self) -> LinearSpec<'_> {
         let parts = self.parts.iter().map(|part| WeightRows {
             dtype: part.dtype,
@@ -92,7 +93,9 @@ impl<'a> StoredLinear<'a> {
     }
 }
 
-/// The indices of rows that are stored as groups of parts of these widths, part after part.
+/// Returns row indices that undo a grouping: the file stores `groups` groups of rows, each of which
+/// has parts of these widths. The indices list the first part of every group, then the second, and
+/// so on.
 pub(super) fn ungrouped(groups: usize, widths: &[usize]) -> Vec<usize> {
     let size: usize = widths.iter().sum();
     let mut rows = Vec::with_capacity(groups * size);

@@ -1,4 +1,4 @@
-//! Finds a model's tensors, whatever its file calls them.
+//! Finds and reads a model's tensors under the names that its file format gives them.
 
 use super::architectures::RopeRows;
 use super::layer::Attention;
@@ -9,17 +9,17 @@ use crate::device::{Activation, HeadShape, RowOrder};
 use crate::weights::{Gguf, ModelFolder, ParameterCount, TensorView, WeightSource, quant};
 use std::borrow::Cow;
 
-/// Who named the tensors.
+/// Naming scheme of the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Naming {
     Gguf,
-    /// With what stands before `layers.0` in this checkpoint.
     HuggingFace {
+        /// What precedes `layers.0` in this checkpoint.
         prefix: &'static str,
     },
 }
 
-/// What may stand before `layers.0` in a Hugging Face checkpoint.
+/// Possible prefixes of `layers.0` in a Hugging Face checkpoint.
 const PREFIXES: [&str; 4] = [
     "model.",
     "language_model.model.",
@@ -27,12 +27,12 @@ const PREFIXES: [&str; 4] = [
     "backbone.",
 ];
 
-/// A model's numbers together with its weights.
+/// A model's configuration together with its weights.
 pub struct ModelSource {
     config: ModelConfig,
     weights: Box<dyn WeightSource>,
     naming: Naming,
-    /// Whether the output projection is the embedding where the file has none of its own.
+    /// Whether the embedding is the output projection if the file holds none.
     tied: bool,
 }
 
@@ -47,32 +47,46 @@ impl std::fmt::Debug for ModelSource {
 }
 
 impl ModelSource {
-    /// The model of a GGUF file.
+    /// Reads the model of a GGUF file.
+    ///
+    /// # Errors
+    /// Fails if the architecture or a setting is not supported, or if a tensor is missing or is not
+    /// part of the model.
     pub fn from_gguf(file: Gguf) -> Result<Self, ModelError> {
         let source = Self {
             config: gguf::read(&file)?,
             weights: Box::new(file),
             naming: Naming::Gguf,
-            // Converters leave out a tied output projection; nothing else says that it is.
+            // Converters leave out a tied output projection, and no setting says that it is tied.
             tied: true,
         };
         inventory::check(&source)?;
         Ok(source)
     }
 
-    /// The model of a Hugging Face folder.
+    /// Reads the model of a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Fails if the architecture, a setting or a quantisation is not supported, or if a tensor is
+    /// missing or is not part of the model.
     pub fn from_folder(folder: ModelFolder) -> Result<Self, ModelError> {
         huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
         let embedding = config.architecture.storage.embedding;
-        let prefix = PREFIXES
-            .into_iter()
-            .find(|prefix| {
-                let name = format!("{prefix}{embedding}.weight");
-                folder.tensor(&name).is_some()
+        let with_embedding = PREFIXES.into_iter().find(|prefix| {
+            let name = format!("{prefix}{embedding}.weight");
+            folder.tensor(&name).is_some()
+        });
+        // Without an embedding, which will be missed by the name that it should have.
+        let with_layers = || {
+            let names = folder.names();
+            PREFIXES.into_iter().find(|prefix| {
+                let layer = format!("{prefix}layers.0.");
+                names.iter().any(|name| name.starts_with(&layer))
             })
-            .unwrap_or(PREFIXES[0]);
+        };
+        let prefix = with_embedding.or_else(with_layers).unwrap_or(PREFIXES[0]);
         let source = Self {
             config,
             weights: Box::new(folder),
@@ -83,11 +97,11 @@ impl ModelSource {
         Ok(source)
     }
 
-    /// A model with random weights in `format`, of the size that a Hugging Face
-    /// `config.json` says.
+    /// Creates a model with random weights in `format`, of the size that a Hugging Face
+    /// `config.json` describes.
     ///
     /// # Errors
-    /// What is wrong with the settings, or that the weights cannot be had in the format.
+    /// Fails if a setting is not valid, or if the weights cannot be stored in the format.
     #[cfg(any(test, feature = "cli", feature = "internals"))]
     pub fn random(
         settings: &serde_json::Value,
@@ -107,17 +121,17 @@ impl ModelSource {
         })
     }
 
-    /// The model's numbers.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// How many weights the file holds.
+    /// Returns the number of weights in the file.
     pub fn parameters(&self) -> ParameterCount {
         self.weights.count()
     }
 
-    /// The names of all tensors in the file.
+    /// Returns the names of all tensors in the file.
     pub(super) fn names(&self) -> Vec<&str> {
         self.weights.names()
     }
@@ -127,25 +141,24 @@ impl ModelSource {
         Ok(self.weights.read(tensor)?)
     }
 
-    /// Whether the file has a tensor of this name.
+    /// Returns whether the file holds a tensor with this name.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.weights.tensor(name).is_some()
     }
 
-    /// Who named the tensors.
+    /// Returns the naming scheme of the tensors.
     pub(super) fn naming(&self) -> Naming {
         self.naming
     }
 
-    /// Beginnings of the names of tensors of layers that predict further tokens, which are not
-    /// computed.
+    /// Returns the name prefixes of multi-token prediction layers, which are not computed.
     pub(super) fn prediction_layers(&self) -> Vec<String> {
         let first = self.config.layers.len();
         let layers = first..first + self.config.prediction_layers;
         layers.map(|layer| self.layer_prefix(layer)).collect()
     }
 
-    /// The name of the token embedding.
+    /// Returns the name of the token embedding.
     pub(super) fn embedding_name(&self) -> String {
         match self.naming {
             Naming::Gguf => "token_embd.weight".to_owned(),
@@ -156,10 +169,10 @@ impl ModelSource {
         }
     }
 
-    /// The name of the output projection; `None` when it is the embedding.
+    /// Returns the name of the output projection, or `None` if it is the embedding.
     ///
     /// # Errors
-    /// [`ModelError::MissingHead`] when it is not there and is not the embedding either.
+    /// [`ModelError::MissingHead`] if the file holds none and the model is not tied.
     pub(super) fn output_name(&self) -> Result<Option<&'static str>, ModelError> {
         let names: &[&str] = match self.naming {
             Naming::Gguf => &["output.weight"],
@@ -174,7 +187,7 @@ impl ModelSource {
         }
     }
 
-    /// The name of the norm before the output projection.
+    /// Returns the name of the norm before the output projection.
     pub(super) fn final_norm_name(&self) -> String {
         let name = self.config.architecture.storage.final_norm;
         match self.naming {
@@ -183,15 +196,16 @@ impl ModelSource {
         }
     }
 
-    /// The token embedding.
+    /// Reads the token embedding.
     pub(super) fn embedding(&self) -> Result<StoredLinear<'_>, ModelError> {
         let (rows, columns) = (self.config.vocabulary, self.config.hidden);
         let rows = self.matrix(&self.embedding_name(), rows, columns)?;
         Ok(StoredLinear::new(vec![rows]))
     }
 
-    /// The output projection; `None` when it is the embedding, or a copy of it that the
-    /// model says it is. One that differs is used whatever the model says.
+    /// Reads the output projection. `None` if it is the embedding: because the file holds none, or
+    /// because a checkpoint whose settings tie it holds a copy of the embedding. A tensor that
+    /// differs from the embedding is used even if the settings tie it.
     pub(super) fn output(&self) -> Result<Option<StoredLinear<'_>>, ModelError> {
         let Some(name) = self.output_name()? else {
             return Ok(None);
@@ -207,12 +221,12 @@ impl ModelSource {
         Ok(Some(StoredLinear::new(vec![output])))
     }
 
-    /// The norm before the output projection.
+    /// Reads the weight of the norm before the output projection.
     pub(super) fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
         self.norm_weight(&self.final_norm_name(), self.config.hidden)
     }
 
-    /// The weight of a norm of a layer.
+    /// Reads the weight of a norm of a layer.
     pub(super) fn norm(
         &self,
         layer: usize,
@@ -222,7 +236,8 @@ impl ModelSource {
         self.norm_weight(&self.name(layer, part), length)
     }
 
-    /// Query, key and value of a layer, stacked; queries only where it shares a cache.
+    /// Reads the query, key and value projections of a layer, stacked; only the query projection if
+    /// the layer shares a cache.
     pub(super) fn qkv(
         &self,
         layer: usize,
@@ -249,8 +264,9 @@ impl ModelSource {
         Ok(qkv)
     }
 
-    /// Query, key and value of a layer whose attention has a gate, stacked, and that gate. Files
-    /// hold the rows of each head of queries together with those of its gate.
+    /// Reads the query, key and value projections, stacked, of a layer whose attention has a gate,
+    /// and the projection to that gate. In the query tensor, the gate rows of each head follow its
+    /// query rows.
     pub(super) fn gated_qkv(
         &self,
         layer: usize,
@@ -265,8 +281,8 @@ impl ModelSource {
         Ok((qkv, both.select(&rows[q..])))
     }
 
-    /// The order in which the rows of queries and keys of a layer are stored, unless it is that
-    /// in which they are used. It does not matter where they are not rotated.
+    /// Returns the order in which the query and key rows of a layer are stored, or `None` if it is
+    /// the order in which they are used. Without rotation, the order does not matter.
     fn rope_order(&self, layer: usize) -> Option<RowOrder> {
         let attention = self.config.layers[layer].attention()?;
         let rope = &self.config.ropes[attention.rope?];
@@ -281,13 +297,13 @@ impl ModelSource {
         })
     }
 
-    /// Whether query, key and value of a layer are one tensor.
+    /// Returns whether the query, key and value projections of a layer are read from one tensor.
     pub(super) fn fuses_qkv(&self, layer: usize) -> bool {
-        // Fused rows would have to be taken apart to undo an interleaving.
+        // A fused tensor would have to be split to undo the interleaving of its queries and keys.
         self.rope_order(layer).is_none() && self.holds(&self.name(layer, Part::FusedQkv))
     }
 
-    /// The attention's output projection, of `columns` inputs.
+    /// Reads the attention output projection, which has `columns` inputs.
     pub(super) fn attention_out(
         &self,
         layer: usize,
@@ -296,7 +312,8 @@ impl ModelSource {
         self.linear(layer, &[(Part::AttentionOut, self.config.hidden)], columns)
     }
 
-    /// Gate and up projection of a dense layer, stacked, or the latter alone.
+    /// Reads the gate and up projections of a dense layer, stacked, or only the up projection if
+    /// the activation has no gate.
     pub(super) fn gate_up(
         &self,
         layer: usize,
@@ -307,7 +324,8 @@ impl ModelSource {
         self.linear(layer, &parts, self.config.hidden)
     }
 
-    /// The parts of a layer that hold gate and up projection, as the file has them.
+    /// Returns the tensors in which the file stores the gate and up projections of a layer, each
+    /// with its number of rows.
     pub(super) fn gate_up_parts(
         &self,
         layer: usize,
@@ -320,17 +338,17 @@ impl ModelSource {
         parts.parts(activation, width, are_fused)
     }
 
-    /// Down projection of a dense layer.
+    /// Reads the down projection of a dense layer.
     pub(super) fn down(&self, layer: usize, width: usize) -> Result<StoredLinear<'_>, ModelError> {
         self.linear(layer, &[(Part::Down, self.config.hidden)], width)
     }
 
-    /// The sinks of the attention's heads.
+    /// Reads the attention sinks, one per query head.
     pub(super) fn sinks(&self, layer: usize, heads: HeadShape) -> Result<Vec<f32>, ModelError> {
         self.vector(&self.name(layer, Part::Sinks), heads.q_heads)
     }
 
-    /// The weights of the convolution of a layer, for each tap the weights of all channels.
+    /// Reads the weights of a layer's convolution, `[taps, channels]`.
     pub(super) fn convolution(
         &self,
         layer: usize,
@@ -339,7 +357,7 @@ impl ModelSource {
     ) -> Result<Vec<f32>, ModelError> {
         let name = self.name(layer, Part::Convolution);
         let tensor = self.tensor(&name)?;
-        // Hugging Face checkpoints have a dimension for input channels, of which there is one.
+        // Hugging Face checkpoints have a dimension of size 1 for input channels.
         if tensor.shape != [channels, 1, taps] && tensor.shape != [channels, taps] {
             return Err(ModelError::WrongShape {
                 name,
@@ -356,7 +374,7 @@ impl ModelSource {
         Ok(taps.flatten().copied().collect())
     }
 
-    /// The bias of the convolution of a layer.
+    /// Reads the bias of a layer's convolution, one number per channel.
     pub(super) fn convolution_bias(
         &self,
         layer: usize,
@@ -366,7 +384,7 @@ impl ModelSource {
         self.vector(&names::bias(&weight), channels)
     }
 
-    /// The router of a mixture of experts.
+    /// Reads the router of a mixture of experts.
     pub(super) fn router(
         &self,
         layer: usize,
@@ -375,7 +393,7 @@ impl ModelSource {
         self.linear(layer, &[(Part::Router, experts)], self.config.hidden)
     }
 
-    /// What the names of all tensors of a layer begin with.
+    /// Returns the prefix of the names of all tensors of a layer.
     pub(super) fn layer_prefix(&self, layer: usize) -> String {
         match self.naming {
             Naming::Gguf => format!("blk.{layer}."),
@@ -383,7 +401,7 @@ impl ModelSource {
         }
     }
 
-    /// The name of the weight of a part of a layer.
+    /// Returns the name of the weight of a part of a layer.
     pub(super) fn name(&self, layer: usize, part: Part) -> String {
         let storage = self.config.architecture.storage;
         let (name, suffix) = match self.naming {
@@ -404,8 +422,8 @@ impl ModelSource {
             })
     }
 
-    /// A linear layer of stacked parts, each of so many rows, with their biases if
-    /// the file has any.
+    /// Reads a linear layer from stacked parts, each given with its number of rows, and their
+    /// biases. If only some parts have a bias, that of the others is 0.
     pub(super) fn linear(
         &self,
         layer: usize,
@@ -444,14 +462,15 @@ impl ModelSource {
         Ok(StoredLinear::new(stored).with_bias(biased.then_some(bias)))
     }
 
-    /// Whether a part has a bias, which is there if so: by the model's settings or, where
-    /// they do not say, by the file.
+    /// Returns whether a part has a bias: according to the model's settings or, where they do not
+    /// say, if the file holds a tensor with this name. A bias that the settings require must be in
+    /// the file.
     pub(super) fn has_bias(&self, part: Part, name: &str) -> bool {
         let biases = self.config.biases;
         let said = match part {
             Part::Query | Part::Key | Part::Value | Part::FusedQkv => biases.qkv,
             Part::QueryDown | Part::LatentDown => biases.qkv,
-            // No model has biases on what is made of a latent.
+            // No model has biases on projections from a latent, or on these queries.
             Part::QueryUp | Part::LatentQuery | Part::LatentUp => Some(false),
             Part::LatentKeys | Part::LatentValues => Some(false),
             Part::AttentionOut => biases.attention_out,
@@ -472,6 +491,9 @@ impl ModelSource {
     }
 
     /// Reads the rows of a matrix.
+    ///
+    /// # Errors
+    /// [`ModelError::WrongShape`] unless its shape is `[rows, columns]`.
     pub(super) fn rows(
         &self,
         tensor: &TensorView<'_>,
@@ -507,7 +529,11 @@ impl ModelSource {
         self.numbers(&self.tensor(name)?, length)
     }
 
-    /// Reads a vector, as float32.
+    /// Reads a vector of floating-point numbers as float32.
+    ///
+    /// # Errors
+    /// [`ModelError::WrongShape`] or [`ModelError::WrongFormat`] if it is not such a vector of this
+    /// length.
     pub(super) fn numbers(
         &self,
         tensor: &TensorView<'_>,

@@ -4,4 +4,6 @@
 mod folder;
 mod gguf;
 mod memory;
+mod metadata;
 mod settings;
+mod tensors;

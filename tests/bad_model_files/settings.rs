@@ -110,7 +110,7 @@ fn keys(settings: &Value) -> HashSet<String> {
 }
 
 /// Loads a model and lets it answer.
-fn answer(path: &Path) -> Result<(), LoadError> {
+pub fn answer(path: &Path) -> Result<(), LoadError> {
     let options = LoadOptions {
         cpu: CpuOptions {
             threads: Some(1),
@@ -150,8 +150,10 @@ fn names_a_tensor(error: &ModelError) -> bool {
     )
 }
 
-fn is_unknown_architecture(error: &ModelError) -> bool {
-    matches!(error, ModelError::UnknownArchitecture { .. })
+/// Whether an error names a tensor or the architecture instead of a setting.
+pub fn is_named_otherwise(error: &LoadError) -> bool {
+    let is_unknown = |error: &ModelError| matches!(error, ModelError::UnknownArchitecture { .. });
+    matches!(error, LoadError::Model(error) if names_a_tensor(error) || is_unknown(error))
 }
 
 #[test]
@@ -197,11 +199,7 @@ fn every_changed_setting_is_refused_by_its_name_or_computed() {
                 || known
                     .iter()
                     .any(|key| key.contains('_') && message.contains(key.as_str()))
-                || matches!(
-                    &error,
-                    LoadError::Model(error)
-                        if names_a_tensor(error) || is_unknown_architecture(error)
-                );
+                || is_named_otherwise(&error);
             if !is_named {
                 complaints.push(format!("{name}, {change}: {message}"));
             }

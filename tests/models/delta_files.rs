@@ -11,10 +11,10 @@ use std::path::Path;
 use tempfile::TempDir;
 
 /// A tensor in bfloat16: its name, its shape and its bytes.
-type Tensor = (String, Vec<usize>, Vec<u8>);
+pub(crate) type Tensor = (String, Vec<usize>, Vec<u8>);
 
 /// Writes a folder with these settings and tensors.
-fn folder(config: &Value, tensors: &[Tensor]) -> TempDir {
+pub(crate) fn folder(config: &Value, tensors: &[Tensor]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut header = serde_json::Map::new();
     let mut data: Vec<u8> = Vec::new();
@@ -34,7 +34,7 @@ fn folder(config: &Value, tensors: &[Tensor]) -> TempDir {
 }
 
 /// The settings and the tensors of a tiny checkpoint.
-fn checkpoint(name: &str) -> (Value, Vec<Tensor>) {
+pub(crate) fn checkpoint(name: &str) -> (Value, Vec<Tensor>) {
     let folder = ModelFolder::open(&tiny(name)).unwrap();
     let read = |name: &str| {
         let tensor = folder.tensor(name).unwrap();
@@ -43,12 +43,11 @@ fn checkpoint(name: &str) -> (Value, Vec<Tensor>) {
         (name.to_owned(), tensor.shape.to_vec(), data)
     };
     let tensors = folder.names().into_iter().map(read).collect();
-    let config = std::fs::read(tiny(name).join("config.json")).unwrap();
-    (serde_json::from_slice(&config).unwrap(), tensors)
+    (folder.config().clone(), tensors)
 }
 
 /// The bits of the log probabilities after the longest prompt of the checkpoint `name`.
-fn logprobs(path: &Path, name: &str) -> Vec<(u32, u32)> {
+pub(crate) fn logprobs(path: &Path, name: &str) -> Vec<(u32, u32)> {
     let config = EngineConfig {
         kv_cache_bytes: Some(8 << 20),
         audit: true,

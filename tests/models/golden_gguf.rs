@@ -1,6 +1,6 @@
 //! The tiny checkpoints as GGUF files. Those of the fixtures were made by llama.cpp's own
 //! converter. The others are converted here by its conventions: names, metadata keys, stacked
-//! experts, and interleaved query and key rows.
+//! experts, and interleaved query and key rows. `converted.rs` has more architectures.
 
 use common::gguf_writer::GgufWriter;
 use common::golden;
@@ -12,15 +12,20 @@ use serde_json::Value;
 use std::path::Path;
 
 /// A checkpoint that is being converted to a GGUF file.
-struct Conversion {
+pub(crate) struct Conversion {
     architecture: &'static str,
-    folder: ModelFolder,
-    file: GgufWriter,
+    pub(crate) folder: ModelFolder,
+    pub(crate) file: GgufWriter,
 }
 
 impl Conversion {
     fn new(name: &str, architecture: &'static str) -> Self {
-        let folder = ModelFolder::open(&tiny(name)).unwrap();
+        Self::open(&tiny(name), architecture)
+    }
+
+    /// Begins to convert the checkpoint in a folder.
+    pub(crate) fn open(folder: &Path, architecture: &'static str) -> Self {
+        let folder = ModelFolder::open(folder).unwrap();
         let file = GgufWriter::new().string("general.architecture", architecture);
         Self {
             architecture,
@@ -29,19 +34,19 @@ impl Conversion {
         }
     }
 
-    fn setting(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn setting(&self, key: &str) -> Option<&Value> {
         self.folder
             .config()
             .get(key)
             .filter(|value| !value.is_null())
     }
 
-    fn size(&self, key: &str) -> Option<usize> {
+    pub(crate) fn size(&self, key: &str) -> Option<usize> {
         self.setting(key)
             .map(|value| value.as_u64().unwrap() as usize)
     }
 
-    fn put(&mut self, key: &str, value: Metadata) {
+    pub(crate) fn put(&mut self, key: &str, value: Metadata) {
         let key = format!("{}.{key}", self.architecture);
         self.file = std::mem::take(&mut self.file).metadata(&key, value);
     }
@@ -247,7 +252,7 @@ fn check(name: &str, architecture: &'static str) {
 }
 
 /// Checks a file against the reference of the checkpoint `name`.
-fn agrees(path: &Path, name: &str) {
+pub(crate) fn agrees(path: &Path, name: &str) {
     let config = EngineConfig {
         max_batch_tokens: Some(32),
         kv_cache_bytes: Some(8 << 20),
@@ -339,14 +344,20 @@ golden! {
     qwen3_moe_as_gguf_agrees_with_transformers: "qwen3-moe" as "qwen3moe",
 }
 
-/// Copies a file, with another value for a key.
-fn changed(path: &Path, changed: &str, value: Metadata) -> GgufWriter {
+/// Copies a file, with other values for some keys, or without them.
+pub(crate) fn changed(path: &Path, changes: &[(&str, Option<Metadata>)]) -> GgufWriter {
     let file = Gguf::open(path).unwrap();
-    let kept = file.metadata_keys().filter(|key| *key != changed);
+    let is_kept = |key: &&str| changes.iter().all(|(changed, _)| changed != key);
+    let kept = file.metadata_keys().filter(is_kept);
     let copied = kept.fold(GgufWriter::new(), |copy, key| {
         copy.metadata(key, file.metadata(key).unwrap().clone())
     });
-    let copied = copied.metadata(changed, value);
+    let values = changes
+        .iter()
+        .filter_map(|(key, value)| Some((key, value.as_ref()?)));
+    let copied = values.fold(copied, |copy, (key, value)| {
+        copy.metadata(key, value.clone())
+    });
     file.names().into_iter().fold(copied, |copy, name| {
         let tensor = file.tensor(name).unwrap();
         let data = file.read(&tensor).unwrap().into_owned();
@@ -374,7 +385,7 @@ fn lists_that_do_not_fit_the_layers_are_refused_by_their_key() {
         ("embedding_length_per_layer_input", Metadata::U32(1 << 20)),
     ] {
         let full = format!("gemma4.{key}");
-        let bytes = changed(&gguf("gemma4-moe"), &full, value).build();
+        let bytes = changed(&gguf("gemma4-moe"), &[(full.as_str(), Some(value))]).build();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
         std::fs::write(&path, bytes).unwrap();

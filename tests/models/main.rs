@@ -1,5 +1,6 @@
 //! Model files and tokenizers: what is read from them, and what the models answer.
 
+mod converted;
 mod delta_files;
 mod fuzz_seeds;
 mod golden_gguf;
@@ -8,5 +9,6 @@ mod golden_tiny;
 mod latent;
 mod model_files;
 mod random_weights;
+mod refused_metadata;
 mod tokenizer;
 mod ways;

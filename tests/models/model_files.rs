@@ -1,13 +1,17 @@
 //! The contents of model files are read back as they were written.
 
 use common::gguf_writer::GgufWriter;
+use common::golden::tiny;
 use common::quantize::quantize;
 use quell::internals::model::ModelSource;
 use quell::internals::runner::ModelFiles;
 use quell::internals::weights::gguf::{Array, Value};
 use quell::internals::weights::quant::dequantize;
 use quell::internals::weights::{DType, Gguf, ModelFolder, WeightSource};
-use quell::{Engine, EngineConfig, LoadError, LoadOptions, Request, WeightsError};
+use quell::{
+    DeviceChoice, Engine, EngineBuilder, EngineConfig, LoadError, LoadOptions, Preemption, Request,
+    WeightsError,
+};
 use serde_json::{Value as Json, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -561,4 +565,50 @@ fn infinity_in_an_unused_setting_is_accepted() {
     std::fs::write(&path, with("\"rope_theta\": Infinity")).unwrap();
     let error = start(&folder).unwrap_err().to_string();
     assert!(error.contains("rope_theta"), "{error}");
+}
+
+#[test]
+fn settings_that_contradict_the_model_or_each_other_are_refused() {
+    let build = |model: &str, set: fn(EngineBuilder) -> EngineBuilder| {
+        let builder = Engine::builder(tiny(model)).device(DeviceChoice::Cpu);
+        set(builder.kv_cache_bytes(8 << 20)).build()
+    };
+    for (model, set, expected) in [
+        (
+            "llama",
+            (|builder| builder.max_context(1 << 30)) as fn(EngineBuilder) -> EngineBuilder,
+            "max_context is 1073741824, but must be at most 512, the context of the model",
+        ),
+        (
+            "llama",
+            |builder| builder.state_slots(8),
+            "state_slots is 8, but must be unset",
+        ),
+        (
+            "qwen3.5",
+            |builder| builder.state_slots(1),
+            "state_slots is 1, but must be from 2 to ",
+        ),
+        (
+            "qwen3.5",
+            |builder| builder.state_slots(1 << 20),
+            "kv_cache_bytes is 8388608, but must be more than ",
+        ),
+        (
+            "llama",
+            |builder| builder.preemption(Preemption::Swap, 0),
+            "swap_bytes is 0, but must be at least 1",
+        ),
+        (
+            "llama",
+            |builder| builder.block_tokens(1 << 15),
+            "kv_cache_bytes is 8388608, but must be at least ",
+        ),
+    ] {
+        let error = build(model, set).unwrap_err();
+        assert!(matches!(error, LoadError::Config { .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let most = build("llama", |builder| builder.max_context(512)).unwrap();
+    assert_eq!(most.info().context_tokens, 512);
 }

@@ -1,5 +1,5 @@
-//! Cohere 2 (Command R7B, Command A): the feed-forward part computes beside the attention, from
-//! the same layer norm; interleaved RoPE in the layers with a sliding window only; a factor on
+//! Cohere 2 (Command R7B, Command A): attention and the feed-forward part run in parallel on the
+//! output of one LayerNorm; interleaved RoPE, only in layers with a sliding window; a factor on
 //! logits.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
@@ -14,6 +14,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "cohere2",
+        aliases: &[],
         read: read_metadata,
         settings: &["logit_scale"],
     }),
@@ -37,7 +38,7 @@ const CLASS: ConfigClass = ConfigClass {
     ..llama::CLASS
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 4;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {

@@ -1,8 +1,8 @@
 //! DeepSeek V2 and V2 Lite: latent attention, and a mixture of experts whose router is a softmax,
 //! with shared experts, after some dense layers.
 //!
-//! GGUF files call all models with latent attention by this name: sigmoid routers are read from
-//! them here, too.
+//! GGUF files use this architecture's name for every model with latent attention, so models with
+//! sigmoid routers are read from GGUF here as well.
 
 use super::glm4_moe::without_prediction_layers;
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
@@ -22,6 +22,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "deepseek2",
+        aliases: &[],
         read: read_metadata,
         settings: &[
             "expert_gating_func",
@@ -36,9 +37,9 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer: Hyperparameters::layer,
 };
 
-/// The sizes of latent attention in a configuration class.
+/// Default sizes of latent attention in a configuration class.
 pub(super) struct LatentClass {
-    /// `q_lora_rank`. A null stands for none.
+    /// `q_lora_rank`. In a file, null means that queries have no latent.
     pub(super) query_rank: usize,
     /// `kv_lora_rank`.
     pub(super) latent: usize,
@@ -58,7 +59,7 @@ pub(super) const LATENT: LatentClass = LatentClass {
     value: 128,
 };
 
-/// Added to the mean square in the norms of latents, whatever `rms_norm_eps` says.
+/// Epsilon of the RMSNorms on latents, which does not depend on `rms_norm_eps`.
 const NORM_EPSILON: f32 = 1e-6;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -111,7 +112,7 @@ fn required_size(settings: Settings<'_>, key: &str) -> Result<usize, ModelError>
     settings.size(key)?.ok_or_else(|| settings.missing(key))
 }
 
-/// Refuses a setting that says something else than `expected`.
+/// Refuses a setting whose text is not `expected`. A missing setting and null are accepted.
 pub(super) fn require_text(
     settings: Settings<'_>,
     key: &str,
@@ -123,7 +124,7 @@ pub(super) fn require_text(
     }
 }
 
-/// A router that is a softmax.
+/// Returns a softmax router: the plain one if there is neither a factor nor more than one group.
 fn softmax(scale: f32, groups: usize, top_groups: usize) -> RouterScore {
     match (scale, groups) {
         (1.0, 1) => RouterScore::Softmax,
@@ -135,17 +136,17 @@ fn softmax(scale: f32, groups: usize, top_groups: usize) -> RouterScore {
     }
 }
 
-/// The width of `count` shared experts together, each of this width; `None` if there are none.
+/// Returns the total width of `count` shared experts of the given width; `None` if there are none.
 pub(super) fn shared(width: usize, count: usize) -> Option<usize> {
     (count > 0).then_some(width.saturating_mul(count))
 }
 
-/// The first `count` layers.
+/// Returns the indices of the first `count` layers.
 pub(super) fn leading(count: usize, numbers: &Hyperparameters) -> std::collections::HashSet<usize> {
     (0..count.min(numbers.layers).min(1 << 16)).collect()
 }
 
-/// The numbers that all models with latent attention have in common, without the experts.
+/// Reads the hyperparameters that all models with latent attention share, without the experts.
 pub(super) fn read_latent(
     config: &Config<'_>,
     class: &LatentClass,
@@ -189,7 +190,8 @@ pub(super) fn read_latent(
     })
 }
 
-/// The factor by which YaRN multiplies queries and keys.
+/// Returns YaRN's factor on queries and keys, for a context extended by `factor` and a
+/// `multiplier` from `mscale_all_dim`.
 fn magnitude(factor: f32, multiplier: f32) -> f32 {
     match factor <= 1.0 {
         true => 1.0,
@@ -197,8 +199,8 @@ fn magnitude(factor: f32, multiplier: f32) -> f32 {
     }
 }
 
-/// The numbers of a model with latent attention. `magnitude` is what queries and keys are
-/// multiplied with.
+/// Adds latent attention to `numbers`. `magnitude` is the factor on queries and on keys, so its
+/// square multiplies the scores.
 fn with_latent(
     numbers: Hyperparameters,
     shape: LatentShape,
@@ -233,7 +235,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let key = "attention.head_count";
     let heads = metadata.required_size(key)?;
     let rotated = metadata.required_size("rope.dimension_count")?;
-    let key = "attention.key_length_mla";
+    let [key, value_key] = head_keys(metadata)?;
     let columns = metadata.required_size(key)?;
     let plain = columns.checked_sub(rotated).filter(|&plain| plain > 0);
     let shape = LatentShape {
@@ -244,7 +246,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
             metadata.refused(key, columns, expected)
         })?,
         latent: metadata.required_size("attention.kv_lora_rank")?,
-        value: metadata.required_size("attention.value_length_mla")?,
+        value: metadata.required_size(value_key)?,
     };
     let common = metadata.hyperparameters_of(shape.heads())?;
     let mut common = without_prediction_layers(metadata, common)?;
@@ -256,19 +258,21 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     } = &mut common.rope.scaling
         && let Some(tenth) = metadata.positive("rope.scaling.yarn_log_multiplier")?
     {
-        // Converters write a tenth of `mscale_all_dim`, and assume that `mscale` is the same.
-        // Cosine and sine are then not scaled.
+        // Converters write a tenth of `mscale_all_dim` and assume that `mscale` equals it, in which
+        // case cosine and sine are not scaled.
         multiplier = magnitude(*factor, tenth / 0.1);
         let own = metadata.positive("rope.scaling.attn_factor")?;
         *attention_factor = Some(own.unwrap_or(1.0));
     }
     let query_rank = metadata.size("attention.q_lora_rank")?;
     let query_rank = query_rank.filter(|&rank| rank > 0);
-    let numbers = with_latent(common, shape, query_rank, multiplier, true);
+    let mut numbers = with_latent(common, shape, query_rank, multiplier, true);
+    numbers.names.keys.plain = key;
+    numbers.names.keys.value = value_key;
     let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     let corrections = format!("blk.{dense}.exp_probs_b.bias");
     let experts = match metadata.size("expert_gating_func")? {
-        // Older files do not say it.
+        // Older files lack the key. In them, a tensor of corrections indicates a sigmoid router.
         None if !metadata.holds(&corrections) => softmax_experts(metadata)?,
         Some(SOFTMAX) => softmax_experts(metadata)?,
         _ => metadata.sigmoid_experts()?,
@@ -280,10 +284,22 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-/// The value of `expert_gating_func` for a softmax.
+/// Returns the keys of the numbers of elements of a head's key and of its value. In files that do
+/// not split the projection from the latent, these are those of other architectures, which in newer
+/// files describe the attention over latents.
+fn head_keys(metadata: &Metadata<'_>) -> Result<[&'static str; 2], ModelError> {
+    let keys = ["attention.key_length_mla", "attention.value_length_mla"];
+    let is_old = metadata.holds("blk.0.attn_kv_b.weight") && metadata.size(keys[0])?.is_none();
+    Ok(match is_old {
+        true => ["attention.key_length", "attention.value_length"],
+        false => keys,
+    })
+}
+
+/// Value of `expert_gating_func` for a softmax router.
 const SOFTMAX: usize = 1;
 
-/// The mixture of experts whose router is a softmax, if there is one.
+/// Reads a mixture of experts with a softmax router; returns `None` if there are no experts.
 fn softmax_experts(metadata: &Metadata<'_>) -> Result<Option<Experts>, ModelError> {
     let Some(experts) = metadata.experts()? else {
         return Ok(None);
@@ -311,7 +327,7 @@ mod tests {
     use crate::model::layer::Mixer;
     use serde_json::{Value, json};
 
-    /// The settings of a small model, with some changes. A null in `changes` stands for null.
+    /// Returns the `config.json` of a small model with `changes` applied. A null is kept as null.
     fn config(changes: Value) -> Value {
         let mut config = json!({
             "model_type": "deepseek_v2",
@@ -368,7 +384,7 @@ mod tests {
         let model = huggingface::read(&config(rope(1.0, 0.707))).unwrap();
         let quotient = (0.1 * 40f32.ln() + 1.0) / magnitude;
         assert!((model.ropes[0].spec(100).magnitude - quotient).abs() < 1e-6);
-        // 0 stands for none.
+        // An `mscale_all_dim` of 0 is treated as missing.
         assert!((latent(rope(1.0, 0.0)).scale - 1.0 / 192f32.sqrt()).abs() < 1e-9);
     }
 

@@ -1,5 +1,5 @@
-//! DeepSeek V3 and R1: latent attention, and a mixture of experts with a sigmoid router, whose
-//! experts are in groups, and a shared expert, after some dense layers.
+//! DeepSeek V3 and R1: latent attention, and, after some dense layers, a mixture of experts with
+//! expert groups, a sigmoid router and a shared expert.
 
 use super::deepseek_v2::{LATENT, LatentClass, leading, read_latent, require_text, shared};
 use super::{Architecture, Hyperparameters, ModelError, Storage, llama};
@@ -25,7 +25,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer: Hyperparameters::layer,
 };
 
-/// The numbers of the mixture of experts in a configuration class.
+/// Defaults of a configuration class for the mixture of experts.
 pub(super) struct ExpertClass {
     /// `n_routed_experts`.
     pub(super) count: usize,
@@ -42,8 +42,8 @@ pub(super) struct ExpertClass {
 }
 
 impl ExpertClass {
-    /// The mixture of experts with a sigmoid router that a configuration describes, without a
-    /// dense part beside it.
+    /// Reads a mixture of experts with a sigmoid router from a configuration, without shared
+    /// experts.
     pub(super) fn read(
         &self,
         config: &Config<'_>,
@@ -89,8 +89,8 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The numbers of a model with latent attention and a mixture of experts with a sigmoid router, in
-/// every layer.
+/// Reads the hyperparameters of a model that has latent attention and a mixture of experts with a
+/// sigmoid router in every layer.
 pub(super) fn read_sigmoid(
     config: &Config<'_>,
     latent: &LatentClass,
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn published_settings_are_read() {
-        // Those of DeepSeek V3 that matter.
+        // The relevant settings of DeepSeek V3's `config.json`.
         let config = json!({
             "model_type": "deepseek_v3", "first_k_dense_replace": 3, "hidden_size": 7168,
             "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163_840,

@@ -24,6 +24,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "ernie4_5",
+        aliases: &[],
         read: |metadata| metadata.hyperparameters(),
         settings: &[],
     }),

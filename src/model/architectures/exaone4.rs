@@ -1,5 +1,5 @@
-//! EXAONE 4: norms on the output of each part of a layer only, queries and keys normalised by
-//! head, and, in models with a sliding window, full attention without RoPE in every fourth layer.
+//! EXAONE 4: norms only on the output of each part of a layer, per-head norms on queries and keys,
+//! and, in models with a sliding window, full attention without RoPE in every fourth layer.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, qwen3};
 use crate::model::gguf::Metadata;
@@ -20,6 +20,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "exaone4",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -27,7 +28,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer,
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 4;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -47,8 +48,8 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     Ok(with_windows(common, windows, window.is_some()))
 }
 
-/// A model with these windows. If it has a size of windows, even if no layer has one, the layers
-/// without do not rotate.
+/// Sets the window of each layer. `has_size` says whether the model defines a sliding window, even
+/// if no layer uses it; layers without a window then have no RoPE.
 fn with_windows(
     numbers: Hyperparameters,
     windows: Vec<Option<usize>>,

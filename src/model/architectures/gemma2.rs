@@ -1,5 +1,5 @@
-//! Gemma 2: norms before and after, soft-capped scores and logits, scaled embeddings, and a
-//! sliding window in every other layer.
+//! Gemma 2: norms before and after each part of a layer, soft-capped scores and logits, scaled
+//! embeddings, and a sliding window in every other layer.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
 use crate::device::Activation;
@@ -15,6 +15,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "gemma2",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -46,7 +47,7 @@ pub(super) const STORAGE: Storage = Storage {
 
 const ATTENTION_SOFTCAP: f32 = 50.0;
 const LOGIT_SOFTCAP: f32 = 30.0;
-/// Layers of the largest model, Gemma 2 27B.
+/// Number of layers of the largest model, Gemma 2 27B.
 const LAYERS_27B: usize = 46;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -77,13 +78,14 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-/// Embeddings are multiplied by the root of the hidden size.
+/// Returns the factor on token embeddings: the square root of the hidden size.
 pub(super) fn embedding_scale(numbers: &Hyperparameters) -> f32 {
     (numbers.hidden as f32).sqrt()
 }
 
-/// The factor on `q · k`, for which GGUF has no key. The largest model, known by its number
-/// of layers, takes it from the width of a head as if the hidden size were split evenly.
+/// Returns the factor on `q · k`, for which GGUF has no key: one over the square root of the head
+/// dimension. The largest model, recognised by its number of layers, uses the hidden size divided
+/// by the number of query heads instead of the head dimension.
 pub(super) fn attention_scale(numbers: &Hyperparameters, largest: usize) -> f32 {
     let heads = numbers.heads;
     let width = match numbers.hidden.checked_div(heads.q_heads) {
@@ -93,7 +95,7 @@ pub(super) fn attention_scale(numbers: &Hyperparameters, largest: usize) -> f32 
     1.0 / (width as f32).sqrt()
 }
 
-/// A layer with norms before and after both the attention and the feed-forward part.
+/// Returns a layer with norms before and after both the mixer and the feed-forward part.
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
     LayerSpec {
         mixer_norms: NormPlacement::BeforeAndAfter,

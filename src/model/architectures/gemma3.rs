@@ -1,6 +1,6 @@
-//! Gemma 3: Gemma 2 without the soft caps, with norms on queries and keys, and with position
-//! embeddings of their own for the sliding layers. A model with a vision tower is read as
-//! its text part.
+//! Gemma 3: Gemma 2 without the soft caps, with norms on queries and keys, and with a separate
+//! position embedding in layers with a sliding window. Of a model with a vision tower, only the
+//! text model is read.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, gemma2};
 use crate::model::gguf::Metadata;
@@ -10,7 +10,7 @@ use crate::model::{RopeConfig, RopeScaling};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "gemma3_text",
-    // With a vision tower.
+    // The model type of checkpoints with a vision tower.
     aliases: &["gemma3"],
     class: ConfigClass {
         vocabulary: 262_208,
@@ -21,6 +21,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "gemma3",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -28,11 +29,11 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer,
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 6;
-/// The base of the sliding layers' position embedding.
+/// Base of the position embedding in layers with a sliding window.
 const SLIDING_THETA: f32 = 10_000.0;
-/// Layers of the largest model, Gemma 3 27B.
+/// Number of layers of the largest model, Gemma 3 27B.
 const LAYERS_27B: usize = 62;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {

@@ -1,18 +1,20 @@
-//! Gemma 3n (text): several residual streams, a path of low rank beside the attention, layers that
-//! share a cache, norms on values, an input of its own for each layer, and sparse gates in the
-//! first layers. A model with towers for images and sound is read as its text part.
+//! Gemma 3n (text): several residual streams (AltUp), a low-rank path beside the attention
+//! (LAuReL), layers that share a KV cache, norms on values, per-layer inputs, and sparse gates in
+//! the first layers. Of a model with vision and audio towers, only the text model is read.
 
-use super::{Architecture, Hyperparameters, ModelError, Storage, gemma2};
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, gemma2};
+use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
 use crate::model::hyperparameters::Variations;
 use crate::model::layer::{Attention, LayerSpec, Mixer, PerLayerInputs, QkNormKind, Streams};
 use crate::model::names::{self, Part};
+use crate::model::{RopeConfig, RopeScaling};
 use serde_json::Value;
 use std::collections::HashMap;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "gemma3n_text",
-    // With towers.
+    // The model type of checkpoints with vision and audio towers.
     aliases: &["gemma3n"],
     class: ConfigClass {
         vocabulary: 262_400,
@@ -20,7 +22,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         intermediate: 16_384,
         layers: 35,
         kv_heads: Some(2),
-        // The scale of scores is 1.
+        // Scores are not scaled.
         query_scale: None,
         window: Some(512),
         context: 32_768,
@@ -30,7 +32,12 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         ..gemma2::CLASS
     },
     read_config,
-    gguf: None,
+    gguf: Some(GgufFormat {
+        name: "gemma3n",
+        aliases: &[],
+        read: read_metadata,
+        settings: &["feed_forward_length"],
+    }),
     storage: Storage {
         huggingface_name,
         ..Storage::COMMON
@@ -38,14 +45,30 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer,
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 5;
-/// The base of the sliding layers' position embedding.
+/// Base of the position embedding in layers with a sliding window.
 const SLIDING_THETA: f32 = 10_000.0;
-/// Number of the first layers that have sparse gates where the file does not say, in models with
-/// more layers, and the share of the gate that is 0 there.
+/// Number of leading layers with sparse gates in models without `activation_sparsity_pattern`.
+/// Models with no more layers than this have no sparse gates.
 const SPARSE_LAYERS: usize = 10;
+/// Share of the gates that are 0 in these layers.
 const SPARSITY: f64 = 0.95;
+/// Soft cap on logits in files that do not give it.
+const LOGIT_SOFTCAP: f32 = 30.0;
+/// Default of the width of the per-layer inputs.
+const INPUT_WIDTH: usize = 256;
+/// Default of the number of residual streams.
+const STREAMS: usize = 4;
+/// Default of the rank of the paths beside the attention.
+const SIDE_RANK: usize = 64;
+/// Limit on that rank.
+const MOST_SIDE_RANK: usize = 1 << 16;
+/// Number of leading layers with KV caches of their own in GGUF files that do not give it.
+const OWN_CACHES: usize = 20;
+/// Limit on the layers for which settings are collected. Models with more layers are refused
+/// later, when the hyperparameters are validated.
+const MOST_LAYERS: usize = 1 << 16;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
@@ -57,14 +80,14 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     )?;
     let windows = config.mixed_windows(config.window()?, |layer| (layer + 1) % PERIOD != 0)?;
     let key = "hidden_size_per_layer_input";
-    let width = settings.size_or(key, 256)?;
+    let width = settings.size_or(key, INPUT_WIDTH)?;
     if width == 0 {
         return Err(settings.refused(key, 0, "at least 1"));
     }
     Ok(Hyperparameters {
         embedding_scale: gemma2::embedding_scale(&common),
         attention_scale: 1.0,
-        logit_softcap: settings.number_or("final_logit_softcapping", Some(30.0))?,
+        logit_softcap: settings.number_or("final_logit_softcapping", Some(LOGIT_SOFTCAP))?,
         sliding_rope,
         biases: config.attention_biases()?,
         variations: Variations {
@@ -85,7 +108,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// A list with a number for each layer, if the setting is one.
+/// Reads a setting that lists one number per layer; returns `None` if it is missing or null.
 fn list<T>(
     config: &Config<'_>,
     key: &str,
@@ -101,7 +124,8 @@ fn list<T>(
     config.settings.optional(key, &expected, of_list)
 }
 
-/// The widths of the dense parts, if there is a list of them.
+/// Reads the widths of the dense parts by layer; returns an empty map unless `intermediate_size`
+/// is a list.
 fn widths(config: &Config<'_>, layers: usize) -> Result<HashMap<usize, usize>, ModelError> {
     let key = "intermediate_size";
     if !config.settings.get(key).is_some_and(Value::is_array) {
@@ -114,35 +138,47 @@ fn widths(config: &Config<'_>, layers: usize) -> Result<HashMap<usize, usize>, M
 
 fn streams(config: &Config<'_>) -> Result<Streams, ModelError> {
     let settings = config.settings;
-    let key = "altup_num_inputs";
-    let count = settings.size_or(key, 4)?;
-    if !(1..=64).contains(&count) {
-        return Err(settings.refused(key, count, "from 1 to 64"));
-    }
-    let key = "altup_active_idx";
-    let active = settings.size_or(key, 0)?;
-    if active >= count {
-        let expected = format!("below the {count} of altup_num_inputs");
-        return Err(settings.refused(key, active, expected));
-    }
-    let scales_output = settings.flag("altup_correct_scale")?.unwrap_or(true);
-    Ok(Streams {
-        count,
-        active,
-        scales_output,
+    let keys = ["altup_num_inputs", "altup_active_idx"];
+    let streams = Streams {
+        count: settings.size_or(keys[0], STREAMS)?,
+        active: settings.size_or(keys[1], 0)?,
+        scales_output: settings.flag("altup_correct_scale")?.unwrap_or(true),
+    };
+    check_streams(streams, keys, |key, value, expected| {
+        settings.refused(key, value, expected)
     })
+}
+
+/// Checks the residual streams. `keys` are what the file calls their number and the index of the
+/// active one, and `refused` returns the error for a key, its value and what is expected.
+fn check_streams(
+    streams: Streams,
+    keys: [&str; 2],
+    refused: impl Fn(&str, usize, String) -> ModelError,
+) -> Result<Streams, ModelError> {
+    let Streams { count, active, .. } = streams;
+    if !(1..=64).contains(&count) {
+        return Err(refused(keys[0], count, "from 1 to 64".to_owned()));
+    }
+    if active >= count {
+        let expected = format!("below the {count} of {}", keys[0]);
+        return Err(refused(keys[1], active, expected));
+    }
+    Ok(streams)
 }
 
 fn side_rank(config: &Config<'_>) -> Result<usize, ModelError> {
     let key = "laurel_rank";
-    let rank = config.settings.size_or(key, 64)?;
-    if !(1..=1 << 16).contains(&rank) {
-        return Err(config.settings.refused(key, rank, "from 1 to 65536"));
+    let rank = config.settings.size_or(key, SIDE_RANK)?;
+    if !(1..=MOST_SIDE_RANK).contains(&rank) {
+        let expected = format!("from 1 to {MOST_SIDE_RANK}");
+        return Err(config.settings.refused(key, rank, expected));
     }
     Ok(rank)
 }
 
-/// By how many deviations above the mean the gates of sparse layers are cut.
+/// Reads the threshold of the gates in each sparse layer, in standard deviations above their
+/// mean.
 fn cuts(config: &Config<'_>, layers: usize) -> Result<HashMap<usize, f32>, ModelError> {
     let key = "activation_sparsity_pattern";
     let shares = match list(config, key, layers, Value::as_f64)? {
@@ -168,8 +204,9 @@ fn cuts(config: &Config<'_>, layers: usize) -> Result<HashMap<usize, f32>, Model
         .collect())
 }
 
-/// The number of deviations below which so much of a normal distribution is: Newton's method on a
-/// series of the distribution function, whose terms are all positive.
+/// Returns the quantile of the standard normal distribution: the number of standard deviations
+/// below which `share` of it lies. Uses Newton's method on a series of the distribution function
+/// whose terms are all positive.
 fn quantile(share: f64) -> f64 {
     if share < 0.5 {
         return -quantile(1.0 - share);
@@ -185,12 +222,87 @@ fn quantile(share: f64) -> f64 {
         0.5 + density(x) * sum
     };
     let mut x = 0.0;
-    // The function is concave here, so all steps are in one direction, up to rounding. A share of
-    // almost 1 takes about forty.
+    // The distribution function is concave here, so all steps go in one direction, up to rounding.
+    // A share close to 1 takes about forty steps.
     for _ in 0..100 {
         x = f64::clamp(x + (share - below(x)) / density(x), 0.0, 9.0);
     }
     x
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    let window = metadata.required_size("attention.sliding_window")?;
+    let windows = metadata.windows(Some(window), PERIOD)?;
+    let layers = common.layers.min(MOST_LAYERS);
+    let widths = metadata.required_size_of_each("feed_forward_length", layers)?;
+    let theta = metadata.number("rope.freq_base_swa")?;
+    let width = metadata.size("embedding_length_per_layer_input")?;
+    let shared_caches = metadata.size("attention.shared_kv_layers")?;
+    let vocabulary = metadata.rows("per_layer_token_embd.weight");
+    // There is no key for the rank.
+    let rank = metadata.rows("blk.0.laurel_l.weight");
+    let rank = rank.filter(|&rank| rank <= MOST_SIDE_RANK);
+    Ok(Hyperparameters {
+        embedding_scale: gemma2::embedding_scale(&common),
+        attention_scale: 1.0,
+        logit_softcap: common.logit_softcap.or(Some(LOGIT_SOFTCAP)),
+        sliding_rope: RopeConfig {
+            theta: theta.unwrap_or(SLIDING_THETA),
+            scaling: RopeScaling::None,
+            ..common.rope.clone()
+        },
+        variations: Variations {
+            widths: widths.into_iter().enumerate().collect(),
+            shared_caches: shared_caches.unwrap_or(layers.saturating_sub(OWN_CACHES)),
+            inputs: Some(PerLayerInputs {
+                width: width.unwrap_or(INPUT_WIDTH),
+                vocabulary: vocabulary.unwrap_or(common.vocabulary),
+                activation: common.activation,
+            }),
+            streams: Some(stated_streams(metadata)?),
+            side_rank: Some(rank.unwrap_or(SIDE_RANK)),
+            cuts: stated_cuts(metadata, layers)?,
+            ..Variations::default()
+        },
+        windows,
+        ..common
+    })
+}
+
+/// Reads the residual streams from GGUF metadata.
+fn stated_streams(metadata: &Metadata<'_>) -> Result<Streams, ModelError> {
+    let keys = ["altup.num_inputs", "altup.active_idx"];
+    let streams = Streams {
+        count: metadata.size(keys[0])?.unwrap_or(STREAMS),
+        active: metadata.size(keys[1])?.unwrap_or(0),
+        scales_output: true,
+    };
+    check_streams(streams, keys, |key, value, expected| {
+        metadata.refused(key, value, expected)
+    })
+}
+
+/// Reads from GGUF metadata the threshold of the gates in each sparse layer, in standard deviations
+/// above their mean. That of the other layers is minus infinity in the file.
+fn stated_cuts(metadata: &Metadata<'_>, layers: usize) -> Result<HashMap<usize, f32>, ModelError> {
+    let key = "activation_sparsity_scale";
+    let Some(cuts) = metadata.numbers(key)? else {
+        let sparse = 0..SPARSE_LAYERS.min(layers);
+        let cut = quantile(SPARSITY) as f32;
+        return Ok(sparse.map(|layer| (layer, cut)).collect());
+    };
+    if cuts.len() != layers {
+        let found = format!("a list of {} numbers", cuts.len());
+        let expected = format!("one number for each of the {layers} layers");
+        return Err(metadata.refused(key, found, expected));
+    }
+    let is_bad = |cut: &&f32| cut.is_nan() || **cut == f32::INFINITY;
+    if let Some(cut) = cuts.iter().find(is_bad) {
+        return Err(metadata.refused(key, cut, "less than infinity for each layer"));
+    }
+    let cuts = cuts.into_iter().enumerate();
+    Ok(cuts.filter(|(_, cut)| cut.is_finite()).collect())
 }
 
 fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
@@ -218,7 +330,7 @@ mod tests {
     use crate::model::{ModelConfig, ModelError, huggingface};
     use serde_json::{Value, json};
 
-    /// Reads the settings of a small model with these changes.
+    /// Reads the settings of a small model with `changes` applied.
     fn read(changes: Value) -> Result<ModelConfig, ModelError> {
         let mut settings = json!({
             "model_type": "gemma3n_text", "num_hidden_layers": 12, "hidden_size": 64,
@@ -269,7 +381,7 @@ mod tests {
             assert!((quantile(share) - expected).abs() < 1e-9, "{share}");
         }
         let most = quantile(1.0 - f64::EPSILON / 2.0);
-        // Rounding decides here, but nothing overflows.
+        // The value depends on rounding here, but nothing overflows.
         assert!((6.0..=9.0).contains(&most), "{most}");
     }
 

@@ -1,7 +1,7 @@
-//! Gemma 4: Gemma 3 with heads that are larger in layers with full attention, norms on values,
-//! layers that share a cache, an input of its own for each layer, and a factor on the residual
-//! stream after each. Larger models have experts beside the dense part, and use keys as values. A
-//! model with towers for images and sound is read as its text part.
+//! Gemma 4: Gemma 3 with larger heads in layers with full attention, norms on values, layers that
+//! share a KV cache, per-layer inputs, and a factor on the residual stream after each layer. Larger
+//! models have experts beside the dense part, and use keys as values in layers with full attention.
+//! Of a model with vision and audio towers, only the text model is read.
 
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, StackedExperts, Storage, gemma2,
@@ -18,12 +18,13 @@ use std::collections::HashMap;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "gemma4_text",
-    // With towers.
+    // The model type of checkpoints with vision and audio towers.
     aliases: &["gemma4"],
     class: CLASS,
     read_config,
     gguf: Some(GgufFormat {
         name: "gemma4",
+        aliases: &[],
         read: read_metadata,
         settings: &["attention.head_count_kv", "feed_forward_length"],
     }),
@@ -44,7 +45,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 const CLASS: ConfigClass = ConfigClass {
     vocabulary: 262_144,
     layers: 30,
-    // The scale of scores is 1 whatever the size of a head.
+    // Scores are not scaled, whatever the head dimension.
     query_scale: None,
     window: Some(512),
     context: 131_072,
@@ -56,23 +57,24 @@ const CLASS: ConfigClass = ConfigClass {
     ..gemma2::CLASS
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 6;
-/// The base of the sliding layers' position embedding.
+/// Base of the position embedding in layers with a sliding window.
 const SLIDING_THETA: f32 = 10_000.0;
-/// The position embedding of the layers with full attention where the file does not say.
+/// RoPE scaling of layers with full attention, for files without RoPE parameters.
 const FULL_ROPE: RopeScaling = RopeScaling::Proportional {
     share: 0.25,
     factor: 1.0,
 };
-/// No model has more layers; a number beyond is refused before it is used.
+/// Limit on the layers for which settings are collected. Models with more layers are refused
+/// later, when the hyperparameters are validated.
 const MOST_LAYERS: usize = 1 << 16;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
     let mut windows = config.mixed_windows(config.window()?, |layer| (layer + 1) % PERIOD != 0)?;
-    // Whatever is listed, as transformers has it.
+    // transformers gives the last layer full attention, whatever `layer_types` lists.
     if let Some(last) = windows.last_mut() {
         *last = None;
     }
@@ -158,7 +160,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The heads of the layers that `per_layer_config` lists by their index.
+/// Reads the heads of the layers that `per_layer_config` lists, by layer index.
 fn listed_heads(
     config: &Config<'_>,
     common: HeadShape,
@@ -204,7 +206,8 @@ fn listed_heads(
     Ok(heads)
 }
 
-/// The experts, whose dense part beside them has the given width.
+/// Reads the mixture of experts, if there is one. `width` is that of the dense part beside the
+/// experts.
 fn experts(config: &Config<'_>, width: usize) -> Result<Option<Experts>, ModelError> {
     let settings = config.settings;
     if !settings.flag("enable_moe_block")?.unwrap_or(false) {
@@ -223,7 +226,8 @@ fn experts(config: &Config<'_>, width: usize) -> Result<Option<Experts>, ModelEr
     }))
 }
 
-/// The experts of a model, with the width of the dense part beside them.
+/// Returns a mixture of experts beside a dense part of width `dense`. The caller sets the width of
+/// the experts.
 fn of_experts(count: usize, top_k: usize, dense: usize) -> Experts {
     Experts {
         count,
@@ -347,7 +351,7 @@ mod tests {
     use crate::model::{ModelConfig, ModelError, huggingface};
     use serde_json::{Value, json};
 
-    /// Reads the settings of a small model with these changes.
+    /// Reads the settings of a small model with `changes` applied.
     fn read(changes: Value) -> Result<ModelConfig, ModelError> {
         let mut settings = json!({
             "model_type": "gemma4_text", "num_hidden_layers": 12, "hidden_size": 64,
@@ -372,7 +376,7 @@ mod tests {
         assert_eq!(full.inverse_frequencies.len(), 256);
         let rotates = |pair: usize| full.inverse_frequencies[pair] > 0.0;
         assert!(rotates(0) && rotates(63) && !rotates(64) && !rotates(255));
-        // As fast as if the whole head rotated.
+        // The frequencies are those of a head that is rotated as a whole.
         let expected = 1.0 / 1e6f32.powf(2.0 / 512.0);
         assert!((full.inverse_frequencies[1] - expected).abs() < 1e-6);
         assert_eq!(sliding.inverse_frequencies.len(), 16);
@@ -403,7 +407,7 @@ mod tests {
         let attention = |layer: usize| *model.layers[layer].attention().unwrap();
         assert!(!attention(4).keys_are_values && attention(5).keys_are_values);
         assert_eq!(attention(5).heads.kv_heads, 1);
-        // These have both the largest cache and the fewest key-value heads.
+        // These layers have both the largest KV cache and the fewest key-value heads.
         assert_eq!(model.cache_heads(), attention(5).heads);
         assert_eq!(model.narrow_heads(), None);
         assert_eq!(model.per_layer_inputs, None);
@@ -416,7 +420,7 @@ mod tests {
     fn what_cannot_be_run_is_refused_by_its_key() {
         for (changes, key) in [
             (json!({"num_kv_shared_layers": 12}), "num_kv_shared_layers"),
-            // No layer with full attention is left to share with.
+            // No layer with full attention is left whose cache could be shared.
             (json!({"num_kv_shared_layers": 8}), "num_kv_shared_layers"),
             (json!({"num_kv_shared_layers": 13}), "num_kv_shared_layers"),
             (
@@ -435,7 +439,7 @@ mod tests {
                 json!({"per_layer_config": {"1": {"head_dim": "64"}}}),
                 "per_layer_config",
             ),
-            // Layers of one kind have one position embedding.
+            // All layers of a kind share one position embedding, and thus a head dimension.
             (
                 json!({"per_layer_config": {"5": {"head_dim": 64}}}),
                 "head_dim",

@@ -28,6 +28,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "glm4",
+        aliases: &[],
         read: |metadata| metadata.hyperparameters(),
         settings: &[],
     }),

@@ -31,6 +31,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "glm4moe",
+        aliases: &[],
         read: read_metadata,
         settings: &[
             "expert_gating_func",
@@ -89,7 +90,8 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-/// The numbers without the layers that predict further tokens, which are counted with the others.
+/// Removes from `common` the layers for multi-token prediction, which GGUF files include in the
+/// number of layers.
 pub(super) fn without_prediction_layers(
     metadata: &Metadata<'_>,
     common: Hyperparameters,

@@ -1,5 +1,5 @@
-//! GLM-4.7-Flash: DeepSeek V3 in small, with a list of the layers that are dense. GGUF files call
-//! it by the name that all models with latent attention have there.
+//! GLM-4.7-Flash: a small DeepSeek V3, with a list of the layers that are dense. GGUF files use the
+//! name of DeepSeek V2 for it, as for every model with latent attention.
 
 use super::deepseek_v2::{LatentClass, leading};
 use super::deepseek_v3::{ExpertClass, read_sigmoid};
@@ -51,8 +51,8 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The layers without experts: those that `mlp_layer_types` lists or, in published files,
-/// `first_k_dense_replace`.
+/// Returns the layers without experts: those that `mlp_layer_types` lists as dense or, in files
+/// without it such as the published ones, the first `first_k_dense_replace` layers.
 fn dense_layers(
     config: &Config<'_>,
     numbers: &Hyperparameters,

@@ -31,6 +31,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "gpt-oss",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -48,7 +49,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer,
 };
 
-/// One layer in so many has full attention.
+/// By default, the last of every `PERIOD` layers has full attention.
 const PERIOD: usize = 2;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -104,7 +105,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let mut numbers = metadata.hyperparameters()?;
-    // The models are trained so, and GGUF cannot say it.
+    // The models were trained with `truncate` set to false, for which GGUF has no key.
     if let RopeScaling::Yarn { truncate, .. } = &mut numbers.rope.scaling {
         *truncate = false;
     }

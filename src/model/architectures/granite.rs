@@ -12,6 +12,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "granite",
+        aliases: &[],
         read: read_metadata,
         settings: SETTINGS,
     }),
@@ -24,7 +25,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 
 const CLASS: ConfigClass = llama::CLASS;
 
-/// The keys of the factors in GGUF metadata.
+/// Keys of the factors in GGUF metadata.
 pub(super) const SETTINGS: &[&str] = &[
     "attention.scale",
     "embedding_scale",
@@ -39,7 +40,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The common numbers with all factors.
+/// Reads the common hyperparameters and Granite's factors.
 pub(super) fn with_factors(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
@@ -65,7 +66,7 @@ pub(super) fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, 
         ..common
     };
     numbers.names.keys.attention_scale = "attention.scale";
-    // A file that says that RoPE was not trained is of a model without it.
+    // In these files, `false` means that the model has no RoPE.
     if metadata.flag("rope.scaling.finetuned")? == Some(false) {
         numbers.unrotated.extend(0..numbers.layers.min(1 << 16));
     }
@@ -73,9 +74,9 @@ pub(super) fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, 
     Ok(scale_residual(numbers, residual))
 }
 
-/// Applies a factor on all that is added to the residual stream. The decoder keeps the stream
-/// divided by the factor, so that what is added needs none: the embeddings are divided by it, and
-/// norms undo the division if their epsilon is divided by its square.
+/// Applies a factor on everything that is added to the residual stream. The decoder keeps the
+/// stream divided by the factor, so that additions need no multiplication: the embeddings are
+/// divided by the factor, and norms cancel the division if their epsilon is divided by its square.
 fn scale_residual(numbers: Hyperparameters, factor: f32) -> Hyperparameters {
     Hyperparameters {
         embedding_scale: numbers.embedding_scale / factor,

@@ -1,6 +1,6 @@
 //! Granite 4: Mamba-2 in most layers and attention without RoPE in the others, a mixture of experts
-//! with a dense part beside it, and Granite's factors. There are also models of this type without
-//! experts, without Mamba-2, or with RoPE.
+//! with a dense part beside it, and Granite's factors. Some models of this type have no experts, no
+//! Mamba-2 layers, or use RoPE.
 
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage,
@@ -24,6 +24,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "granitehybrid",
+        aliases: &[],
         read: read_metadata,
         settings: granite::SETTINGS,
     }),
@@ -106,7 +107,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     Ok(numbers)
 }
 
-/// The Mamba-2 layers, and whether their projections have a bias.
+/// Reads the mixer of the Mamba-2 layers, and whether their projections have a bias.
 fn mamba2(config: &Config<'_>, hidden: usize) -> Result<(Mixer, bool), ModelError> {
     let settings = config.settings;
     let heads = settings.size_or("mamba_n_heads", 128)?;
@@ -134,17 +135,19 @@ fn mamba2(config: &Config<'_>, hidden: usize) -> Result<(Mixer, bool), ModelErro
         },
         taps: settings.size_or("mamba_d_conv", 4)?,
         has_conv_bias: settings.flag("mamba_conv_bias")?.unwrap_or(true),
-        // Not divided by the factor on the residual stream, which the recurrence does not see.
+        // Unlike the other norms' epsilon, not divided by the square of the residual factor: this
+        // norm does not read the residual stream.
         norm_epsilon: settings.positive_or("rms_norm_eps", llama::CLASS.norm_epsilon)?,
     });
     let has_bias = settings.flag("mamba_proj_bias")?.unwrap_or(false);
     Ok((mixer, has_bias))
 }
 
-/// The limits of steps under `key`, which may be infinite.
+/// Reads the least and the largest step of the recurrence from `key`. Limits may be infinite;
+/// missing ones are [`UNLIMITED`].
 pub(super) fn step_limits(config: &Config<'_>, key: &str) -> Result<[f32; 2], ModelError> {
     let number = |value: &Value| match value.as_str() {
-        // Python writes it as a word, which is read as a string.
+        // Python writes infinity as a bare word, which `from_python_json` turns into a string.
         Some("Infinity") => Some(f32::INFINITY),
         Some(_) => None,
         None => Some(value.as_f64()? as f32),
@@ -160,7 +163,7 @@ pub(super) fn step_limits(config: &Config<'_>, key: &str) -> Result<[f32; 2], Mo
     Ok(limits.unwrap_or(UNLIMITED))
 }
 
-/// The limits of steps that limit nothing: no step is negative.
+/// Step limits that have no effect, since steps are never negative.
 pub(super) const UNLIMITED: [f32; 2] = [0.0, f32::INFINITY];
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
@@ -170,37 +173,49 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let experts = metadata.experts()?;
     numbers.experts = experts.map(|experts| Experts { shared, ..experts });
     numbers.names.keys.shared_experts = key;
-    let Some(first) = numbers.recurrent_layers.iter().min() else {
+    let Some(&first) = numbers.recurrent_layers.iter().min() else {
         return Ok(numbers);
     };
+    let epsilon = metadata.number("attention.layer_norm_rms_epsilon")?;
+    let epsilon = epsilon.unwrap_or(llama::CLASS.norm_epsilon);
+    numbers.recurrent = Some(stated_mamba2(metadata, first, epsilon, UNLIMITED)?);
+    Ok(numbers)
+}
+
+/// Reads the mixer of the Mamba-2 layers from GGUF metadata. `layer` is one of these layers, and
+/// `norm_epsilon` the epsilon of their own norms.
+pub(super) fn stated_mamba2(
+    metadata: &Metadata<'_>,
+    layer: usize,
+    norm_epsilon: f32,
+    step_limits: [f32; 2],
+) -> Result<Mixer, ModelError> {
     let heads = metadata.required_size("ssm.time_step_rank")?;
     let key = "ssm.inner_size";
     let columns = metadata.required_size(key)?;
-    if heads == 0 || !columns.is_multiple_of(heads) {
+    if heads > 0 && !columns.is_multiple_of(heads) {
         let expected = format!("a multiple of the {heads} heads");
         return Err(metadata.refused(key, columns, expected));
     }
-    let epsilon = metadata.number("attention.layer_norm_rms_epsilon")?;
-    numbers.recurrent = Some(Mixer::Mamba2(Mamba2 {
+    Ok(Mixer::Mamba2(Mamba2 {
         recurrence: Mamba2Spec {
             heads,
-            head_dim: columns / heads,
+            head_dim: columns.checked_div(heads).unwrap_or(0),
             state_size: metadata.required_size("ssm.state_size")?,
             groups: metadata.required_size("ssm.group_count")?,
-            step_limits: UNLIMITED,
+            step_limits,
         },
         taps: metadata.required_size("ssm.conv_kernel")?,
-        has_conv_bias: metadata.holds(&format!("blk.{first}.ssm_conv1d.bias")),
-        norm_epsilon: epsilon.unwrap_or(llama::CLASS.norm_epsilon),
-    }));
-    Ok(numbers)
+        has_conv_bias: metadata.holds(&format!("blk.{layer}.ssm_conv1d.bias")),
+        norm_epsilon,
+    }))
 }
 
 fn huggingface_name(part: Part) -> String {
     let name = match part {
         Part::Convolution => "mamba.conv1d",
         Part::Router => "block_sparse_moe.router.layer",
-        // The dense part has these names with and without experts.
+        // The dense part has the same names in models with and without experts.
         Part::FusedGateUp | Part::FusedSharedGateUp => "shared_mlp.input_linear",
         Part::Down | Part::SharedDown => "shared_mlp.output_linear",
         other => return names::huggingface(other),
@@ -208,7 +223,7 @@ fn huggingface_name(part: Part) -> String {
     name.to_owned()
 }
 
-fn gguf_name(part: Part) -> String {
+pub(super) fn gguf_name(part: Part) -> String {
     match part {
         Part::Convolution => "ssm_conv1d".to_owned(),
         other => names::gguf(other),

@@ -1,5 +1,5 @@
-//! LFM2: gated convolutions over a few tokens in most layers, and attention with queries and keys
-//! normalised by head in the others.
+//! LFM2: gated convolutions over a few tokens in most layers, and attention with per-head norms on
+//! queries and keys in the others.
 
 use super::{
     Architecture, FinalNorm, GgufFormat, Hyperparameters, ModelError, Storage, llama, qwen3,
@@ -18,6 +18,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "lfm2",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -55,7 +56,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The numbers of a model with convolutions, without its feed-forward parts.
+/// Reads the hyperparameters of a model with convolutions, without its feed-forward parts.
 pub(super) fn with_convolutions(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
@@ -80,7 +81,8 @@ pub(super) fn with_convolutions(config: &Config<'_>) -> Result<Hyperparameters, 
     Ok(numbers)
 }
 
-/// The layers that `full_attn_idxs` does not list. Without a list, all have attention.
+/// Returns the convolution layers: those that `full_attn_idxs` does not list. Without a list, all
+/// layers have attention.
 fn others(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
     let key = "full_attn_idxs";
     let listed = config.settings.optional(key, "a list of layers", |value| {
@@ -95,7 +97,8 @@ fn others(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelErr
     Ok(others.collect())
 }
 
-/// The width of the feed-forward parts, which files state before it is adjusted.
+/// Reads the width of the feed-forward parts. Files give it before the adjustment that
+/// `block_auto_adjust_ff_dim` switches on.
 fn intermediate(config: &Config<'_>) -> Result<usize, ModelError> {
     let settings = config.settings;
     let stated = match settings.size("block_ff_dim")? {

@@ -1,4 +1,4 @@
-//! LFM2 with a mixture of experts, whose router is a sigmoid, after some dense layers.
+//! LFM2 with a mixture of experts and a sigmoid router, after some dense layers.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, lfm2, qwen3};
 use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
@@ -17,6 +17,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "lfm2moe",
+        aliases: &[],
         read: read_metadata,
         settings: &["expert_gating_func", "leading_dense_block_count"],
     }),
@@ -59,7 +60,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     let experts = metadata.sigmoid_experts()?.map(|experts| Experts {
         routing: RoutingSpec {
-            // The models are trained so, and the files do not say it.
+            // The models normalise these weights, and the files have no key for it.
             normalize: true,
             ..experts.routing
         },

@@ -1,7 +1,7 @@
 //! Llama 1, 2 and 3, and everything that is built the same way (SmolLM2, TinyLlama, …).
 //!
-//! GGUF files call Mistral and Mixtral by this name, too: windows and experts are read
-//! from them here.
+//! GGUF files use this name for Mistral and Mixtral as well, so windows and experts are read from
+//! them here.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage};
 use crate::device::Activation;
@@ -16,6 +16,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "llama",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -53,7 +54,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// Biases where `attention_bias` and `mlp_bias` say so.
+/// Returns the biases that `attention_bias` and `mlp_bias` switch on.
 pub(super) fn biases(config: &Config<'_>) -> Result<Biases, ModelError> {
     let feed_forward = config.settings.flag("mlp_bias")?.unwrap_or(false);
     Ok(Biases {

@@ -1,10 +1,14 @@
-//! Llama 4 (text): a mixture of experts with one expert per token and a shared one in some layers;
-//! attention within chunks in most layers, and without RoPE in the others, whose queries grow with
-//! their position.
+//! Llama 4 (text): chunked attention in most layers; full attention without RoPE in the others,
+//! with a factor on queries that grows with their position; and, in some layers, a mixture of
+//! experts with one expert per token and a shared expert.
 
 use super::smollm3::{every, unrotated_layers};
-use super::{Architecture, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage, llama};
+use super::{
+    Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage, llama,
+};
 use crate::device::{QueryScale, RouterScore, RoutingSpec, SigmoidRouting};
+use crate::model::RopeConfig;
+use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
 use crate::model::names::{self, Part};
@@ -13,7 +17,7 @@ use std::collections::HashSet;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "llama4_text",
-    // With vision.
+    // The model type of checkpoints with vision.
     aliases: &["llama4"],
     class: ConfigClass {
         vocabulary: 202_048,
@@ -30,7 +34,12 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         ..llama::CLASS
     },
     read_config,
-    gguf: None,
+    gguf: Some(GgufFormat {
+        name: "llama4",
+        aliases: &[],
+        read: read_metadata,
+        settings: &["expert_gating_func"],
+    }),
     storage: Storage {
         huggingface_name,
         rope_rows: RopeRows::Interleaved,
@@ -45,13 +54,33 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer,
 };
 
+/// Default length of a chunk.
+const CHUNK: usize = 8192;
+/// Default of the factor on queries in layers without RoPE.
+const QUERY_SCALE: QueryScale = QueryScale {
+    slope: 0.1,
+    interval: 8192,
+    offset: 1,
+};
+/// Scores of the router: sigmoids, which multiply the inputs of the chosen experts.
+const SCORE: RouterScore = RouterScore::Sigmoid(SigmoidRouting {
+    scale: 1.0,
+    groups: 1,
+    top_groups: 1,
+    scales_input: true,
+});
+/// In GGUF files, the last of every `PERIOD` layers has full attention without RoPE.
+const PERIOD: usize = 4;
+/// Number of experts of the largest model, Maverick, which does not normalise queries and keys.
+const EXPERTS_MAVERICK: usize = 128;
+
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
     let unrotated = unrotated_layers(config, common.layers)?;
     let key = "attention_chunk_size";
     let chunk = match settings.size(key)? {
-        None if !settings.says(key) => Some(8192),
+        None if !settings.says(key) => Some(CHUNK),
         chunk => chunk,
     };
     let experts = Experts {
@@ -59,12 +88,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         width: common.intermediate,
         routing: RoutingSpec {
             top_k: settings.size_or("num_experts_per_tok", 1)?,
-            score: RouterScore::Sigmoid(SigmoidRouting {
-                scale: 1.0,
-                groups: 1,
-                top_groups: 1,
-                scales_input: true,
-            }),
+            score: SCORE,
             normalize: false,
             activation: common.activation,
         },
@@ -96,8 +120,8 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     Ok(numbers)
 }
 
-/// The layers with experts: those that `moe_layers` lists, or the last of each
-/// `interleave_moe_layer_step`.
+/// Returns the layers with experts: those that `moe_layers` lists, or else the last of every
+/// `interleave_moe_layer_step` layers.
 fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
     let settings = config.settings;
     let listed = settings.optional("moe_layers", "a list of layers", |value| {
@@ -116,16 +140,16 @@ fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, M
     Ok(every(step, layers))
 }
 
-/// The factor on queries that are not rotated.
+/// Reads the factor on queries in layers without RoPE; returns `None` if it is switched off.
 fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
     let settings = config.settings;
     let key = "attn_temperature_tuning";
-    // A number in older files: anything but 0 is true.
+    // Older files have a number here, of which anything but 0 means true.
     let truth = |value: &Value| value.as_bool().or_else(|| Some(value.as_f64()? != 0.0));
     let is_on = settings
         .optional(key, "true, false or a number", truth)?
         .unwrap_or(true);
-    let slope = settings.number_or("attn_scale", Some(0.1))?;
+    let slope = settings.number_or("attn_scale", Some(QUERY_SCALE.slope))?;
     let slope = slope.filter(|slope| slope.is_finite());
     let slope = slope.ok_or_else(|| {
         let found = settings
@@ -134,7 +158,7 @@ fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
         settings.refused("attn_scale", found, "a finite number")
     })?;
     let key = "floor_scale";
-    let interval = settings.size_or(key, 8192)?;
+    let interval = settings.size_or(key, QUERY_SCALE.interval as usize)?;
     let interval = u32::try_from(interval)
         .ok()
         .filter(|&interval| interval > 0);
@@ -147,14 +171,70 @@ fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
     Ok(is_on.then_some(QueryScale {
         slope,
         interval,
-        offset: 1,
+        ..QUERY_SCALE
     }))
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let common = metadata.hyperparameters()?;
+    // Converters write this key only for models without chunks, as 0.
+    let chunk = metadata.window(Some(CHUNK))?;
+    let experts = metadata.sigmoid_experts()?.map(|experts| Experts {
+        routing: RoutingSpec {
+            score: SCORE,
+            normalize: false,
+            ..experts.routing
+        },
+        has_corrections: false,
+        shared: Some(experts.width),
+        ..experts
+    });
+    let theta = metadata.number("rope.freq_base_swa")?;
+    let mut numbers = Hyperparameters {
+        is_chunked: true,
+        windows: metadata.windows(chunk, PERIOD)?,
+        // GGUF has no keys for these layers, for the norms, and for the factor on queries.
+        unrotated: match chunk {
+            Some(_) => every(PERIOD, common.layers),
+            None => HashSet::new(),
+        },
+        has_qk_norm: experts.is_none_or(|experts| experts.count != EXPERTS_MAVERICK),
+        query_scale: Some(QUERY_SCALE),
+        sliding_rope: RopeConfig {
+            theta: theta.unwrap_or(common.rope.theta),
+            ..common.rope.clone()
+        },
+        dense_layers: match experts {
+            Some(_) => stated_dense_layers(metadata, common.layers)?,
+            None => HashSet::new(),
+        },
+        experts,
+        ..common
+    };
+    numbers.names.keys.shared_experts = "expert_feed_forward_length";
+    Ok(numbers)
+}
+
+/// Reads the layers without experts from GGUF metadata.
+fn stated_dense_layers(
+    metadata: &Metadata<'_>,
+    layers: usize,
+) -> Result<HashSet<usize>, ModelError> {
+    let key = "interleave_moe_layer_step";
+    let step = metadata.required_size(key)?;
+    if step == 0 {
+        return Err(metadata.refused(key, step, "at least 1"));
+    }
+    let sparse = every(step, layers);
+    let layers = 0..layers.min(1 << 16);
+    Ok(layers.filter(|layer| !sparse.contains(layer)).collect())
 }
 
 fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {
     let attention = numbers.attention(index);
     let attention = match attention.rope {
-        // The norm comes after the rotation, which changes no length: either order is the same.
+        // The model normalises after RoPE. Rotations preserve lengths, so normalising before RoPE
+        // gives the same result.
         Some(_) => Attention {
             qk_norm: numbers.has_qk_norm.then_some(QkNormKind::PerHeadUnweighted),
             query_scale: None,

@@ -1,8 +1,9 @@
-//! MiniMax M2: a mixture of experts with a sigmoid router in every layer, queries and keys
-//! normalised, all heads of a row together, and RoPE on a part of each head.
+//! MiniMax M2: a mixture of experts with a sigmoid router in every layer, norms on queries and keys
+//! across all heads, and RoPE on part of each head.
 
-use super::{Architecture, Hyperparameters, ModelError, Storage, llama, mixtral};
+use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, mixtral};
 use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
+use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
 use crate::model::layer::{Experts, LayerSpec, QkNormKind};
 use crate::model::names::Part;
@@ -28,7 +29,12 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
         ..llama::CLASS
     },
     read_config,
-    gguf: None,
+    gguf: Some(GgufFormat {
+        name: "minimax-m2",
+        aliases: &[],
+        read: read_metadata,
+        settings: &["expert_gating_func"],
+    }),
     storage: Storage {
         huggingface_name,
         ..Storage::COMMON
@@ -63,6 +69,21 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     };
     numbers.names.keys.expert_width = numbers.names.keys.intermediate;
     Ok(numbers)
+}
+
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let experts = metadata.sigmoid_experts()?.map(|experts| Experts {
+        routing: RoutingSpec {
+            // The models normalise these weights, and the files have no key for it.
+            normalize: true,
+            ..experts.routing
+        },
+        ..experts
+    });
+    Ok(Hyperparameters {
+        experts,
+        ..metadata.hyperparameters()?
+    })
 }
 
 fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {

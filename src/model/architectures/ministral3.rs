@@ -1,5 +1,5 @@
-//! Ministral 3: Mistral with YaRN, and queries that grow with their position. The same name
-//! with vision, `mistral3`, is read as the text model that it holds.
+//! Ministral 3: Mistral with YaRN, and a factor on queries that grows with their position. Of a
+//! checkpoint with vision, `mistral3`, only the text model is read.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, mistral};
 use crate::device::QueryScale;
@@ -14,6 +14,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "mistral3",
+        aliases: &[],
         read: read_metadata,
         settings: &["attention.temperature_scale"],
     }),
@@ -36,7 +37,7 @@ const CLASS: ConfigClass = ConfigClass {
     ..mistral::CLASS
 };
 
-/// The class's `rope_parameters`, for files that have none.
+/// The configuration class's `rope_parameters`, for files that have none.
 const FACTOR: f32 = 16.0;
 const ORIGINAL_CONTEXT: usize = 16_384;
 const SLOPE: f32 = 0.1;
@@ -88,8 +89,8 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     })
 }
 
-/// Queries are scaled in stages of the context that the model was trained on before it was
-/// extended.
+/// Returns the factor on queries, which grows every `interval` positions. `interval` is the context
+/// that the model was trained on before it was extended. Returns `None` if `slope` is 0.
 fn query_scale(slope: f32, interval: usize) -> Option<QueryScale> {
     let interval = u32::try_from(interval.max(1)).unwrap_or(u32::MAX);
     let scale = QueryScale {

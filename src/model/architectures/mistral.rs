@@ -5,7 +5,7 @@ use crate::model::huggingface::{Config, ConfigClass};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "mistral",
-    // With vision, unless the text model says that it is another one.
+    // Checkpoints with vision whose text model does not name another architecture.
     aliases: &["mistral3"],
     class: CLASS,
     read_config,

@@ -1,9 +1,9 @@
-//! The architectures that quell computes, one file each.
+//! The supported model architectures, one file each.
 //!
-//! Each file gives the architecture's names, how its hyperparameters are read from
+//! Each file defines the architecture's names, how its hyperparameters are read from
 //! `config.json` and from GGUF metadata, how its tensors are stored, and what its layers
-//! compute. What several architectures share is in the readers ([`Config`], [`Metadata`]), in
-//! [`Hyperparameters`], or in the file that needed it first. No other file names an
+//! compute. Code that several architectures share is in the readers ([`Config`], [`Metadata`]), in
+//! [`Hyperparameters`], or in the file that needed it first. No file outside this folder names an
 //! architecture.
 
 mod cohere2;
@@ -51,7 +51,7 @@ use super::hyperparameters::Hyperparameters;
 use super::layer::LayerSpec;
 use super::names::{self, Part};
 
-/// Every architecture. Where error messages list names, they are in this order.
+/// All architectures, in the order in which error messages list them.
 static ALL: &[&Architecture] = &[
     &llama::ARCHITECTURE,
     &mistral::ARCHITECTURE,
@@ -96,99 +96,100 @@ pub struct Architecture {
     name: &'static str,
     /// Other values of `model_type` that are read as this architecture.
     aliases: &'static [&'static str],
-    /// Its configuration class in transformers.
+    /// Defaults of its configuration class in transformers.
     pub(super) class: ConfigClass,
     /// Reads `config.json`.
     pub(super) read_config: ReadConfig,
-    /// How GGUF files hold it; `None` if they call it by another architecture's name, or if such
-    /// files are not read.
+    /// How GGUF files describe it; `None` if they use another architecture's name for it.
     gguf: Option<GgufFormat>,
     /// How its tensors are stored.
     pub(super) storage: Storage,
-    /// What the layer of an index computes.
+    /// Returns what the layer with the given index computes.
     pub(super) layer: fn(&Hyperparameters, usize) -> LayerSpec,
 }
 
-/// Reads the numbers of a model from its `config.json`.
+/// Reads a model's hyperparameters from its `config.json`.
 type ReadConfig = fn(&Config<'_>) -> Result<Hyperparameters, ModelError>;
-/// Reads the numbers of a model from its GGUF metadata.
+/// Reads a model's hyperparameters from its GGUF metadata.
 pub(super) type ReadMetadata = fn(&Metadata<'_>) -> Result<Hyperparameters, ModelError>;
 
-/// How GGUF files hold an architecture.
+/// How GGUF files describe an architecture.
 #[derive(Debug)]
 pub(super) struct GgufFormat {
-    /// `general.architecture`.
+    /// Value of `general.architecture`.
     name: &'static str,
+    /// Other values of `general.architecture` that are read as this architecture.
+    aliases: &'static [&'static str],
     /// Reads the metadata.
     pub(super) read: ReadMetadata,
-    /// Keys that it reads and that would be refused otherwise, since they change the results.
+    /// Keys that `read` handles itself. For other architectures, their values are refused if they
+    /// would change the results or if they differ between layers.
     pub(super) settings: &'static [&'static str],
 }
 
 /// How an architecture's tensors are stored.
 #[derive(Clone, Copy)]
 pub(super) struct Storage {
-    /// The name of the token embedding in Hugging Face checkpoints, between the prefix and
-    /// `.weight`.
+    /// Name of the token embedding in Hugging Face checkpoints, between the prefix and `.weight`.
     pub(super) embedding: &'static str,
-    /// The name of the norm before the output projection.
+    /// Name of the norm before the output projection.
     pub(super) final_norm: FinalNorm,
-    /// The name of a part of a layer in Hugging Face checkpoints, after `layers.N.`.
+    /// Returns a tensor's name in Hugging Face checkpoints, between `layers.N.` and its suffix.
     pub(super) huggingface_name: fn(Part) -> String,
-    /// The name of a part of a layer in GGUF files, after `blk.N.`.
+    /// Returns a tensor's name in GGUF files, between `blk.N.` and its suffix.
     pub(super) gguf_name: fn(Part) -> String,
-    /// Whether query, key and value are one tensor. Only random weights need to know: readers
-    /// find out by the names of the tensors.
+    /// Whether the query, key and value projections are one tensor. Only random weights need this:
+    /// readers look at the names of the stored tensors.
     #[cfg_attr(not(any(feature = "cli", feature = "internals")), allow(dead_code))]
     pub(super) fuses_qkv: bool,
-    /// Whether gate and up are one tensor, also those of a dense part beside experts, unless a
-    /// file has a tensor with the gate's own name.
+    /// Whether the gate and up projections are one tensor, in dense layers and in the dense part
+    /// beside experts. A file that has a tensor with the gate's own name is read unfused.
     pub(super) fuses_gate_up: bool,
-    /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF
-    /// converters add the 1.
+    /// Whether Hugging Face checkpoints store norm weights as `weight − 1`. GGUF converters add
+    /// the 1.
     pub(super) norm_weights_are_offsets: bool,
-    /// How the rows of queries and keys are stored.
+    /// Order in which the rows of the query and key projections are stored.
     pub(super) rope_rows: RopeRows,
-    /// The tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if
-    /// each expert always has its own.
+    /// Tensors in which Hugging Face checkpoints stack all experts of a layer; `None` if each
+    /// expert always has tensors of its own.
     pub(super) stacked_experts: Option<StackedExperts>,
 }
 
-/// The name of the norm before the output projection, without `.weight`.
+/// Names of the norm before the output projection, without `.weight`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FinalNorm {
-    /// In Hugging Face checkpoints, after the prefix.
+    /// Name in Hugging Face checkpoints, after the prefix.
     pub(super) huggingface: &'static str,
-    /// In GGUF files.
+    /// Name in GGUF files.
     pub(super) gguf: &'static str,
 }
 
-/// Tensors of all experts of a layer. Biases, if there are some, are in tensors of these names
-/// with `_bias` behind them.
+/// Names of the tensors that stack all experts of a layer, and their layout. A bias has the name of
+/// its tensor with `_bias` appended, or with `bias` in place of a final `weight`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StackedExperts {
-    /// Gates and ups, `[experts, 2 · width, hidden]`.
+    /// Gate and up projections, `[experts, 2 · width, hidden]` unless transposed.
     pub(super) gate_up: &'static str,
-    /// `[experts, hidden, width]`.
+    /// Down projections, `[experts, hidden, width]` unless transposed.
     pub(super) down: &'static str,
-    /// Whether the matrix of each expert is transposed. Where it is not, a checkpoint may have
-    /// tensors for each expert instead.
+    /// Whether the matrix of each expert is transposed. Otherwise, a checkpoint may also have
+    /// separate tensors for each expert.
     pub(super) are_transposed: bool,
-    /// Whether gates and ups alternate, which only transposed ones do. Otherwise, all gates come
-    /// first.
+    /// Whether the gates and ups of an expert alternate, which is supported for transposed
+    /// matrices only. Otherwise, all gates of the expert come first.
     pub(super) alternates: bool,
 }
 
-/// Where the two halves that RoPE rotates are stored interleaved within each head. Their rows
-/// are put in order as they are loaded. Weights of norms on queries and keys are not: no
-/// architecture that has some is stored interleaved.
+/// Which files store query and key rows with the two halves that RoPE rotates interleaved within
+/// each head. Such rows are reordered when they are loaded. Norm weights for queries and keys are
+/// not reordered: no architecture that has them is stored interleaved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RopeRows {
-    /// Nowhere.
+    /// No files: the first half is followed by the second.
     Halves,
-    /// In GGUF files.
+    /// GGUF files only.
     InterleavedInGguf,
-    /// In both formats.
+    /// Files of both formats.
     Interleaved,
 }
 
@@ -219,7 +220,7 @@ impl Architecture {
     }
 
     /// Returns the architecture that a GGUF file names in `general.architecture`, and how such
-    /// files hold it.
+    /// files describe it.
     pub(super) fn from_gguf_name(
         name: &str,
     ) -> Result<(&'static Self, &'static GgufFormat), ModelError> {
@@ -227,13 +228,14 @@ impl Architecture {
             ALL.iter()
                 .filter_map(|one| Some((*one, one.gguf.as_ref()?)))
         };
-        match formats().find(|(_, format)| format.name == name) {
+        let names_it = |format: &GgufFormat| format.name == name || format.aliases.contains(&name);
+        match formats().find(|(_, format)| names_it(format)) {
             Some(found) => Ok(found),
             None => Err(unknown(name, formats().map(|(_, format)| format.name))),
         }
     }
 
-    /// Returns its name: `model_type` in `config.json`.
+    /// Returns the architecture's name: `model_type` in `config.json`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -1,15 +1,18 @@
-//! Nemotron-H, and Nemotron 3 with a mixture of experts: each layer is only a Mamba-2 recurrence,
-//! only attention without RoPE, or only a feed-forward part, whose activation has no gate.
+//! Nemotron-H, and Nemotron 3 with a mixture of experts: each layer is a single part, which is a
+//! Mamba-2 recurrence, attention without RoPE, or a feed-forward part without a gate.
 
 use super::deepseek_v3::ExpertClass;
+use super::glm4_moe::without_prediction_layers;
 use super::{
-    Architecture, FinalNorm, Hyperparameters, ModelError, Storage, granitemoehybrid, llama,
+    Architecture, FinalNorm, GgufFormat, Hyperparameters, ModelError, Storage, granitemoehybrid,
+    llama,
 };
 use crate::device::{Activation, Mamba2Spec};
-use crate::model::Biases;
+use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::layer::{Experts, Mamba2, Mixer};
 use crate::model::names::{self, Part};
+use crate::model::{Biases, RopeConfig, RopeScaling};
 use serde_json::Value;
 use std::collections::HashSet;
 
@@ -18,7 +21,20 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     aliases: &[],
     class: CLASS,
     read_config,
-    gguf: None,
+    gguf: Some(GgufFormat {
+        name: "nemotron_h",
+        // With experts.
+        aliases: &["nemotron_h_moe"],
+        read: read_metadata,
+        settings: &[
+            "expert_gating_func",
+            "expert_group_count",
+            "expert_shared_count",
+            "expert_weights_scale",
+            "feed_forward_length",
+            "nextn_predict_layers",
+        ],
+    }),
     storage: Storage {
         embedding: "embeddings",
         final_norm: FinalNorm {
@@ -26,6 +42,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
             ..Storage::COMMON.final_norm
         },
         huggingface_name,
+        gguf_name,
         ..Storage::COMMON
     },
     layer: Hyperparameters::layer,
@@ -43,7 +60,13 @@ const CLASS: ConfigClass = ConfigClass {
     ..llama::CLASS
 };
 
-/// What a layer is.
+/// Default of `time_step_min`.
+const LEAST_STEP: f32 = 0.001;
+/// Limit on the layers for which settings are collected. Models with more layers are refused
+/// later, when the hyperparameters are validated.
+const MOST_LAYERS: usize = 1 << 16;
+
+/// Kind of a layer, by its only part.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Recurrent,
@@ -60,7 +83,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
             return Err(settings.refused(key, found, only));
         }
     }
-    // Other values would mean something that is not computed.
+    // Other values would change the results, and are not supported.
     for (key, expected) in [
         ("sliding_window", None),
         ("moe_latent_size", None),
@@ -78,11 +101,6 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         let expected = format!("{}, the number of layers that are listed", kinds.len());
         return Err(settings.refused(key, stated, expected));
     }
-    let layers = |of: &[Kind]| -> HashSet<usize> {
-        let listed = kinds.iter().enumerate();
-        let layers = listed.filter(|(_, kind)| of.contains(kind));
-        layers.map(|(layer, _)| layer).collect()
-    };
     let epsilon = settings.positive_or("layer_norm_epsilon", CLASS.norm_epsilon)?;
     let mlp_bias = settings.flag("mlp_bias")?.unwrap_or(false);
     let experts = match kinds.contains(&Kind::Experts) {
@@ -94,22 +112,15 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     }
     let use_bias = settings.flag("use_bias")?.unwrap_or(false);
     let mut numbers = Hyperparameters {
-        layers: kinds.len(),
-        windows: vec![None; kinds.len()],
         norm_epsilon: epsilon,
-        unrotated: (0..kinds.len()).collect(),
         recurrent: Some(mamba2(config, epsilon)?),
-        recurrent_layers: layers(&[Kind::Recurrent]),
-        without_mixer: layers(&[Kind::Dense, Kind::Experts]),
-        without_feed_forward: layers(&[Kind::Recurrent, Kind::Attention]),
         experts,
-        dense_layers: layers(&[Kind::Dense]),
         biases: Biases {
             feed_forward: Some(mlp_bias),
             recurrent: Some(use_bias),
             ..config.attention_biases()?
         },
-        ..common
+        ..with_kinds(common, &kinds)
     };
     let keys = &mut numbers.names.keys;
     keys.norm_epsilon = "layer_norm_epsilon";
@@ -122,6 +133,25 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     Ok(numbers)
 }
 
+/// Gives `numbers` layers of these kinds.
+fn with_kinds(numbers: Hyperparameters, kinds: &[Kind]) -> Hyperparameters {
+    let layers = |of: &[Kind]| -> HashSet<usize> {
+        let listed = kinds.iter().enumerate();
+        let layers = listed.filter(|(_, kind)| of.contains(kind));
+        layers.map(|(layer, _)| layer).collect()
+    };
+    Hyperparameters {
+        layers: kinds.len(),
+        windows: vec![None; kinds.len()],
+        unrotated: (0..kinds.len()).collect(),
+        recurrent_layers: layers(&[Kind::Recurrent]),
+        without_mixer: layers(&[Kind::Dense, Kind::Experts]),
+        without_feed_forward: layers(&[Kind::Recurrent, Kind::Attention]),
+        dense_layers: layers(&[Kind::Dense]),
+        ..numbers
+    }
+}
+
 /// Returns the older name of a setting where a file uses it, and the current one otherwise.
 fn either(config: &Config<'_>, older: &'static str, current: &'static str) -> &'static str {
     match config.settings.get(older) {
@@ -130,9 +160,11 @@ fn either(config: &Config<'_>, older: &'static str, current: &'static str) -> &'
     }
 }
 
-/// What each layer is: as a list of words, or as a string of characters.
+/// Reads the kind of each layer, from a list of words (`layers_block_type`) or from a string with
+/// one character per layer (`hybrid_override_pattern`).
 fn kinds(config: &Config<'_>) -> Result<Vec<Kind>, ModelError> {
-    /// No model has more layers.
+    /// Limit on the number of layers. One more entry is read, so that a longer list is refused
+    /// when the hyperparameters are validated.
     const MOST: usize = 4096;
     let settings = config.settings;
     let of_word = |word: &Value| match word.as_str()? {
@@ -188,8 +220,8 @@ fn mamba2(config: &Config<'_>, epsilon: f32) -> Result<Mixer, ModelError> {
     }))
 }
 
-/// The limits of steps. Steps of a prompt are limited by `time_step_min` in transformers, which
-/// reads no other limit.
+/// Reads the least and the largest step of the recurrence. transformers limits the steps of a
+/// prompt by `time_step_min` and reads no other limit, so other limits are refused.
 fn step_limits(config: &Config<'_>) -> Result<[f32; 2], ModelError> {
     let settings = config.settings;
     let key = either(config, "mamba_dt_limit", "time_step_limit");
@@ -199,7 +231,7 @@ fn step_limits(config: &Config<'_>) -> Result<[f32; 2], ModelError> {
         return Err(settings.refused(key, found, "0 and Infinity"));
     }
     let key = either(config, "mamba_dt_min", "time_step_min");
-    match settings.number_or(key, Some(0.001))? {
+    match settings.number_or(key, Some(LEAST_STEP))? {
         Some(least) if least.is_finite() && least >= 0.0 => Ok([least, f32::INFINITY]),
         Some(least) => Err(settings.refused(key, least, "at least 0")),
         None => Err(settings.refused(key, "null", "at least 0")),
@@ -223,6 +255,69 @@ fn experts(config: &Config<'_>) -> Result<Experts, ModelError> {
     })
 }
 
+fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    let listed = metadata.hyperparameters()?;
+    let all = listed.layers.min(MOST_LAYERS);
+    let kv_heads = metadata.required_size_of_each("attention.head_count_kv", all)?;
+    let widths = metadata.required_size_of_each("feed_forward_length", all)?;
+    let common = without_prediction_layers(metadata, listed)?;
+    let experts = stated_experts(metadata)?;
+    let kind = |layer: usize| match (kv_heads[layer], widths[layer]) {
+        (0, 0) => Kind::Recurrent,
+        (_, 0) => Kind::Attention,
+        _ if experts.is_some() => Kind::Experts,
+        _ => Kind::Dense,
+    };
+    let kinds: Vec<Kind> = (0..common.layers.min(all)).map(kind).collect();
+    let key = "attention.layer_norm_epsilon";
+    let epsilon = metadata.number(key)?;
+    let mut numbers = Hyperparameters {
+        norm_epsilon: epsilon.unwrap_or(common.norm_epsilon),
+        experts,
+        // Layers without a feed-forward part have a width of 0.
+        intermediate: widths.iter().copied().max().unwrap_or(0),
+        ..with_kinds(common, &kinds)
+    };
+    if epsilon.is_some() {
+        numbers.names.keys.norm_epsilon = key;
+    }
+    numbers.names.keys.shared_experts = SHARED_WIDTH;
+    if let Some(&first) = numbers.recurrent_layers.iter().min() {
+        // GGUF has no key for the least step, which is the same in all published models.
+        let limits = [LEAST_STEP, f32::INFINITY];
+        let mixer = granitemoehybrid::stated_mamba2(metadata, first, numbers.norm_epsilon, limits)?;
+        numbers.recurrent = Some(mixer);
+    }
+    let dense = numbers.dense_layers.iter();
+    numbers.variations.widths = dense.map(|&layer| (layer, widths[layer])).collect();
+    // Nothing is rotated, and files give a number of rotated elements that does not fit the heads.
+    numbers.rope = RopeConfig {
+        rotary_dim: numbers.heads.head_dim,
+        scaling: RopeScaling::None,
+        ..numbers.rope
+    };
+    numbers.sliding_rope = numbers.rope.clone();
+    Ok(numbers)
+}
+
+/// Key of the width of the dense part beside the experts in GGUF metadata.
+const SHARED_WIDTH: &str = "expert_shared_feed_forward_length";
+
+/// Reads the mixture of experts from GGUF metadata, if there is one.
+fn stated_experts(metadata: &Metadata<'_>) -> Result<Option<Experts>, ModelError> {
+    let Some(experts) = metadata.sigmoid_experts()? else {
+        return Ok(None);
+    };
+    let key = "expert_shared_count";
+    if let Some(count) = metadata.size(key)?.filter(|&count| count != 1) {
+        return Err(metadata.refused(key, count, "1"));
+    }
+    Ok(Some(Experts {
+        shared: Some(metadata.required_size(SHARED_WIDTH)?),
+        ..experts
+    }))
+}
+
 fn huggingface_name(part: Part) -> String {
     match part {
         // A layer has only one of the two.
@@ -233,5 +328,13 @@ fn huggingface_name(part: Part) -> String {
             let own = common.split_once('.').map_or(&*common, |(_, own)| own);
             format!("mixer.{own}")
         }
+    }
+}
+
+fn gguf_name(part: Part) -> String {
+    match part {
+        // A layer has only one of the two.
+        Part::FeedForwardNorm => "attn_norm".to_owned(),
+        other => granitemoehybrid::gguf_name(other),
     }
 }

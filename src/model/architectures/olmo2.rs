@@ -1,6 +1,6 @@
-//! OLMo 2: norms on the output of each part of a layer only; queries and keys normalised,
-//! all heads of a row together. GGUF files call OLMo 3 by this name, too: its sliding
-//! windows are read from them here.
+//! OLMo 2: norms only on the output of each part of a layer, and norms on queries and keys across
+//! all heads. GGUF files use this name for OLMo 3 as well, so its sliding windows are read from
+//! them here.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
 use crate::model::gguf::Metadata;
@@ -15,6 +15,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "olmo2",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -40,7 +41,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let common = metadata.hyperparameters()?;
     let theta = metadata.number("rope.freq_base_swa")?;
     Ok(Hyperparameters {
-        // The position embedding of OLMo 3's sliding layers is not extended.
+        // OLMo 3 does not extend the context of the position embedding in sliding layers.
         sliding_rope: RopeConfig {
             theta: theta.unwrap_or(common.rope.theta),
             scaling: RopeScaling::None,

@@ -1,5 +1,5 @@
-//! OLMo 3: OLMo 2 with a sliding window in three of four layers, whose position embedding is not
-//! extended. GGUF files call it olmo2.
+//! OLMo 3: OLMo 2 with a sliding window in three of four layers, whose position embedding has no
+//! context extension. GGUF files call it olmo2.
 
 use super::{Architecture, Hyperparameters, ModelError, Storage, olmo2};
 use crate::model::huggingface::{Config, ConfigClass};

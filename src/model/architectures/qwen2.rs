@@ -1,5 +1,5 @@
-//! Qwen 2 and 2.5: Llama with biases on query, key and value. A sliding window, where it is
-//! switched on, begins at a layer.
+//! Qwen 2 and 2.5: Llama with biases on query, key and value. If a sliding window is switched on,
+//! it applies from a given layer on.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama};
 use crate::model::Biases;
@@ -12,6 +12,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "qwen2",
+        aliases: &[],
         read: |metadata| metadata.hyperparameters(),
         settings: &[],
     }),
@@ -40,13 +41,14 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The sliding window, if `use_sliding_window` switches it on.
+/// Returns the sliding window, if `use_sliding_window` switches it on.
 pub(super) fn switched_window(config: &Config<'_>) -> Result<Option<usize>, ModelError> {
     let is_on = config.settings.flag("use_sliding_window")?.unwrap_or(false);
     Ok(config.window()?.filter(|_| is_on))
 }
 
-/// The windows of layers of which those from `max_window_layers` on slide.
+/// Returns the window of each layer. Unless `layer_types` lists the layers with a sliding window,
+/// they are those from `max_window_layers` on.
 pub(super) fn upper_windows(config: &Config<'_>) -> Result<Vec<Option<usize>>, ModelError> {
     let first = config.settings.size("max_window_layers")?.unwrap_or(28);
     config.mixed_windows(switched_window(config)?, |layer| layer >= first)

@@ -1,4 +1,4 @@
-//! Qwen 3: Qwen 2 with queries and keys normalised by head, and without its biases.
+//! Qwen 3: Qwen 2 with per-head norms on queries and keys, and without its biases.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2};
 use crate::model::huggingface::{Config, ConfigClass};
@@ -14,6 +14,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "qwen3",
+        aliases: &[],
         read: |metadata| metadata.hyperparameters(),
         settings: &[],
     }),

@@ -1,5 +1,5 @@
 //! Qwen 3.5 (text): the layers of Qwen 3 Next without experts. Its position embedding has three
-//! positions per token, which are the same for text.
+//! positions per token, which are equal for text.
 
 use super::qwen3_next::{self, hybrid, with_delta};
 use super::{Architecture, GgufFormat, glm4_moe};
@@ -8,12 +8,13 @@ use crate::model::huggingface::ConfigClass;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "qwen3_5_text",
-    // With vision.
+    // The model type of checkpoints with vision.
     aliases: &["qwen3_5"],
     class: CLASS,
     read_config: hybrid,
     gguf: Some(GgufFormat {
         name: "qwen35",
+        aliases: &[],
         read: |metadata| {
             let common =
                 glm4_moe::without_prediction_layers(metadata, metadata.hyperparameters()?)?;

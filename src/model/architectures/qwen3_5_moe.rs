@@ -7,7 +7,7 @@ use crate::model::huggingface::ConfigClass;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "qwen3_5_moe_text",
-    // With vision.
+    // The model type of checkpoints with vision.
     aliases: &["qwen3_5_moe"],
     class: ConfigClass {
         hidden: 2048,
@@ -19,6 +19,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config: |config| configured_experts(config, hybrid(config)?, [256, 8], true),
     gguf: Some(GgufFormat {
         name: "qwen35moe",
+        aliases: &[],
         read: |metadata| {
             let common =
                 glm4_moe::without_prediction_layers(metadata, metadata.hyperparameters()?)?;

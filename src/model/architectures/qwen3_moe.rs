@@ -1,4 +1,4 @@
-//! Qwen 3 with a mixture of experts, some of whose layers may be dense.
+//! Qwen 3 with a mixture of experts. Some layers may be dense.
 
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2, qwen3};
 use crate::device::{RouterScore, RoutingSpec};
@@ -20,6 +20,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "qwen3moe",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -53,8 +54,8 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The layers without experts: those that `mlp_only_layers` lists, and all but each
-/// `decoder_sparse_step`th.
+/// Returns the layers without experts: those that `mlp_only_layers` lists, and all but the last of
+/// every `decoder_sparse_step` layers.
 pub(super) fn dense_layers(
     config: &Config<'_>,
     layers: usize,

@@ -1,5 +1,5 @@
-//! Qwen 3 Next: gated delta nets in most layers, attention with a gate in the others, and a mixture
-//! of experts with a shared expert that has a gate, too.
+//! Qwen 3 Next: gated delta nets in most layers, gated attention in the others, and a mixture of
+//! experts with a gated shared expert.
 
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, StackedExperts, Storage, qwen2,
@@ -19,6 +19,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "qwen3next",
+        aliases: &[],
         read: |metadata| {
             let common = metadata.hyperparameters()?;
             with_experts(metadata, with_delta(metadata, common, DeltaOrder::Grouped)?)
@@ -68,7 +69,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The numbers of a model whose layers have gated delta nets or attention.
+/// Reads the hyperparameters of a model whose layers have gated delta nets or attention.
 pub(super) fn hybrid(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;
     let settings = config.settings;
@@ -108,8 +109,8 @@ pub(super) fn hybrid(config: &Config<'_>) -> Result<Hyperparameters, ModelError>
     Ok(numbers)
 }
 
-/// The numbers with a mixture of experts, by default of so many experts of which so many are
-/// chosen.
+/// Adds the mixture of experts of a configuration to `common`. `count` and `top_k` are the defaults
+/// for the number of experts and for the number chosen per token.
 pub(super) fn configured_experts(
     config: &Config<'_>,
     common: Hyperparameters,
@@ -140,7 +141,8 @@ pub(super) fn configured_experts(
     Ok(numbers)
 }
 
-/// The numbers with the gated delta nets of a GGUF file, whose heads of values are in this order.
+/// Adds the gated delta nets of a GGUF file to `common`. `order` is that of the value heads in the
+/// file.
 pub(super) fn with_delta(
     metadata: &Metadata<'_>,
     common: Hyperparameters,
@@ -187,7 +189,7 @@ pub(super) fn with_delta(
     })
 }
 
-/// The numbers with the mixture of experts of a GGUF file.
+/// Adds the mixture of experts of a GGUF file to `common`.
 pub(super) fn with_experts(
     metadata: &Metadata<'_>,
     common: Hyperparameters,
@@ -204,7 +206,7 @@ pub(super) fn with_experts(
     Ok(numbers)
 }
 
-/// All layers but the last of each `interval`.
+/// Returns all layers but the last of every `interval`.
 fn all_but_each(interval: usize, layers: usize) -> HashSet<usize> {
     let layers = 0..layers.min(1 << 16);
     layers.filter(|layer| (layer + 1) % interval != 0).collect()

@@ -21,6 +21,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "seed_oss",
+        aliases: &[],
         read: |metadata| metadata.hyperparameters(),
         settings: &[],
     }),

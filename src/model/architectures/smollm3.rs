@@ -22,6 +22,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     read_config,
     gguf: Some(GgufFormat {
         name: "smollm3",
+        aliases: &[],
         read: read_metadata,
         settings: &[],
     }),
@@ -32,7 +33,7 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
     layer: Hyperparameters::layer,
 };
 
-/// One layer in so many does not rotate queries and keys.
+/// By default, the last of every `PERIOD` layers has no RoPE.
 const PERIOD: usize = 4;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
@@ -51,8 +52,8 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     })
 }
 
-/// The layers whose queries and keys are not rotated: those with a 0 in `no_rope_layers`, or
-/// each `no_rope_layer_interval`th.
+/// Returns the layers without RoPE: those with a 0 in `no_rope_layers`, or else the last of every
+/// `no_rope_layer_interval` layers.
 pub(super) fn unrotated_layers(
     config: &Config<'_>,
     layers: usize,
@@ -87,7 +88,7 @@ pub(super) fn unrotated_layers(
     }
 }
 
-/// The last of every `period` layers.
+/// Returns the last of every `period` layers.
 pub(super) fn every(period: usize, layers: usize) -> HashSet<usize> {
     let layers = 0..layers.min(1 << 16);
     layers.filter(|layer| (layer + 1) % period == 0).collect()
@@ -96,7 +97,7 @@ pub(super) fn every(period: usize, layers: usize) -> HashSet<usize> {
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
     let common = metadata.hyperparameters()?;
     Ok(Hyperparameters {
-        // GGUF has no key for it.
+        // GGUF has no key for these layers.
         unrotated: every(PERIOD, common.layers),
         ..common
     })

@@ -1,5 +1,5 @@
-//! Architectures are named in this folder only, each file is registered, and each
-//! architecture has a reference.
+//! Checks that architectures are named in this folder only, that each file is registered, and that
+//! each architecture has a reference checkpoint.
 
 use super::*;
 use std::collections::BTreeSet;
@@ -9,7 +9,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The names of the architectures' files, without `.rs`.
+/// Returns the names of the architectures' files, without `.rs`.
 fn files() -> BTreeSet<String> {
     let folder = std::fs::read_dir(root().join("src/model/architectures")).unwrap();
     let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -19,14 +19,19 @@ fn files() -> BTreeSet<String> {
         .collect()
 }
 
-/// Every name that an architecture goes by.
+/// Returns all names of all architectures, in `config.json` and in GGUF files.
 fn names() -> Vec<&'static str> {
     let of = |one: &&'static Architecture| {
-        let gguf = one.gguf.as_ref().map(|format| format.name);
         let config = [one.name].into_iter().chain(one.aliases.iter().copied());
-        config.chain(gguf).collect::<Vec<_>>()
+        config.chain(gguf_names(one)).collect::<Vec<_>>()
     };
     ALL.iter().flat_map(of).collect()
+}
+
+/// Returns the names of an architecture in GGUF files.
+fn gguf_names(one: &'static Architecture) -> impl Iterator<Item = &'static str> {
+    let names = |format: &'static GgufFormat| [&[format.name][..], format.aliases].concat();
+    one.gguf.iter().flat_map(names)
 }
 
 #[test]
@@ -43,15 +48,14 @@ fn every_file_is_registered() {
 #[test]
 fn no_two_architectures_have_a_name_in_common() {
     let mut types = BTreeSet::new();
-    let mut gguf_names = BTreeSet::new();
+    let mut found = BTreeSet::new();
     for one in ALL {
         for name in [one.name].iter().chain(one.aliases) {
             assert!(types.insert(*name), "two read model_type '{name}'");
             assert_eq!(Architecture::from_model_type(name).unwrap(), *one);
         }
-        if let Some(format) = &one.gguf {
-            let name = format.name;
-            assert!(gguf_names.insert(name), "two read the GGUF name '{name}'");
+        for name in gguf_names(one) {
+            assert!(found.insert(name), "two read the GGUF name '{name}'");
             assert_eq!(Architecture::from_gguf_name(name).unwrap().0, *one);
         }
     }
@@ -64,7 +68,7 @@ fn a_name_that_nobody_has_is_refused_with_the_names_that_there_are() {
     assert!(error.contains("'gemma9'") && error.contains("mistral, mixtral, qwen2, "));
     let error = Architecture::from_gguf_name("gemma3_text").unwrap_err();
     let error = error.to_string();
-    assert!(error.ends_with("gemma2, gemma3, gemma4, phi3, olmo2, granite, smollm3, seed_oss, ernie4_5, exaone4, glm4, cohere2, mistral3, gpt-oss, glm4moe, lfm2, lfm2moe, granitehybrid, qwen3next, qwen35, qwen35moe, deepseek2"));
+    assert!(error.ends_with("gemma2, gemma3, gemma3n, gemma4, phi3, olmo2, granite, smollm3, seed_oss, ernie4_5, exaone4, glm4, cohere2, mistral3, gpt-oss, glm4moe, minimax-m2, llama4, lfm2, lfm2moe, granitehybrid, nemotron_h, qwen3next, qwen35, qwen35moe, deepseek2"));
 }
 
 #[test]
@@ -93,14 +97,14 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The words of a file's code, without its comments and its tests, in lower case and
+/// Returns the words of a file's code, without its comments and its tests, in lower case and
 /// without underscores: `Qwen3Moe` and `"qwen3_moe"` are one word.
 fn words(text: &str) -> BTreeSet<String> {
     let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
     let lines = code.lines().map(str::trim_start);
     let lines = lines.filter(|line| !line.starts_with("//"));
     lines
-        // A program, which some messages name.
+        // Some messages name this program, which is not the architecture.
         .map(|line| line.replace("llama.cpp", ""))
         .flat_map(|line| {
             let words = line.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '-');
@@ -121,8 +125,8 @@ fn no_other_file_names_an_architecture() {
     rust_files(&root().join("src"), &mut paths);
     for path in paths {
         let relative = path.strip_prefix(root().join("src")).unwrap();
-        // These do not know what a model is. What they name after some models are
-        // tokenizers, the forms of tool calls, and layouts of folders.
+        // These modules do not depend on models. The model names in them belong to tokenizers,
+        // tool call formats and folder layouts.
         let is_below = relative.starts_with("text") || relative.starts_with("weights");
         let is_test = relative.ends_with("tests.rs")
             || relative

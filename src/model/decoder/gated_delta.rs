@@ -10,10 +10,11 @@ use crate::model::{ModelError, ModelSource};
 /// The weights of a gated delta net.
 pub(super) struct GatedDeltaWeights<D: Device> {
     spec: GatedDelta,
-    /// `[queries | keys | values | gate]`.
+    /// Projection to `[queries | keys | values | gate]`.
     input: D::Linear,
     taps: D::Vector,
-    /// What the strengths of the updates and the decays come from.
+    /// Projection to `[b | a]`, from which the strengths of the updates and the decays are
+    /// computed.
     gates: D::Linear,
     rates: D::Vector,
     bias: D::Vector,
@@ -23,17 +24,17 @@ pub(super) struct GatedDeltaWeights<D: Device> {
 
 /// Activations of a gated delta net.
 pub(super) struct GatedDeltaSpace<T> {
-    /// Queries, keys and values before the convolution, and the gate of the outputs.
+    /// Queries, keys and values before the convolution, and the gate of the output.
     input: T,
     /// Queries, keys and values after the convolution.
     qkv: T,
-    /// Two columns for each head of values.
+    /// `[b | a]`, with one column per value head each.
     gates: T,
     output: T,
 }
 
 impl<T> GatedDeltaSpace<T> {
-    /// Makes each matrix with `make`, from its columns and its precision.
+    /// Creates each matrix with `make`, which takes its number of columns and its precision.
     pub(super) fn make(
         heads: DeltaHeads,
         mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,

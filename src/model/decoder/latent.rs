@@ -1,4 +1,4 @@
-//! Latent attention: its weights, its intermediates, and how it is computed.
+//! Latent attention: its weights, its activations and its computation.
 
 use super::layer_step::LayerStep;
 use super::workspace::Workspace;
@@ -13,31 +13,35 @@ use crate::model::{ModelError, ModelSource};
 /// The weights of latent attention.
 pub(super) struct LatentWeights<D: Device> {
     spec: Latent,
-    /// From the layer's input to the latent of the queries, and its norm.
+    /// Projection of the layer's input to the latent of the queries, and the weight of that
+    /// latent's norm. `None` if queries are projected from the layer's input.
     query_down: Option<(D::Linear, D::Vector)>,
-    /// To the queries.
+    /// Projection to the queries, from their latent or from the layer's input.
     queries: D::Linear,
-    /// From the layer's input to the latent of keys and values, and to the rotated part of the key.
+    /// Projection of the layer's input to the rotated part of the key and the latent of keys and
+    /// values.
     down: D::Linear,
-    /// The norm of the latent.
+    /// Weight of the norm of the latent of keys and values.
     norm: D::Vector,
-    /// From the queries to what is multiplied with the latent.
+    /// Per head, the transposed projection from the latent to the key. It is applied to the query,
+    /// so that attention can use the latent as the key.
     keys: D::HeadLinear,
-    /// From the latent to the values.
+    /// Per head, the projection from the latent to the value.
     values: D::HeadLinear,
     out: D::Linear,
 }
 
-/// The intermediates of latent attention.
+/// Activations of latent attention.
 pub(super) struct LatentWorkspace<T> {
-    /// The latent of the queries, before and after its norm.
+    /// The latent of the queries, before and after its norm; `None` if there is no such latent.
     query_down: Option<[T; 2]>,
     queries: T,
-    /// The rotated part of the key, and the latent before its norm.
+    /// `[rotated part of the key | latent before its norm]`.
     keys: T,
     values: T,
-    /// The queries and the key as what attends to the cache has them, and its result.
+    /// Queries and key of the attention over latents.
     qkv: T,
+    /// Output of the attention over latents.
     attention: T,
 }
 
@@ -82,14 +86,14 @@ fn load_heads<D: Device>(
 }
 
 impl<T> LatentWorkspace<T> {
-    /// Makes each matrix with `make`, from its columns.
+    /// Creates each matrix with `make`, which takes its number of columns and its precision.
     pub(super) fn make(
         spec: &Latent,
         mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,
     ) -> Result<Self, DeviceError> {
         let shape = spec.shape;
         let query_down = match spec.query_rank {
-            // Norms read float32.
+            // The norm reads float32 and writes the precision of activations.
             Some(rank) => {
                 let down = make(rank, Precision::Full)?;
                 Some([down, make(rank, Precision::Activation)?])
@@ -109,7 +113,7 @@ impl<T> LatentWorkspace<T> {
 }
 
 impl LayerStep<'_> {
-    /// Enqueues latent attention: from the layer's input to `delta`.
+    /// Enqueues the latent attention of the layer, which writes its output to `delta`.
     pub(super) fn latent<D: Device>(
         &self,
         device: &mut D,

@@ -1,4 +1,4 @@
-//! One layer of one step.
+//! The computation of one layer in one step.
 
 use super::norm::Norm;
 use super::normed_experts::NormedExperts;
@@ -9,19 +9,20 @@ use crate::device::{
 };
 use crate::model::layer::{Attention, LayerSpec, NormKind, QkNormKind};
 
-/// One layer of one step.
+/// One layer of one step: everything but its weights and activations.
 pub(super) struct LayerStep<'a> {
     pub(super) spec: &'a LayerSpec,
     pub(super) norm: Norm,
-    /// Where the keys and values of the layer are.
+    /// Place of the layer's keys and values in the KV cache.
     pub(super) place: CacheLayer,
-    /// Where the state of the layer is: that of its convolution, and that of its recurrence.
+    /// Parts of the layer in a state: that of its convolution, and that of its recurrence.
     pub(super) state: [StatePart; 2],
     pub(super) rows: usize,
 }
 
 impl LayerStep<'_> {
-    /// Adds what is pending to the residual stream and makes a sub-layer's input.
+    /// Adds `delta` to the residual stream if it is `pending`, then computes a sub-layer's input in
+    /// `normed`. Without a `norm`, the sub-layer reads the residual stream, or `normed` as it is.
     pub(super) fn input<D: Device>(
         &self,
         device: &mut D,
@@ -51,7 +52,8 @@ impl LayerStep<'_> {
         }
     }
 
-    /// Takes a sub-layer's output; `true` when it is still to be added.
+    /// Adds the sub-layer's output in `delta` to the residual stream if it has a `norm`. Otherwise
+    /// returns `true`: the output is still to be added.
     pub(super) fn output<D: Device>(
         &self,
         device: &mut D,
@@ -207,8 +209,9 @@ impl LayerStep<'_> {
                 let Some(shared) = shared else {
                     return Ok(());
                 };
-                // `check_layers` allows shared experts only where `input` is not the residual
-                // stream, and nothing but `delta` is pending.
+                // `check_layers` allows shared experts only with a norm on the input and none on
+                // the output. So `input` is not the residual stream, and both outputs can be added
+                // to that stream one after the other.
                 device.add(residual, delta, rows)?;
                 shared.compute(device, rows, routing.activation, workspace)
             }
@@ -217,7 +220,7 @@ impl LayerStep<'_> {
     }
 }
 
-/// The attention of a layer as devices take it.
+/// Returns the parameters of a layer's attention, as devices take them.
 fn attention_spec(attention: &Attention) -> AttentionSpec {
     AttentionSpec {
         heads: attention.heads,

@@ -10,7 +10,7 @@ use crate::model::{ModelError, ModelSource};
 /// The weights of a Mamba-2 layer.
 pub(super) struct Mamba2LayerWeights<D: Device> {
     spec: Mamba2,
-    /// `[z | x | b | c | dt]`.
+    /// Projection to `[z | x | b | c | dt]`.
     input: D::Linear,
     taps: D::Vector,
     bias: Option<D::Vector>,
@@ -29,7 +29,7 @@ pub(super) struct Mamba2Space<T> {
 }
 
 impl<T> Mamba2Space<T> {
-    /// Makes each matrix with `make`, from its columns and its precision.
+    /// Creates each matrix with `make`, which takes its number of columns and its precision.
     pub(super) fn make(
         spec: &Mamba2,
         mut make: impl FnMut(usize, Precision) -> Result<T, DeviceError>,

@@ -4,11 +4,11 @@ use crate::device::{Device, DeviceError};
 use crate::model::ModelConfig;
 use crate::model::layer::NormKind;
 
-/// What the norms of the residual stream compute.
+/// Parameters of the norms of the residual stream.
 #[derive(Clone, Copy)]
 pub(super) struct Norm {
     pub(super) kind: NormKind,
-    /// Added to the mean square, or the variance.
+    /// Value added to the mean square or, in a layer norm, to the variance.
     pub(super) epsilon: f32,
 }
 
@@ -20,8 +20,8 @@ impl Norm {
         }
     }
 
-    /// Normalises `x`. A layer norm also subtracts the mean of each row of `x` itself: nothing
-    /// that reads `x` later depends on it.
+    /// Computes the norm of `x` in `out`. A layer norm also subtracts the mean of each row from `x`
+    /// in place. That is harmless: no later reader of `x` depends on the mean.
     pub(super) fn compute<D: Device>(
         self,
         device: &mut D,

@@ -1,23 +1,23 @@
-//! Experts and a dense part beside them that have norms of their own.
+//! Experts with a dense part beside them, where both have norms of their own (Gemma 4).
 
 use super::weights::{ExpertNorms, Shared};
 use super::workspace::Workspace;
 use crate::device::{Device, DeviceError, RoutingSpec};
 
-/// The weights of such a feed-forward part.
+/// Weights and parameters of a feed-forward part of experts and a dense part, both with norms.
 pub(super) struct NormedExperts<'a, D: Device> {
     pub(super) router: &'a D::Linear,
     pub(super) experts: &'a D::Experts,
     pub(super) routing: RoutingSpec,
     pub(super) shared: &'a Shared<D>,
     pub(super) norms: &'a ExpertNorms<D>,
-    /// Added to the mean square in norms.
+    /// Value added to the mean square in norms.
     pub(super) epsilon: f32,
 }
 
 impl<D: Device> NormedExperts<'_, D> {
-    /// Computes the sum of both parts in `delta`. `normed` holds the input of the dense part; the
-    /// others read the residual stream.
+    /// Computes the sum of both parts in `delta`. `normed` must hold the input of the dense part;
+    /// the router and the experts read the residual stream. Overwrites `normed`.
     pub(super) fn compute(
         &self,
         device: &mut D,

@@ -1,5 +1,6 @@
-//! Inputs of single layers: embeddings of the tokens for each layer, and projections of their
-//! usual embeddings, which come into the residual stream through a gate after the layer.
+//! Per-layer inputs (Gemma 3n): each layer has an input of its own, the sum of a token embedding
+//! for that layer and a projection of the usual token embedding. It is gated and added to the
+//! residual stream after the layer.
 
 use super::weights::{LayerInputWeights, LayerWeights};
 use super::workspace::{InputSpace, Workspace};
@@ -8,16 +9,17 @@ use crate::model::layer::PerLayerInputs;
 use crate::model::{ModelConfig, ModelError, ModelSource};
 use std::f32::consts::FRAC_1_SQRT_2;
 
-/// What belongs to no layer.
+/// The weights of per-layer inputs that all layers share.
 pub(super) struct InputWeights<D: Device> {
     inputs: PerLayerInputs,
-    /// The embeddings, all layers in one row.
+    /// The token embeddings; a row holds those of all layers.
     table: D::Linear,
-    /// The projection of the usual embeddings.
+    /// Projection of the usual token embeddings to the inputs of all layers.
     projection: D::Linear,
-    /// The norm of what the projection gives for one layer, times the factor on the sum.
+    /// Weight of the norm of the projection's result for one layer, multiplied by the factor on the
+    /// sum of embedding and projection.
     norm: D::Vector,
-    /// Added to the mean square in that norm.
+    /// Value added to the mean square in that norm.
     epsilon: f32,
 }
 
@@ -34,13 +36,13 @@ impl<D: Device> InputWeights<D> {
             table: device.load_linear(&source.per_layer_table(inputs)?.spec())?,
             projection: device.load_linear(&source.per_layer_model_projection(inputs)?.spec())?,
             norm: device.load_vector(&norm)?,
-            // The projection is divided by the root of the hidden size before the norm, which is
-            // the same as a larger epsilon.
+            // The model divides the projection by the root of the hidden size before the norm.
+            // Multiplying epsilon by the hidden size has the same effect.
             epsilon: config.norm_epsilon * config.hidden as f32,
         }))
     }
 
-    /// Computes the inputs of all layers. The residual stream holds the usual embeddings.
+    /// Computes the inputs of all layers. The residual stream must hold the usual token embeddings.
     pub(super) fn compute(
         &self,
         device: &mut D,
@@ -56,7 +58,8 @@ impl<D: Device> InputWeights<D> {
         else {
             return Ok(());
         };
-        // Half of the mean square is the table's, and half the projection's.
+        // The embeddings are scaled by the root of the width, and their sum with the projection by
+        // the root of 1/2.
         let scale = (self.inputs.width as f32).sqrt() * FRAC_1_SQRT_2;
         device.embed_within(&self.table, scale, inputs)?;
         device.linear(residual, &self.projection, rows, projected)?;
@@ -64,8 +67,9 @@ impl<D: Device> InputWeights<D> {
     }
 }
 
-/// Computes what the input of a layer adds to the residual stream, in `delta`, from the residual
-/// stream itself or what stands for it.
+/// Computes the gated and projected input of a layer in `delta`, which the caller normalises and
+/// adds to the residual stream. The gate is projected from `from`: the residual stream or, if there
+/// are several streams, the active one.
 pub(super) fn gated_input<D: Device>(
     device: &mut D,
     config: &ModelConfig,
@@ -83,7 +87,8 @@ pub(super) fn gated_input<D: Device>(
     device.linear(gate, &weights.projection, rows, delta)
 }
 
-/// Adds a layer's own input to the residual stream, and multiplies that by the layer's factor.
+/// Adds a layer's own input to the residual stream and multiplies the stream by the layer's factor,
+/// if the layer has them.
 pub(super) fn own_input<D: Device>(
     device: &mut D,
     config: &ModelConfig,

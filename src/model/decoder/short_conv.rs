@@ -10,7 +10,7 @@ use crate::model::{ModelError, ModelSource};
 /// The weights of a gated convolution.
 pub(super) struct ShortConvWeights<D: Device> {
     spec: ShortConv,
-    /// `[b | c | x]`, which [`ConvInput::Gated`] describes.
+    /// Projection to `[b | c | x]`; see [`ConvInput::Gated`].
     input: D::Linear,
     taps: D::Vector,
     bias: Option<D::Vector>,
@@ -19,7 +19,7 @@ pub(super) struct ShortConvWeights<D: Device> {
 
 /// Activations of a gated convolution.
 pub(super) struct ShortConvSpace<T> {
-    /// Three columns for each channel.
+    /// `[b | c | x]`, with one column per channel each.
     pub(super) input: T,
     pub(super) output: T,
 }

@@ -1,5 +1,6 @@
-//! Several residual streams, of which each layer computes one: what the layer does to that one is
-//! predicted for all before, and corrected after.
+//! Several residual streams, of which each layer computes only the active one (AltUp), and low-rank
+//! paths beside the attention (LAuReL). All streams are predicted before a layer, and corrected
+//! after it by what the layer did to the active stream.
 //!
 //! Baykal et al., *Alternating Updates for Efficient Transformers*, 2023.
 
@@ -11,14 +12,14 @@ use crate::model::layer::Streams;
 use crate::model::names::Part;
 use crate::model::{ModelConfig, ModelError, ModelSource};
 
-/// The least mean square that a projected stream is taken to have.
+/// Lower bound of a projected stream's mean square where the stream is scaled.
 const FLOOR: f32 = 1e-5;
 
-/// What belongs to no layer.
+/// The weights of the streams that all layers share.
 pub(super) struct StreamWeights<D: Device> {
-    /// The projections of the embeddings to all streams but the first.
+    /// Projections of the token embeddings, one for each stream but the first.
     begin: Vec<D::Linear>,
-    /// The projections of all streams but the first to the output.
+    /// Projections of the streams after the last layer, one for each stream but the first.
     end: Vec<D::Linear>,
 }
 
@@ -40,7 +41,7 @@ impl<D: Device> StreamWeights<D> {
         }))
     }
 
-    /// Makes the streams of the embeddings, which are in the residual stream.
+    /// Computes the initial streams from the token embeddings, which the residual stream holds.
     pub(super) fn begin(
         &self,
         device: &mut D,
@@ -64,7 +65,7 @@ impl<D: Device> StreamWeights<D> {
         Ok(())
     }
 
-    /// Leaves the mean of the streams in the residual stream.
+    /// Projects the streams, and writes their mean to the residual stream.
     pub(super) fn end(
         &self,
         device: &mut D,
@@ -103,18 +104,21 @@ fn load_linear<D: Device>(
     Ok(device.load_linear(&stored.spec())?)
 }
 
-/// What a layer predicts and corrects the streams with.
+/// The weights with which a layer predicts and corrects the streams.
 pub(super) struct LayerStreams<D: Device> {
     spec: Streams,
     router: D::Linear,
-    /// The norm on the router's input, divided by the hidden size.
+    /// Weight of the norm on the router's input, divided by the hidden size.
     router_norm: D::Vector,
-    /// The weights of the factors, of the router's outputs.
+    /// Weights from the router's outputs to the factors of the prediction,
+    /// `[count · count, count]`, where `count` is the number of streams.
     prediction: D::Vector,
+    /// Weights from the router's outputs to the factors of the correction, `[count, count]`.
     correction: D::Vector,
-    /// Factors on the active stream before the layer's own input is gated by it.
+    /// Factors on the active stream, one per column, where it gates the layer's own input; `None`
+    /// if there are none.
     scale: Option<D::Vector>,
-    /// Added to the mean square in norms.
+    /// Value added to the mean square in norms.
     epsilon: f32,
 }
 
@@ -157,7 +161,7 @@ impl<D: Device> LayerStreams<D> {
         }))
     }
 
-    /// Computes the tangents of the router's outputs.
+    /// Computes the router's outputs for `from`, through a hyperbolic tangent, in `routed`.
     fn route(
         &self,
         device: &mut D,
@@ -170,7 +174,7 @@ impl<D: Device> LayerStreams<D> {
         device.softcap(routed, 1.0, rows)
     }
 
-    /// Predicts the streams. The residual stream becomes what is predicted of the active one.
+    /// Predicts the streams, and copies the prediction of the active one to the residual stream.
     pub(super) fn predict(
         &self,
         device: &mut D,
@@ -195,8 +199,8 @@ impl<D: Device> LayerStreams<D> {
         device.copy(&predicted[active], rows, residual)
     }
 
-    /// Corrects the streams by what the layer made of the active one, which is in the residual
-    /// stream, and adds the layer's own input to all streams but the first.
+    /// Corrects the predicted streams by the layer's result for the active one, which the residual
+    /// stream holds, and adds the layer's own input to all streams but the first.
     pub(super) fn correct(
         &self,
         device: &mut D,
@@ -239,7 +243,8 @@ impl<D: Device> LayerStreams<D> {
     }
 }
 
-/// A learned path beside the attention: a product of low rank of the layer's input.
+/// A learned low-rank path beside the attention (LAuReL): the product of two matrices and the
+/// attention's input, which is then normalised.
 pub(super) struct SidePath<D: Device> {
     left: D::Linear,
     right: D::Linear,
@@ -269,8 +274,8 @@ impl<D: Device> SidePath<D> {
         }))
     }
 
-    /// Adds the path, and its input, to the residual stream after the attention, and divides by
-    /// the root of 2. `normed` holds the attention's input.
+    /// Adds the path and its input to the residual stream after the attention, and divides the
+    /// stream by the root of 2. `normed` must hold the attention's input.
     pub(super) fn add(
         &self,
         device: &mut D,

@@ -1,4 +1,4 @@
-//! A layer's weights on a device.
+//! The weights of a layer, loaded on a device.
 
 use super::gated_delta::GatedDeltaWeights;
 use super::latent::LatentWeights;
@@ -17,13 +17,13 @@ pub(super) struct LayerWeights<D: Device> {
     pub(super) mixer: MixerWeights<D>,
     pub(super) feed_forward_norms: Norms<D>,
     pub(super) feed_forward: FeedForwardWeights<D>,
-    /// How the layer's own input comes in, if it has one.
+    /// The weights of the layer's own input, if it has one.
     pub(super) input: Option<LayerInputWeights<D>>,
-    /// The factor on the residual stream after the layer.
+    /// Factor on the residual stream after the layer, if there is one.
     pub(super) scale: Option<f32>,
-    /// A path beside the mixer.
+    /// The low-rank path beside the mixer, if there is one.
     pub(super) side: Option<SidePath<D>>,
-    /// What residual streams are predicted and corrected with, if there are several.
+    /// The weights that predict and correct the residual streams, if there are several.
     pub(super) streams: Option<LayerStreams<D>>,
 }
 
@@ -48,21 +48,21 @@ pub(super) enum MixerWeights<D: Device> {
 pub(super) struct AttentionWeights<D: Device> {
     pub(super) spec: Attention,
     pub(super) qkv: D::Linear,
-    /// The norms of queries and of keys.
+    /// The weights of the norms of queries and keys.
     pub(super) qk_norm: QkNormWeights<D>,
-    /// The sinks of the heads.
+    /// The attention sinks, one per query head, if there are any.
     pub(super) sinks: Option<D::Vector>,
-    /// The projection to the gate of the output, if there is one.
+    /// Projection to the gate of the output, if there is one.
     pub(super) gate: Option<D::Linear>,
     pub(super) out: D::Linear,
 }
 
-/// The weights of the norms of queries and of keys, if there are such norms. There is none of keys
-/// if the layer has no keys of its own.
+/// The weights of the norms of queries and of keys, if there are such norms. A layer without keys
+/// of its own has no norm of keys.
 type QkNormWeights<D> = Option<(Vector<D>, Option<Vector<D>>)>;
 type Vector<D> = <D as DeviceTypes>::Vector;
 
-/// The norms of a part of a layer, where there are some.
+/// The norms on the input and on the output of a mixer or a feed-forward part.
 pub(super) struct Norms<D: Device> {
     pub(super) before: Option<D::Vector>,
     pub(super) after: Option<D::Vector>,
@@ -75,16 +75,17 @@ pub(super) enum FeedForwardWeights<D: Device> {
         gate_up: D::Linear,
         down: D::Linear,
         activation: Activation,
-        /// By how many deviations above their mean gates are cut.
+        /// Threshold of the gates, in standard deviations above their mean: it is subtracted from
+        /// them, and negative results become 0. `None` if gates are left as they are.
         cut: Option<f32>,
     },
     Experts {
         router: D::Linear,
         experts: D::Experts,
         routing: RoutingSpec,
-        /// The dense part beside the experts.
+        /// The dense part beside the experts, if there is one.
         shared: Option<Shared<D>>,
-        /// The norms that the experts and that part have of their own.
+        /// The norms of the experts and of the dense part, if they have norms of their own.
         norms: Option<ExpertNorms<D>>,
     },
     None,
@@ -103,12 +104,12 @@ pub(super) struct Shared<D: Device> {
     width: usize,
     gate_up: D::Linear,
     down: D::Linear,
-    /// The projection to the gate of the output, if there is one.
+    /// Projection to the gate of the output, if there is one.
     gate: Option<D::Linear>,
 }
 
 impl<D: Device> Shared<D> {
-    /// Computes the part in `delta`, from `normed`.
+    /// Computes the dense part in `delta` from `normed`.
     pub(super) fn compute(
         &self,
         device: &mut D,
@@ -128,7 +129,8 @@ impl<D: Device> Shared<D> {
         } = of_dense(dense, self.width, activation);
         device.gated_linear(normed, &self.gate_up, activation, rows, gate_up, hidden)?;
         if let Some((weight, gate)) = self.gate.as_ref().zip(shared_gate.as_mut()) {
-            // A factor on the output of a projection without a bias is one on its input.
+            // The gate is a factor on the output of `down`. As that projection has no bias, the
+            // factor can be applied to its input.
             device.linear(normed, weight, rows, gate)?;
             device.sigmoid_gate(hidden, gate, rows)?;
         }
@@ -202,7 +204,7 @@ impl<D: Device> LayerWeights<D> {
 }
 
 impl<D: Device> Loader<'_, D> {
-    /// The norms of a part of the layer: those that its placement asks for.
+    /// Loads the norms of a part of the layer that `placement` asks for.
     fn norms(
         &mut self,
         placement: NormPlacement,
@@ -247,7 +249,8 @@ impl<D: Device> Loader<'_, D> {
         })
     }
 
-    /// The norms of queries and of keys, if there are some.
+    /// Loads the norms of queries and keys, if there are such norms. Norms without stored weights
+    /// get weights of 1.
     fn qk_norm(&mut self, attention: &Attention) -> Result<QkNormWeights<D>, ModelError> {
         if attention.qk_norm == Some(QkNormKind::PerHeadUnweighted) {
             let ones = vec![1.0; attention.heads.head_dim];
@@ -265,7 +268,7 @@ impl<D: Device> Loader<'_, D> {
         Ok(Some((q, k)))
     }
 
-    /// How the layer's own input comes in, if the model has such inputs.
+    /// Loads the weights of the layer's own input, if the model has per-layer inputs.
     fn input(&mut self) -> Result<Option<LayerInputWeights<D>>, ModelError> {
         let config = self.source.config();
         let Some(inputs) = config.per_layer_inputs else {
@@ -350,7 +353,7 @@ impl<D: Device> Loader<'_, D> {
 
     fn expert_norms(&mut self) -> Result<ExpertNorms<D>, ModelError> {
         let hidden = self.source.config().hidden;
-        // The router's input is divided by the root of the hidden size.
+        // The model divides the router's input by the root of the hidden size.
         let scale = 1.0 / (hidden as f32).sqrt();
         let mut router = self.source.router_scale(self.layer)?;
         router.iter_mut().for_each(|weight| *weight *= scale);

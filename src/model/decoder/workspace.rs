@@ -1,4 +1,4 @@
-//! The intermediates of a step.
+//! The memory for the activations of a step.
 
 use super::StepLimits;
 use super::gated_delta::GatedDeltaSpace;
@@ -13,73 +13,75 @@ use crate::model::layer::{Attention, Mixer, PerLayerInputs, Streams};
 pub(super) struct Workspace<T> {
     /// The residual stream.
     pub(super) residual: T,
-    /// Input of a part of a layer.
+    /// Normalised input of a mixer, of a feed-forward part, or of the output projection.
     pub(super) normed: T,
-    /// For each shape of attention.
+    /// Activations of attention, one entry per distinct pair of column counts.
     pub(super) attentions: Vec<AttentionSpace<T>>,
-    /// Activations of latent attention, if there is some.
+    /// Activations of latent attention, if a layer has it.
     pub(super) latent: Option<LatentWorkspace<T>>,
-    /// Activations of layers with a gated convolution, if there are some.
+    /// Activations of gated convolutions, if a layer has one.
     pub(super) short_conv: Option<ShortConvSpace<T>>,
-    /// Activations of layers with a gated delta net, if there are some.
+    /// Activations of gated delta nets, if a layer has one.
     pub(super) gated_delta: Option<GatedDeltaSpace<T>>,
-    /// Activations of Mamba-2 layers, if there are some.
+    /// Activations of Mamba-2 recurrences, if a layer has one.
     pub(super) mamba2: Option<Mamba2Space<T>>,
-    /// Output of a part of a layer.
+    /// Output of a mixer or of a feed-forward part.
     pub(super) delta: T,
-    /// For each width of dense parts.
+    /// Activations of dense feed-forward parts, one entry per distinct pair of column counts.
     pub(super) dense: Vec<DenseSpace<T>>,
     pub(super) router: Option<T>,
-    /// Gate of the dense part beside experts: one column.
+    /// Gate of the dense part beside experts; it has one column.
     pub(super) shared_gate: Option<T>,
-    /// Sum of the outputs of experts that have norms of their own and of the dense part beside.
+    /// Sum of the outputs of the dense part and of the experts, if they have norms of their own.
     pub(super) beside: Option<T>,
     pub(super) inputs: Option<InputSpace<T>>,
-    /// Between the matrices of a path beside a mixer.
+    /// Result of the first of the two matrices of a low-rank path beside a mixer.
     pub(super) side: Option<T>,
     pub(super) streams: Option<StreamSpace<T>>,
-    /// The rows that are sampled.
+    /// The sampled rows of the residual stream.
     pub(super) gathered: T,
     pub(super) logits: T,
 }
 
-/// The intermediates of attention with these columns.
+/// Activations of attention.
 pub(super) struct AttentionSpace<T> {
+    /// Columns of `qkv`, and of `gate` and `out`.
     columns: [usize; 2],
-    /// The queries, and keys and values if the layer has some of its own.
+    /// Queries, followed by keys and values if the layer has its own.
     pub(super) qkv: T,
-    /// What the gate of the output comes from, if a layer has one.
+    /// Gate of the output before its sigmoid; `None` if no layer of the model has such a gate.
     pub(super) gate: Option<T>,
     pub(super) out: T,
 }
 
-/// The intermediates of a dense part of this width.
+/// Activations of a dense feed-forward part.
 pub(super) struct DenseSpace<T> {
+    /// Columns of `hidden`, and of `gate_up`.
     columns: [usize; 2],
     pub(super) gate_up: T,
     pub(super) hidden: T,
 }
 
-/// The inputs of single layers.
+/// Activations of per-layer inputs.
 pub(super) struct InputSpace<T> {
-    /// Those of all layers.
+    /// The inputs of all layers in one row.
     pub(super) inputs: T,
-    /// What the usual embeddings give for them.
+    /// Projection of the usual token embeddings to the inputs of all layers.
     pub(super) projected: T,
-    /// The gate of one layer.
+    /// Gate of one layer.
     pub(super) gate: T,
 }
 
 /// The residual streams, if there are several.
 pub(super) struct StreamSpace<T> {
     pub(super) current: Vec<T>,
-    /// What a layer predicts of them.
+    /// The streams that a layer predicts.
     pub(super) predicted: Vec<T>,
-    /// Outputs of a layer's router.
+    /// Outputs of a layer's router, one column per stream.
     pub(super) routed: T,
 }
 
-/// Returns the intermediates of this attention.
+/// Returns the activations of this attention.
 pub(super) fn of_attention<'a, T>(
     spaces: &'a mut [AttentionSpace<T>],
     attention: &Attention,
@@ -89,7 +91,7 @@ pub(super) fn of_attention<'a, T>(
     found.unwrap_or_else(|| unreachable!("there is a workspace for each attention"))
 }
 
-/// Returns the intermediates of a dense part of this width.
+/// Returns the activations of a dense part of this width and activation.
 pub(super) fn of_dense<T>(
     spaces: &mut [DenseSpace<T>],
     width: usize,
@@ -115,7 +117,8 @@ impl<T> Workspace<T> {
         })
     }
 
-    /// Makes each matrix with `make`, from its rows, its columns and its precision.
+    /// Creates each matrix with `make`, which takes its number of rows, its number of columns and
+    /// its precision.
     fn make(
         config: &ModelConfig,
         limits: StepLimits,
@@ -224,14 +227,14 @@ impl<T> Workspace<T> {
     }
 }
 
-/// Returns the bytes that the activations of steps within `limits` take on a device.
+/// Returns the number of bytes that the activations of steps within `limits` take on a device.
 pub(super) fn bytes<D: Device>(config: &ModelConfig, device: &D, limits: StepLimits) -> usize {
     let mut bytes = 0usize;
     let add = |rows, columns, precision| {
         bytes = bytes.saturating_add(device.tensor_bytes(rows, columns, precision));
         Ok(())
     };
-    // Adding fails for no matrix.
+    // `add` never fails.
     let _ = Workspace::make(config, limits, add);
     bytes
 }

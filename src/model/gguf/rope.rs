@@ -5,7 +5,8 @@ use crate::model::{ModelError, RopeConfig, RopeScaling};
 use crate::weights::{WeightSource, quant};
 
 impl Metadata<'_> {
-    /// The position embedding.
+    /// Reads the position embedding. `head_dim` is the default number of rotated elements per head.
+    /// `context` is the default of the context in tokens before an extension.
     pub(super) fn rope(&self, head_dim: usize, context: usize) -> Result<RopeConfig, ModelError> {
         let rotary_dim = self.size("rope.dimension_count")?.unwrap_or(head_dim);
         let theta = self.number("rope.freq_base")?.unwrap_or(10_000.0);
@@ -51,7 +52,7 @@ impl Metadata<'_> {
                 scaling: RopeScaling::Factors { factors },
             });
         }
-        // A factor of 0 stands for none.
+        // A factor of 0 means that positions are not scaled.
         let factor = match self.number("rope.scaling.factor")? {
             Some(factor) => Some(factor),
             None => self.number("rope.scale_linear")?,
@@ -66,7 +67,7 @@ impl Metadata<'_> {
                 beta_fast: self.number("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: self.number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
                 truncate: true,
-                // GGUF's factor comes on top of the derived one.
+                // GGUF's `attn_factor` multiplies the factor that follows from `factor`.
                 attention_factor: self.yarn_magnitude(magnitude, factor)?,
             },
             (Some(other), Some(_)) => {
@@ -81,17 +82,17 @@ impl Metadata<'_> {
         })
     }
 
-    /// YaRN's factor on cosine and sine where the file has one of its own. A multiplier of its
-    /// logarithm stands for the quotient of the usual factor and that with the multiplier.
+    /// Returns YaRN's factor on the cosine and the sine, or `None` if the file does not change its
+    /// default of `0.1 · ln(factor) + 1`. The default is multiplied by `own` and, if the file has a
+    /// multiplier `m` of the logarithm, divided by `0.1 · m · ln(factor) + 1`. Both of these sums
+    /// count as 1 if `factor` is at most 1.
     fn yarn_magnitude(&self, own: Option<f32>, factor: f32) -> Result<Option<f32>, ModelError> {
         let magnitude = |multiplier: f32| match factor <= 1.0 {
             true => 1.0,
             false => 0.1 * multiplier * factor.ln() + 1.0,
         };
-        let multiplier = self.number("rope.scaling.yarn_log_multiplier")?;
-        let divisor = multiplier
-            .filter(|&multiplier| multiplier != 0.0)
-            .map(magnitude);
+        let multiplier = self.positive("rope.scaling.yarn_log_multiplier")?;
+        let divisor = multiplier.map(magnitude);
         Ok(match (own, divisor) {
             (None, None) => None,
             (own, divisor) => Some(own.unwrap_or(1.0) * magnitude(1.0) / divisor.unwrap_or(1.0)),

@@ -6,12 +6,12 @@ use super::settings::Settings;
 use crate::model::{ModelError, RopeConfig, RopeScaling};
 use serde_json::Value;
 
-/// The keys under which `rope_parameters` holds one object for each kind of layer.
+/// Keys under which `rope_parameters` holds one object for each kind of layer.
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
 impl<'a> Config<'a> {
-    /// The position embeddings of full and of sliding layers.
+    /// Reads the position embeddings of the layers with full attention and of those that slide.
     pub(super) fn ropes(&self) -> Result<(RopeConfig, RopeConfig), ModelError> {
         let settings = self.settings;
         let theta = settings.number("rope_theta")?;
@@ -25,16 +25,17 @@ impl<'a> Config<'a> {
         Ok((full.clone(), full))
     }
 
-    /// The parameters of the position embedding, if there are any.
+    /// Returns the parameters of the position embedding, if there are any: `rope_scaling`, or else
+    /// `rope_parameters`.
     pub(in crate::model) fn rope_parameters(&self) -> Option<Settings<'a>> {
         let of = |key| self.settings.part(key);
         of("rope_scaling").or_else(|| of("rope_parameters"))
     }
 
-    /// The RoPE parameters of sliding layers, of a model that has some of their own.
+    /// Returns the RoPE parameters of sliding layers, for models where these have their own.
     ///
     /// # Errors
-    /// [`ModelError::BadSetting`] when there is one set of parameters for all layers.
+    /// [`ModelError::BadSetting`] if there is one set of parameters for all layers.
     pub(in crate::model) fn sliding_rope_parameters(
         &self,
     ) -> Result<Option<Settings<'a>>, ModelError> {
@@ -50,14 +51,14 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// `rope_parameters`, if it holds an object for each kind of layer.
+    /// Returns `rope_parameters` if it holds an object for each kind of layer.
     fn nested_ropes(&self) -> Option<Settings<'a>> {
         let parameters = self.settings.part("rope_parameters")?;
         let is_nested = [FULL, SLIDING].iter().any(|kind| parameters.says(kind));
         is_nested.then_some(parameters)
     }
 
-    /// One position embedding; `theta` is its base where the parameters have none.
+    /// Reads one position embedding. `theta` is its base if the parameters have none.
     pub(in crate::model) fn rope(
         &self,
         parameters: Option<Settings<'_>>,
@@ -74,7 +75,7 @@ impl<'a> Config<'a> {
         };
         let scaling = match kind {
             "default" => RopeScaling::None,
-            // Changes nothing below the context length, which is quell's limit.
+            // Dynamic scaling changes nothing within the context, which quell does not exceed.
             "dynamic" => {
                 own.required_number("factor")?;
                 RopeScaling::None
@@ -112,7 +113,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// Elements of a head that are rotated.
+    /// Returns the number of elements per head that are rotated.
     fn rotary_dim(&self, own: Settings<'_>) -> Result<usize, ModelError> {
         let key = "partial_rotary_factor";
         let is_said = own.get(key).is_some() || self.settings.get(key).is_some();
@@ -136,13 +137,13 @@ impl<'a> Config<'a> {
         Ok((self.heads()?.head_dim as f32 * partial) as usize)
     }
 
-    /// The context that the model was trained on before it was extended.
+    /// Returns the context in tokens that the model was trained on before it was extended.
     pub(in crate::model) fn original_context(
         &self,
         own: Settings<'_>,
     ) -> Result<usize, ModelError> {
         let key = "original_max_position_embeddings";
-        // Beside the parameters it counts more than in them.
+        // A value beside the RoPE parameters takes precedence over one within them.
         let (place, original) = match (self.settings.size(key)?, own.size(key)?) {
             (Some(original), _) => (self.settings, original),
             (None, own_context) => match (self.class().rope.original_context, own_context) {
@@ -161,7 +162,7 @@ impl<'a> Config<'a> {
         let original = self.original_context(own)? as f32;
         let factor = own.number("factor")?;
         let factor = factor.unwrap_or(self.trained_context()? as f32 / original);
-        // 0 stands for none here.
+        // For these settings, 0 means the default.
         let set = |key: &str| -> Result<Option<f32>, ModelError> {
             Ok(own.number(key)?.filter(|&number| number != 0.0))
         };
@@ -183,7 +184,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// LongRoPE's two lists of factors.
+    /// Reads LongRoPE's two lists of factors, its original context and its magnitude.
     fn longrope(&self, own: Settings<'_>) -> Result<RopeScaling, ModelError> {
         let factors = |key: &str| {
             own.optional(key, "a list of numbers", |value| {

@@ -1,18 +1,18 @@
-//! The settings of a `config.json`, read with the name of what is wrong.
+//! Reads the settings of a `config.json`, with errors that name the setting at fault.
 
 use crate::model::ModelError;
 use serde_json::Value;
 
-/// An object of settings.
+/// An object of settings, and where it is in the file.
 #[derive(Clone, Copy)]
 pub(in crate::model) struct Settings<'a> {
     value: &'a Value,
-    /// The keys that lead to the object, outermost first. Unused places are empty.
+    /// The keys that lead to the object, outermost first. Unused entries are empty.
     place: [&'static str; 3],
 }
 
 impl<'a> Settings<'a> {
-    /// The settings of the whole file.
+    /// Creates the settings of a whole file.
     pub(super) fn new(value: &'a Value) -> Self {
         Self {
             value,
@@ -20,7 +20,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// The object under `key`, unless it is missing or null.
+    /// Returns the object under `key`, or `None` if it is missing or null.
     pub(super) fn part(&self, key: &'static str) -> Option<Self> {
         let mut part = Self {
             value: self.get(key)?,
@@ -32,25 +32,25 @@ impl<'a> Settings<'a> {
         Some(part)
     }
 
-    /// Whether the settings are an object without any setting.
+    /// Returns whether this is an object without any settings.
     pub(super) fn is_empty(&self) -> bool {
         self.value
             .as_object()
             .is_some_and(|object| object.is_empty())
     }
 
-    /// The keys that lead to the object, each followed by a dot.
+    /// Returns the keys that lead to the object, each followed by a dot.
     pub(super) fn place(&self) -> String {
         let place = self.place.iter().filter(|key| !key.is_empty());
         place.map(|key| format!("{key}.")).collect()
     }
 
-    /// The full name of a setting, from the beginning of the file.
+    /// Returns the full name of a setting, which begins with the keys that lead to it.
     pub(in crate::model) fn name(&self, key: &str) -> String {
         self.place() + key
     }
 
-    /// The error for a setting with this value.
+    /// Returns the error for a setting whose value is refused.
     pub(in crate::model) fn refused(
         &self,
         key: &str,
@@ -60,24 +60,27 @@ impl<'a> Settings<'a> {
         ModelError::setting(self.name(key), value, expected)
     }
 
-    /// The error for a setting that is not there.
+    /// Returns the error for a missing setting.
     pub(in crate::model) fn missing(&self, key: &str) -> ModelError {
         ModelError::MissingSetting {
             key: self.name(key),
         }
     }
 
-    /// The setting, unless it is missing or null.
+    /// Returns the value of a setting, or `None` if it is missing or null.
     pub(in crate::model) fn get(&self, key: &str) -> Option<&'a Value> {
         self.value.get(key).filter(|value| !value.is_null())
     }
 
-    /// Whether the setting is there at all, null included.
+    /// Returns whether the file has the setting, even if it is null.
     pub(in crate::model) fn says(&self, key: &str) -> bool {
         self.value.get(key).is_some()
     }
 
-    /// The setting as `read` understands it; `None` where it is missing or null.
+    /// Converts the value of a setting with `read`. Returns `None` if it is missing or null.
+    ///
+    /// # Errors
+    /// [`ModelError::BadSetting`] if `read` returns `None`.
     pub(in crate::model) fn optional<T>(
         &self,
         key: &str,
@@ -100,8 +103,8 @@ impl<'a> Settings<'a> {
         })
     }
 
-    /// The setting, or `default` where it is missing. A null is refused: transformers'
-    /// configuration classes have no meaning for it.
+    /// Reads a whole number, or returns `default` if it is missing. A null is refused: it has no
+    /// meaning in transformers' configuration classes.
     pub(in crate::model) fn size_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
         match self.size(key)? {
             Some(size) => Ok(size),
@@ -116,7 +119,7 @@ impl<'a> Settings<'a> {
         })
     }
 
-    /// The setting, or `default` where it is missing; `None` where it is null.
+    /// Reads a number. Returns `default` if it is missing, and `None` if it is null.
     pub(in crate::model) fn number_or(
         &self,
         key: &str,
@@ -128,7 +131,8 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// The number, which must be positive, or `default` where it is missing.
+    /// Reads a number, which must be positive, or returns `default` if it is missing. A null is
+    /// refused.
     pub(in crate::model) fn positive_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
         let number = self.number_or(key, Some(default))?;
         match number {
@@ -146,7 +150,7 @@ impl<'a> Settings<'a> {
         self.optional(key, "a string", Value::as_str)
     }
 
-    /// The number, which must be there.
+    /// Reads a number that must not be missing or null.
     pub(in crate::model) fn required_number(&self, key: &str) -> Result<f32, ModelError> {
         self.number(key)?.ok_or_else(|| self.missing(key))
     }

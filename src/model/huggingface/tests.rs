@@ -1,4 +1,4 @@
-//! Settings of `config.json`, read and refused.
+//! Tests of how settings of `config.json` are read and refused.
 
 mod recurrent;
 
@@ -182,7 +182,7 @@ fn end_tokens_may_be_one_many_or_none() {
     assert_eq!(ends(json!(-1)), [0u32; 0]);
 }
 
-/// `config.json` with nothing but the type of the model.
+/// Reads a `config.json` that contains only `model_type`.
 fn bare(model_type: &str) -> ModelConfig {
     read(&json!({"model_type": model_type})).unwrap()
 }
@@ -383,7 +383,7 @@ fn gemmas_caps_and_scale_are_the_classes_unless_they_are_null() {
     assert_eq!(caps(&uncapped), (None, None));
     assert_eq!(scale(&uncapped), 1.0 / 8.0);
     assert_eq!(bare("gemma3_text").logit_softcap, None);
-    // Other classes do not read them.
+    // Other classes do not read these settings.
     let changes = json!({"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 1});
     let config = read(&with(llama(), changes)).unwrap();
     assert_eq!((config.logit_softcap, scale(&config)), (None, 0.25));
@@ -519,7 +519,7 @@ fn settings_that_would_change_the_results_are_refused_by_key() {
     let step = json!({"model_type": "qwen3_moe", "decoder_sparse_step": 0});
     refused(step, "decoder_sparse_step");
     refused(json!({"model_type": "qwen3", "head_dim": null}), "head_dim");
-    // Python's infinity, which JSON lacks, comes as a string.
+    // JSON has no infinity; `from_python_json` turns Python's into a string.
     refused(json!({"rope_theta": "Infinity"}), "rope_theta");
 }
 
@@ -594,7 +594,7 @@ fn layers_without_rope_are_listed_or_come_at_an_interval() {
     };
     assert_eq!(rotated(exaone(json!({}))), [true, true, true, false]);
     assert_eq!(rotated(exaone(json!({"sliding_window": null}))), [true; 4]);
-    // There is a size of windows, but no layer has one.
+    // The file has a window size, but no layer has a window.
     let full = json!({"layer_types": vec!["full_attention"; 4]});
     assert_eq!(rotated(exaone(full)), [false; 4]);
     let cohere = json!({
@@ -803,7 +803,7 @@ fn llama4_mixes_chunks_and_layers_without_rope() {
     assert_eq!((scale.slope, scale.interval, scale.offset), (0.1, 8192, 1));
     assert_eq!(config.dense_width(), Some(16_384));
     assert_eq!(config.shared_width(), Some(8192));
-    // As files of the first version say it.
+    // Older files have a number here instead of a flag.
     let older = llama(json!({"attn_temperature_tuning": 4})).unwrap();
     assert!((older.layers.iter()).any(|layer| layer.attention().unwrap().query_scale.is_some()));
     let plain = json!({"attn_temperature_tuning": false, "attention_chunk_size": null});

@@ -1,18 +1,20 @@
-//! Which layers have a sliding window, as `config.json` says it.
+//! Reads from `config.json` which layers have a sliding window.
 
 use super::Config;
 use crate::model::ModelError;
 use serde_json::Value;
 use std::collections::HashSet;
 
-/// No model has more layers; a number beyond is refused before it is used.
+/// Maximum length of lists with one entry per layer. No model has more layers. A larger number is
+/// refused later, and must not allocate a huge list before that.
 const MOST_LAYERS: usize = 1 << 16;
 
-/// What errors call an entry of `layer_types`.
+/// Name of an entry of `layer_types` in errors.
 const ENTRY: &str = "layer_types entry";
 
 impl Config<'_> {
-    /// `sliding_window`, or the class's where it is missing; `None` where it is null.
+    /// Reads `sliding_window`. Returns the default of the class if it is missing, and `None` if it
+    /// is null.
     pub(in crate::model) fn window(&self) -> Result<Option<usize>, ModelError> {
         let key = "sliding_window";
         Ok(match self.settings.size(key)? {
@@ -21,11 +23,11 @@ impl Config<'_> {
         })
     }
 
-    /// The windows of layers that all have the same one, or none.
+    /// Returns one window per layer, each of which is `window`.
     ///
     /// # Errors
-    /// [`ModelError::BadSetting`] when `layer_types` gives full attention to one of them:
-    /// transformers gives all layers the window, whatever is listed.
+    /// [`ModelError::BadSetting`] if there is a window and `layer_types` lists a layer with full
+    /// attention: transformers would give that layer the window as well.
     pub(in crate::model) fn same_windows(
         &self,
         window: Option<usize>,
@@ -44,8 +46,9 @@ impl Config<'_> {
         Ok(vec![window; slides.len()])
     }
 
-    /// The windows of layers of two kinds: those with full attention, and those that slide or
-    /// see chunks, as `layer_types` lists them or else as `slides` has it.
+    /// Returns the windows of all layers, of which some have full attention and the others have
+    /// `window`, which slides or is a chunk. `layer_types` lists the kinds; if it is missing,
+    /// `slides` returns whether a layer has the window.
     pub(in crate::model) fn mixed_windows(
         &self,
         window: Option<usize>,
@@ -59,8 +62,12 @@ impl Config<'_> {
         Ok(windows.collect())
     }
 
-    /// The windows of layers of which all but each `period`th slide, unless `layer_types` lists
-    /// them: `sliding_window_pattern` is the period, by default `default`.
+    /// Like [`Config::mixed_windows`], but if `layer_types` is missing, the last layer of each
+    /// period has full attention and the others have the window. The period is
+    /// `sliding_window_pattern`, or `default` if that is missing.
+    ///
+    /// # Errors
+    /// [`ModelError::BadSetting`] if the period is 0.
     pub(in crate::model) fn periodic_windows(
         &self,
         window: Option<usize>,
@@ -77,8 +84,8 @@ impl Config<'_> {
         self.mixed_windows(window, |layer| (layer + 1) % period != 0)
     }
 
-    /// The layers of the class's other kind than full attention, as `layer_types` lists them, of
-    /// a class whose other kind is recurrent.
+    /// Returns the layers that `layer_types` does not list with full attention, for a class whose
+    /// other layers are recurrent. Returns `None` if `layer_types` is missing.
     pub(in crate::model) fn recurrent_layers(&self) -> Result<Option<HashSet<usize>>, ModelError> {
         Ok(self.layer_types()?.map(|types| {
             let layers = types.into_iter().enumerate();
@@ -87,12 +94,13 @@ impl Config<'_> {
         }))
     }
 
-    /// `layer_types`: for each layer whether it is of the class's other kind than full attention.
+    /// Reads `layer_types`. For each layer, the result is whether it is of the class's other kind
+    /// than full attention.
     fn layer_types(&self) -> Result<Option<Vec<bool>>, ModelError> {
         let (settings, local) = (self.settings, self.class().local_attention);
         let types = settings.optional("layer_types", "a list of layer types", Value::as_array)?;
         let Some(types) = types else { return Ok(None) };
-        // Older names, which transformers replaces in all classes.
+        // Older names, which transformers replaces in every class.
         let current = |kind| match kind {
             "attention" => "full_attention",
             "mamba" => "linear_attention",

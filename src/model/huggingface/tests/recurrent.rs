@@ -1,4 +1,4 @@
-//! Settings of models with recurrent layers.
+//! Tests of the settings of models with recurrent layers.
 
 use super::*;
 use crate::device::{Mamba2Spec, SigmoidRouting};
@@ -13,7 +13,7 @@ fn refusals(config: &Value, cases: &[(Value, &str)]) {
     }
 }
 
-/// Number of elements of the states of all layers.
+/// Returns the number of elements of the states of all layers together.
 pub(super) fn state_elements(config: &ModelConfig) -> usize {
     let layers = config.layers.iter();
     layers
@@ -52,7 +52,7 @@ fn lfm2_convolves_in_the_layers_without_attention() {
     let types = json!({"layer_types": ["full_attention", "conv", "conv", "conv"]});
     let config = read(&with(lfm2(), types)).unwrap();
     assert_eq!(has_attention(&config), [true, false, false, false]);
-    // Without either list, no layer is recurrent.
+    // Without `full_attn_idxs` and `layer_types`, no layer is recurrent.
     let config = read(&json!({"model_type": "lfm2"})).unwrap();
     assert_eq!(has_attention(&config), [true; 32]);
     assert_eq!(state_elements(&config), 0);
@@ -65,7 +65,7 @@ fn lfm2_convolves_in_the_layers_without_attention() {
 fn lfm2_adjusts_the_width_of_its_feed_forward_parts() {
     let width = |changes| read(&with(lfm2(), changes)).unwrap().dense_width();
     assert_eq!(width(json!({})), Some(8192));
-    // 2/3 of it, up to the next multiple.
+    // The width is 2/3 of the stated one, rounded up to a multiple of 256.
     assert_eq!(width(json!({"block_ff_dim": 10_240})), Some(6912));
     assert_eq!(width(json!({"intermediate_size": 10_240})), Some(6912));
     let scaled = json!({"block_ff_dim": 1024, "block_ffn_dim_multiplier": 1.5,
@@ -115,7 +115,7 @@ fn lfm2_chooses_experts_behind_its_dense_layers() {
     let is_dense = |layer: &LayerSpec| matches!(layer.feed_forward, FeedForward::Dense { .. });
     let dense: Vec<bool> = config.layers.iter().map(is_dense).collect();
     assert_eq!(dense, [true, true, false, false]);
-    // The width is not adjusted here.
+    // Models with experts do not adjust the width of their dense layers.
     assert_eq!(config.dense_width(), Some(7168));
     let plain = read(&with(sparse, json!({"use_expert_bias": false}))).unwrap();
     assert!(!plain.experts().unwrap().has_corrections);
@@ -147,7 +147,8 @@ fn granite_mixes_mamba2_and_attention_without_rope() {
     };
     assert_eq!(spec.recurrence, expected);
     assert_eq!((spec.taps, spec.has_conv_bias), (4, true));
-    // The stream is divided by the factor, and only the norms that read it must know.
+    // The residual stream is kept divided by the factor, so the epsilon changes only in the norms
+    // that read that stream.
     assert_eq!(spec.norm_epsilon, 1e-5);
     assert_eq!(config.norm_epsilon, 4e-5);
     let experts = config.experts().unwrap();

@@ -1,0 +1,151 @@
+//! Models with a tensor of another name: it is missing, and what has its data is unknown. Either is
+//! refused by its name.
+
+use common::gguf_writer::GgufWriter;
+use common::golden::checkpoints;
+use quell::ModelError;
+use quell::internals::model::ModelSource;
+use quell::internals::weights::{Gguf, ModelFolder, WeightSource};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::path::Path;
+use tempfile::TempDir;
+
+/// Opens a model with another name for one tensor, if any.
+type Open = Box<dyn Fn(Option<&str>) -> Result<ModelSource, ModelError>>;
+
+/// Returns the name of a tensor without the numbers of layers and experts.
+fn kind(name: &str) -> String {
+    let parts = name.split('.');
+    let parts = parts.map(|part| match part.parse::<usize>() {
+        Ok(_) => "N",
+        Err(_) => part,
+    });
+    parts.collect::<Vec<_>>().join(".")
+}
+
+/// Returns the last tensor of each kind.
+fn one_of_each_kind(names: Vec<String>) -> Vec<String> {
+    let names = names.into_iter().map(|name| (kind(&name), name));
+    names.collect::<BTreeMap<_, _>>().into_values().collect()
+}
+
+/// Whether a tensor belongs to a tower for images, which is skipped.
+fn is_skipped(name: &str) -> bool {
+    name.contains(".visual.") || name.contains(".vision_tower.")
+}
+
+/// Returns whether an error names one of the tensors that can take the place of `name`.
+fn names_a_replacement(error: &str, name: &str) -> bool {
+    let replacements = [
+        ("qkv_proj", "q_proj"),
+        ("in_proj_ba", "in_proj_b"),
+        ("in_proj_qkvz", "in_proj_qkv"),
+        ("ssm_ba", "ssm_beta"),
+        ("ffn_gate_up_exps", "ffn_gate_exps"),
+    ];
+    let replaced = |(whole, part): (&str, &str)| {
+        name.contains(whole) && error.contains(&name.replace(whole, part))
+    };
+    replacements.into_iter().any(replaced)
+}
+
+/// A name that no model has.
+fn renamed(name: &str) -> String {
+    format!("{name}.other")
+}
+
+/// A Hugging Face folder whose header can be written anew.
+struct Folder {
+    folder: TempDir,
+    header: Map<String, Value>,
+    data: Vec<u8>,
+}
+
+impl Folder {
+    fn copy(path: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = "config.json";
+        std::fs::copy(path.join(config), folder.path().join(config)).unwrap();
+        let file = std::fs::read(path.join("model.safetensors")).unwrap();
+        let (length, rest) = file.split_at(8);
+        let length = u64::from_le_bytes(length.try_into().unwrap());
+        let (header, data) = rest.split_at(length as usize);
+        Self {
+            folder,
+            header: serde_json::from_slice(header).unwrap(),
+            data: data.to_vec(),
+        }
+    }
+
+    /// Opens the model with another name for one tensor, if any.
+    fn open(&self, changed: Option<&str>) -> Result<ModelSource, ModelError> {
+        let mut header = self.header.clone();
+        if let Some(name) = changed {
+            let entry = header.remove(name).unwrap();
+            header.insert(renamed(name), entry);
+        }
+        let header = Value::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend(&self.data);
+        std::fs::write(self.folder.path().join("model.safetensors"), file).unwrap();
+        ModelSource::from_folder(ModelFolder::open(self.folder.path()).unwrap())
+    }
+}
+
+/// Opens a GGUF file with another name for one tensor, if any.
+fn open_gguf(path: &Path, changed: Option<&str>) -> Result<ModelSource, ModelError> {
+    let file = Gguf::open(path).unwrap();
+    let copied = file.metadata_keys().fold(GgufWriter::new(), |copy, key| {
+        copy.metadata(key, file.metadata(key).unwrap().clone())
+    });
+    let copied = file.names().into_iter().fold(copied, |copy, name| {
+        let tensor = file.tensor(name).unwrap();
+        let data = file.read(&tensor).unwrap().into_owned();
+        let own = match changed {
+            Some(changed) if changed == name => renamed(name),
+            _ => name.to_owned(),
+        };
+        copy.tensor(&own, tensor.dtype, tensor.shape, data)
+    });
+    ModelSource::from_gguf(Gguf::from_bytes(copied.build(), path).unwrap())
+}
+
+#[test]
+fn every_tensor_is_missed_by_its_name() {
+    let mut tried = 0;
+    let mut complaints = Vec::new();
+    for path in checkpoints() {
+        let (names, open): (Vec<String>, Open) = if path.is_dir() {
+            let folder = Folder::copy(&path);
+            let names = folder.header.keys().filter(|name| *name != "__metadata__");
+            let names = names.cloned().collect();
+            (names, Box::new(move |changed| folder.open(changed)))
+        } else {
+            let file = Gguf::open(&path).unwrap();
+            let names = file.names().into_iter().map(str::to_owned).collect();
+            let path = path.clone();
+            (names, Box::new(move |changed| open_gguf(&path, changed)))
+        };
+        let file = path.file_name().unwrap().to_str().unwrap();
+        open(None).unwrap_or_else(|error| panic!("{file}: {error}"));
+        for name in one_of_each_kind(names) {
+            if is_skipped(&name) {
+                continue;
+            }
+            tried += 1;
+            match open(Some(&name)) {
+                Ok(_) => complaints.push(format!("{file}: {name} is not needed")),
+                Err(error) if error.to_string().contains(&name) => {}
+                Err(error) if names_a_replacement(&error.to_string(), &name) => {}
+                Err(error) => complaints.push(format!("{file}: {name}: {error}")),
+            }
+        }
+    }
+    for complaint in &complaints {
+        println!("{complaint}");
+    }
+    assert!(tried > 700, "{tried} tensors");
+    assert!(complaints.is_empty(), "{} of {tried}", complaints.len());
+}
