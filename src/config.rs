@@ -7,7 +7,7 @@ use std::time::Duration;
 /// Construct it with `..EngineConfig::default()`: fields are added in minor releases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Maximum number of tokens (rows) per step: decodes first, then chunks of prompts in the
+    /// Maximum number of tokens per step: decodes first, then chunks of prompts in the
     /// room that is left. If `None`, the device decides: 512 on the CPU; on a GPU 8192, or less
     /// if the activations of such a step would take more than a quarter of the memory that the
     /// weights leave, or if the KV cache is smaller.
@@ -24,12 +24,13 @@ pub struct EngineConfig {
     /// Number of slots for the states of recurrent layers, of models that have some: one for each
     /// running sequence, and one for each state that is kept so that later sequences can begin
     /// with it. If `None`, the slots take at most half of the memory of the KV cache, and there
-    /// are at most four for each of the sequences that may run.
+    /// are at most four for each of the sequences that may run. Must be `None` for models
+    /// without recurrent layers.
     pub state_slots: Option<usize>,
     /// Tokens per KV cache block.
     pub block_tokens: usize,
-    /// Maximum number of tokens per sequence, prompt and answer together. If `None`, the
-    /// model's own limit applies.
+    /// Maximum number of tokens per sequence, prompt and answer together, at most the context of
+    /// the model. If `None`, the model's own limit applies.
     pub max_context: Option<usize>,
     /// Number of unread chunks at which a request is paused until its reader catches up. A chunk
     /// has the tokens of one step, which is usually one.
@@ -38,7 +39,8 @@ pub struct EngineConfig {
     /// sequences that begin with the same tokens can reuse them.
     pub prefix_cache: bool,
     /// Host memory, in bytes, to which preempted sequences may be swapped out instead of being
-    /// recomputed. It is allocated as needed; 0 disables swapping.
+    /// recomputed. It is allocated as needed; 0 disables swapping, which contradicts
+    /// [`Preemption::Swap`].
     pub swap_bytes: usize,
     /// What happens to the KV cache of a sequence that is preempted.
     pub preemption: Preemption,

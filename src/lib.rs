@@ -64,7 +64,26 @@
 //! The public API is what is listed here and, with the feature `server`, the module `server`,
 //! the OpenAI-compatible HTTP server. Settings such as [`EngineConfig`] are constructed with
 //! `..EngineConfig::default()`, because fields are added in minor releases. The structs that the
-//! engine returns, its errors and its reasons are `#[non_exhaustive]`.
+//! engine returns, and the enums of its errors and reasons, are `#[non_exhaustive]`.
+//!
+//! # Modules
+//!
+//! Everything public is re-exported at the root. In the source, a request passes through these
+//! modules from top to bottom:
+//!
+//! | Module | Contents |
+//! |---|---|
+//! | `cli` | The `quell` program, one file per subcommand. |
+//! | `server` | The HTTP server: `http` for connections, `openai` for the types of the API, `routes`. |
+//! | `text` | Tokenizers, chat templates, tool calls and reasoning. |
+//! | `engine` | `caller`, the handles that callers hold, and `thread`, the scheduler thread. |
+//! | `sampling` | Sampling parameters, constraints and tokens. |
+//! | `schedule` | Which sequences run in a step, which wait, and which are preempted. |
+//! | `cache` | The accounting of KV cache blocks and of the states of recurrent layers. |
+//! | `runner` | Loads a model onto a device and computes the steps. |
+//! | `model` | Architectures, settings and the decoder that all of them share. |
+//! | `weights` | Readers of safetensors and GGUF files, and their formats. |
+//! | `device` | The operations of a device, and their implementations `cpu` and `cuda`. |
 //!
 //! # Cargo features
 //!
@@ -133,7 +152,8 @@ pub use engine::{
 pub use id::{RequestId, SessionId, StepId};
 pub use model::ModelError;
 pub use runner::{
-    DeviceChoice, GenerationConfig, LoadError, LoadOptions, MemoryPlan, ModelFiles, ModelInfo,
+    DeviceChoice, GenerationConfig, GroupMemory, LoadError, LoadOptions, MemoryPlan, ModelFiles,
+    ModelInfo,
 };
 pub use sampling::{
     Constraint, ConstraintError, ParamError, SamplingDefaults, SamplingParams, Token, TokenLimits,

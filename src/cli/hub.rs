@@ -7,27 +7,24 @@
 //! is complete.
 
 mod error;
+mod files;
 mod name;
 
 pub use error::HubError;
 
 use error::What;
+use files::{CONFIG, PREFIX, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, is_gguf, is_segment, is_wanted};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::api::{Progress, RepoInfo};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::{Cache, Repo};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use name::{ModelName, is_commit, is_gguf, is_segment};
+use name::{ModelName, is_commit, repo_at};
 use serde::Deserialize;
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-const PREFIX: &str = "hf:";
 const ENDPOINT: &str = "https://huggingface.co";
-const CONFIG: &str = "config.json";
-const TOKENIZER: &str = "tokenizer.json";
-const WEIGHTS: &str = "model.safetensors";
-const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
 /// Maximum number of attempts to download a file.
 const ATTEMPTS: usize = 3;
@@ -48,18 +45,6 @@ pub fn resolve(model: &str, progress: bool) -> Result<PathBuf, HubError> {
         Some(file) => hub.single_file(&name, file),
         None => hub.folder(&name),
     }
-}
-
-fn repo_at(repository: &str, revision: &str) -> Repo {
-    Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned())
-}
-
-/// Returns whether a file of a repository belongs to a model, apart from the weights.
-fn is_wanted(file: &str) -> bool {
-    let alone = [CONFIG, "generation_config.json", "special_tokens_map.json"];
-    let families = ["tokenizer", "chat_template."];
-    is_segment(file)
-        && (alone.contains(&file) || families.iter().any(|start| file.starts_with(start)))
 }
 
 /// The index of a sharded model's weights.

@@ -4,7 +4,6 @@
 use super::args::{Format, RunArgs, resolve};
 use super::error::CliError;
 use super::generate::println_json;
-use crate::cache::{CacheLayout, GroupKind};
 use crate::model::ModelConfig;
 use crate::{DeviceInfo, GenerationConfig, MemoryPlan, ModelFiles};
 use clap::Args;
@@ -133,7 +132,6 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ("weights", mib(plan.weights)),
         ("steps", of_steps(&plan)),
         ("KV per token", format!("{} bytes", plan.cache_per_token)),
-        ("KV groups", plan.groups()),
         ("KV sequence", of_sequence(&plan)),
         (
             "KV cache",
@@ -150,8 +148,10 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         let text = format!("{}: {slots} slots of {bytes}", mib(plan.states()));
         ("states", text)
     });
+    let kinds = plan.describe_memory().into_iter();
+    let kinds = kinds.map(|kind| ("KV group", kind));
     let mut out = std::io::stdout().lock();
-    for (name, value) in rows.into_iter().chain(states) {
+    for (name, value) in rows.into_iter().chain(states).chain(kinds) {
         writeln!(out, "{name:<13} {value}")?;
     }
     Ok(())
@@ -173,7 +173,7 @@ fn memory(plan: &MemoryPlan) -> Value {
         "kv_tokens": plan.tokens(),
         "kv_bytes": plan.cache(),
         "kv_block_bytes": plan.block_bytes,
-        "kv_groups": groups(&plan.layout),
+        "kv_groups": groups(plan),
         "kv_sharing_layers": plan.layout.sharing_layers(),
         "state_layers": plan.state_layers,
         "state_slots": plan.state_slots,
@@ -186,13 +186,19 @@ fn memory(plan: &MemoryPlan) -> Value {
 }
 
 /// Returns the groups of layers that share blocks of the KV cache.
-fn groups(layout: &CacheLayout) -> Value {
-    let groups = layout.groups().iter().map(|group| {
-        let (keeps, window) = match group.kind {
-            GroupKind::Full => ("all tokens", None),
-            GroupKind::Window(window) => ("window", Some(window)),
+fn groups(plan: &MemoryPlan) -> Value {
+    let groups = plan.groups().into_iter().map(|group| {
+        let keeps = match group.window {
+            None => "all tokens",
+            Some(_) => "window",
         };
-        json!({ "keeps": keeps, "window": window, "layers": group.layers })
+        json!({
+            "keeps": keeps,
+            "window": group.window,
+            "layers": group.layers,
+            "bytes_per_token": group.bytes_per_token,
+            "bytes_per_sequence": group.bytes_per_sequence,
+        })
     });
     groups.collect()
 }

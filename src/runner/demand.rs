@@ -1,7 +1,7 @@
 //! What a model needs of a device: the limits of its steps, and the memory that they take.
 
 use super::LoadError;
-use super::limits::context_tokens;
+use super::limits::{check, context_tokens};
 use super::memory::{MemoryPlan, cache_layout, cache_shape, least_cache, state_shape};
 use crate::cache::CacheLayout;
 use crate::config::EngineConfig;
@@ -61,6 +61,7 @@ impl<'a> Demand<'a> {
         device: &D,
     ) -> Result<Self, LoadError> {
         let model = source.config();
+        check(model, config)?;
         let layout = cache_layout(model, config)?;
         let limits = DeviceLimits {
             rows: 1,

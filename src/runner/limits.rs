@@ -1,16 +1,32 @@
 //! Checks of the engine's settings, against valid ranges and against the model.
 
 use super::LoadError;
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, Preemption};
 use crate::model::ModelConfig;
 use std::time::Duration;
 
 /// Returns the maximum number of tokens per sequence that the model and the settings allow.
 pub(super) fn context_tokens(model: &ModelConfig, config: &EngineConfig) -> usize {
-    config
-        .max_context
-        .unwrap_or(model.native_context())
-        .min(model.context)
+    config.max_context.unwrap_or(model.native_context())
+}
+
+/// Checks the settings that depend on the model. The error names the first that does not fit it.
+pub(super) fn check(model: &ModelConfig, config: &EngineConfig) -> Result<(), LoadError> {
+    if let Some(tokens) = config.max_context.filter(|tokens| *tokens > model.context) {
+        return Err(LoadError::Config {
+            name: "max_context",
+            value: tokens.to_string(),
+            expected: format!("at most {}, the context of the model", model.context),
+        });
+    }
+    if let Some(slots) = config.state_slots.filter(|_| model.recurrent_layers() == 0) {
+        return Err(LoadError::Config {
+            name: "state_slots",
+            value: slots.to_string(),
+            expected: "unset, since the model has no recurrent layers".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// Checks that all settings are in range. The error names the first that is not.
@@ -38,6 +54,13 @@ pub(crate) fn validate(config: &EngineConfig) -> Result<(), LoadError> {
                 },
             });
         }
+    }
+    if config.preemption == Preemption::Swap && config.swap_bytes == 0 {
+        return Err(LoadError::Config {
+            name: "swap_bytes",
+            value: "0".to_owned(),
+            expected: "at least 1, because preempted sequences are to be swapped out".to_owned(),
+        });
     }
     if config.pinned_percent > 100 {
         return Err(LoadError::Config {

@@ -3,7 +3,7 @@
 use super::demand::Needs;
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
-use crate::cache::{CacheLayout, EmptyWindow, GroupKind, LayerCache};
+use crate::cache::{CacheGroup, CacheLayout, EmptyWindow, GroupKind, LayerCache};
 use crate::config::EngineConfig;
 use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits, StateShape};
 use crate::model::ModelConfig;
@@ -55,6 +55,21 @@ pub struct MemoryPlan {
     pub context_tokens: usize,
 }
 
+/// Memory of the layers that share the blocks of one group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupMemory {
+    /// Number of tokens that the layers keep, or `None` if they keep all.
+    pub window: Option<usize>,
+    /// Indices of the layers.
+    pub layers: Vec<usize>,
+    /// Size in bytes of the keys and values of a token.
+    pub bytes_per_token: usize,
+    /// Size in bytes of the blocks that a sequence of [`MemoryPlan::context_tokens`] tokens
+    /// holds while it is decoded.
+    pub bytes_per_sequence: usize,
+}
+
 impl MemoryPlan {
     /// Creates the plan for a model with these needs, a cache of this shape, and steps within
     /// `limits`.
@@ -67,9 +82,9 @@ impl MemoryPlan {
         device: &D,
     ) -> Self {
         let block_bytes = block_bytes(shape, device);
-        let of_place = block_bytes / (shape.layers * shape.block_tokens);
         let groups = layout.groups().iter();
-        let of_group = groups.map(|group| group.layers.len() * of_place / group.layers_per_place);
+        let bytes_per_token =
+            groups.map(|group| group_token_bytes(group, layout, block_bytes, shape.block_tokens));
         let Needs {
             weights,
             activations,
@@ -83,7 +98,7 @@ impl MemoryPlan {
             graph_bytes: steps.graphs,
             pinned: steps.pinned,
             batch_tokens: limits.rows,
-            cache_per_token: of_group.sum(),
+            cache_per_token: bytes_per_token.sum(),
             cache_blocks: shape.blocks,
             block_bytes,
             block_tokens: shape.block_tokens,
@@ -136,38 +151,99 @@ impl MemoryPlan {
         usize::try_from(fit).unwrap_or(usize::MAX)
     }
 
-    /// Describes the groups, for example `4 layers keep all tokens; 22 layers keep the last 512
-    /// tokens, in 6 groups`. Layers without a cache of their own come last.
-    pub fn groups(&self) -> String {
-        let groups = self.layout.groups();
-        let kinds = groups.chunk_by(|a, b| a.kind == b.kind).map(|same| {
-            let layers: usize = same.iter().map(|group| group.layers.len()).sum();
-            let tokens = match same[0].kind {
-                GroupKind::Full => "all tokens".to_owned(),
-                GroupKind::Window(window) => format!("the last {window} tokens"),
-            };
-            let layers = match layers {
-                1 => "1 layer keeps".to_owned(),
-                layers => format!("{layers} layers keep"),
-            };
-            match same.len() {
-                1 => format!("{layers} {tokens}"),
-                count => format!("{layers} {tokens}, in {count} groups"),
+    /// Returns the groups of layers that share blocks.
+    pub fn groups(&self) -> Vec<GroupMemory> {
+        let groups = self.layout.groups().iter().enumerate();
+        let groups = groups.map(|(index, group)| {
+            let (tokens, block_tokens) = (self.context_tokens, self.block_tokens);
+            let blocks = self.layout.most_blocks(index, tokens, 1, block_tokens);
+            GroupMemory {
+                window: match group.kind {
+                    GroupKind::Full => None,
+                    GroupKind::Window(window) => Some(window),
+                },
+                layers: group.layers.clone(),
+                bytes_per_token: group_token_bytes(
+                    group,
+                    &self.layout,
+                    self.block_bytes,
+                    block_tokens,
+                ),
+                bytes_per_sequence: blocks.saturating_mul(self.block_bytes),
             }
         });
+        groups.collect()
+    }
+
+    /// Describes the groups, for example `4 layers keep all tokens; 22 layers keep the last 512
+    /// tokens, in 6 groups`. Layers without a cache of their own come last.
+    pub fn describe_groups(&self) -> String {
+        let groups = self.groups();
+        let kinds = groups.chunk_by(same_window).map(describe);
         let sharing = match self.layout.sharing_layers() {
             0 => None,
             1 => Some("1 layer uses the cache of another".to_owned()),
             layers => Some(format!("{layers} layers use the cache of another")),
         };
-        let states = match self.state_layers {
+        let rest = sharing.into_iter().chain(self.describe_states());
+        kinds.chain(rest).collect::<Vec<_>>().join("; ")
+    }
+
+    /// Describes the memory of each kind of layer, for example `4 layers keep all tokens: 4096
+    /// bytes per token, 32.0 MiB per sequence`, where a sequence has the maximum length.
+    pub fn describe_memory(&self) -> Vec<String> {
+        let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+        let groups = self.groups();
+        let kinds = groups.chunk_by(same_window).map(|same| {
+            let of_token: usize = same.iter().map(|group| group.bytes_per_token).sum();
+            let of_sequence: usize = same.iter().map(|group| group.bytes_per_sequence).sum();
+            let (kind, of_sequence) = (describe(same), mib(of_sequence));
+            format!("{kind}: {of_token} bytes per token, {of_sequence} per sequence")
+        });
+        let states = self.describe_states();
+        let states = states.map(|kind| format!("{kind}: {} per sequence", mib(self.state_bytes)));
+        kinds.chain(states).collect()
+    }
+
+    fn describe_states(&self) -> Option<String> {
+        match self.state_layers {
             0 => None,
             1 => Some("1 layer keeps a state".to_owned()),
             layers => Some(format!("{layers} layers keep a state")),
-        };
-        let rest = sharing.into_iter().chain(states);
-        kinds.chain(rest).collect::<Vec<_>>().join("; ")
+        }
     }
+}
+
+fn same_window(a: &GroupMemory, b: &GroupMemory) -> bool {
+    a.window == b.window
+}
+
+/// Describes groups whose layers keep as many tokens.
+fn describe(same: &[GroupMemory]) -> String {
+    let layers: usize = same.iter().map(|group| group.layers.len()).sum();
+    let tokens = match same[0].window {
+        None => "all tokens".to_owned(),
+        Some(window) => format!("the last {window} tokens"),
+    };
+    let layers = match layers {
+        1 => "1 layer keeps".to_owned(),
+        layers => format!("{layers} layers keep"),
+    };
+    match same.len() {
+        1 => format!("{layers} {tokens}"),
+        count => format!("{layers} {tokens}, in {count} groups"),
+    }
+}
+
+/// Returns the size in bytes of the keys and values of a token in the layers of a group.
+fn group_token_bytes(
+    group: &CacheGroup,
+    layout: &CacheLayout,
+    block_bytes: usize,
+    block_tokens: usize,
+) -> usize {
+    let of_place = block_bytes / (layout.layers_per_block() * block_tokens);
+    group.layers.len() * of_place / group.layers_per_place
 }
 
 /// Returns how the layers of a model share blocks under the settings.
@@ -386,7 +462,7 @@ mod tests {
             let bytes = plan.sequence_bytes(tokens);
             assert_eq!(bytes, plan.sequence_bytes_without_windows(tokens));
         }
-        assert_eq!(plan.groups(), "26 layers keep all tokens");
+        assert_eq!(plan.describe_groups(), "26 layers keep all tokens");
     }
 
     #[test]
@@ -429,13 +505,10 @@ mod tests {
         assert!(error.contains(&least), "{error}");
     }
 
-    #[test]
-    fn layers_without_a_cache_of_their_own_take_no_memory() {
-        let path = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/tests/fixtures/golden/tiny/gemma4/config.json"
-        );
-        let settings = std::fs::read_to_string(path).unwrap();
+    /// Returns the plan for a tiny checkpoint on the CPU.
+    fn plan_of(name: &str) -> MemoryPlan {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny");
+        let settings = std::fs::read_to_string(format!("{tiny}/{name}/config.json")).unwrap();
         let settings = serde_json::from_str(&settings).unwrap();
         let source = ModelSource::random(&settings, DType::BF16).unwrap();
         let options = CpuOptions {
@@ -446,12 +519,29 @@ mod tests {
         let device = CpuDevice::new(&options).unwrap();
         let config = EngineConfig::default();
         let demand = Demand::new(&source, &config, &device).unwrap();
-        let plan = demand.plan(&device).unwrap();
+        demand.plan(&device).unwrap()
+    }
+
+    #[test]
+    fn every_second_layer_of_gpt_oss_keeps_its_window() {
+        let plan = plan_of("gpt-oss");
+        assert_eq!(
+            plan.describe_groups(),
+            "2 layers keep all tokens; 2 layers keep the last 24 tokens"
+        );
+        let bytes = plan.sequence_bytes(512);
+        let all = plan.sequence_bytes_without_windows(512);
+        assert!(10 * bytes < 8 * all, "{bytes} of {all}");
+    }
+
+    #[test]
+    fn layers_without_a_cache_of_their_own_take_no_memory() {
+        let plan = plan_of("gemma4");
         // Of six layers, two with a window and two without own keys and values, of two heads of
         // 32 and of 64 elements.
         assert_eq!(plan.cache_per_token, 2 * 2 * 2 * (2 * 32 + 2 * 64));
         assert_eq!(
-            plan.groups(),
+            plan.describe_groups(),
             "2 layers keep all tokens, in 2 groups; 2 layers keep the last 24 tokens; \
              2 layers use the cache of another"
         );
@@ -461,13 +551,35 @@ mod tests {
 
     #[test]
     fn groups_are_described_by_what_their_layers_keep() {
-        let described = plan(4).groups();
+        let described = plan(4).describe_groups();
         let expected = "4 layers keep all tokens; 22 layers keep the last 512 tokens, in 6 groups";
         assert_eq!(described, expected);
-        let described = plan(25).groups();
+        let described = plan(25).describe_groups();
         assert!(
             described.ends_with("; 1 layer keeps the last 512 tokens"),
             "{described}"
         );
+        let mib = 6.0 * 44.0 * 4.0 * 16.0 / 1024.0;
+        let expected = [
+            "4 layers keep all tokens: 4096 bytes per token, 128.0 MiB per sequence".to_owned(),
+            format!(
+                "22 layers keep the last 512 tokens, in 6 groups: 22528 bytes per token, \
+                 {mib:.1} MiB per sequence"
+            ),
+        ];
+        assert_eq!(plan(4).describe_memory(), expected);
+    }
+
+    #[test]
+    fn the_memory_of_all_groups_is_that_of_a_sequence() {
+        for full in [1, 4, 25, 26] {
+            let plan = plan(full);
+            let groups = plan.groups();
+            let sum = |of: fn(&GroupMemory) -> usize| groups.iter().map(of).sum::<usize>();
+            assert_eq!(sum(|group| group.bytes_per_token), plan.cache_per_token);
+            let of_sequence = plan.sequence_bytes(plan.context_tokens);
+            assert_eq!(sum(|group| group.bytes_per_sequence), of_sequence);
+            assert_eq!(sum(|group| group.layers.len()), 26);
+        }
     }
 }

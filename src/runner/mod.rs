@@ -22,7 +22,7 @@ pub use error::LoadError;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 pub use files::random_model;
 pub use files::{ModelFiles, build_runner};
-pub use memory::MemoryPlan;
+pub use memory::{GroupMemory, MemoryPlan};
 pub use model_runner::ModelRunner;
 #[cfg(any(test, feature = "internals"))]
 pub use null::{NullOptions, NullRunner};

@@ -112,7 +112,7 @@ impl<D: Device> ModelRunner<D> {
         tracing::debug!(
             blocks = shape.blocks,
             bytes = memory.cache(),
-            groups = memory.groups(),
+            groups = memory.describe_groups(),
             bytes_per_sequence = memory.sequence_bytes(context),
             step_tokens = memory.batch_tokens,
             recorded_steps = steps,

@@ -115,7 +115,7 @@ impl<'a> Undisturbed<'a> {
         EngineConfig {
             max_batch_tokens: Some(64),
             kv_cache_bytes: Some(blocks * plan.block_bytes + SLOTS * plan.state_bytes),
-            state_slots: Some(SLOTS),
+            state_slots: (plan.state_layers > 0).then_some(SLOTS),
             preemption,
             // Its reader lags behind after these tokens.
             stream_buffer: 8,

@@ -227,13 +227,25 @@ fn inspect_shows_which_layers_keep_which_tokens() {
     let memory = &inspect["memory"];
     let groups = memory["kv_groups"].as_array().unwrap();
     assert_eq!(groups.len(), 6);
-    let full = serde_json::json!({ "keeps": "all tokens", "window": null, "layers": [5] });
-    assert_eq!(groups[0], full);
-    for (layer, group) in groups[1..].iter().enumerate() {
-        let own = serde_json::json!({ "keeps": "window", "window": 24, "layers": [layer] });
-        assert_eq!(*group, own);
-    }
     let bytes = |name: &str| memory[name].as_u64().unwrap();
+    let of_layer = bytes("kv_bytes_per_token") / 6;
+    let full = serde_json::json!({
+        "keeps": "all tokens", "window": null, "layers": [5],
+        "bytes_per_token": of_layer, "bytes_per_sequence": 512 * of_layer,
+    });
+    assert_eq!(groups[0], full);
+    let mut of_sequence = 512 * of_layer;
+    for (layer, group) in groups[1..].iter().enumerate() {
+        let held = group["bytes_per_sequence"].as_u64().unwrap();
+        assert!(held < 512 * of_layer, "{group}");
+        let own = serde_json::json!({
+            "keeps": "window", "window": 24, "layers": [layer],
+            "bytes_per_token": of_layer, "bytes_per_sequence": held,
+        });
+        assert_eq!(*group, own);
+        of_sequence += held;
+    }
+    assert_eq!(bytes("kv_bytes_per_sequence"), of_sequence);
     assert_eq!(bytes("context_tokens"), 512);
     let whole = bytes("kv_bytes_per_sequence_without_windows");
     assert_eq!(whole, 512 * bytes("kv_bytes_per_token"));
@@ -246,6 +258,26 @@ fn inspect_shows_which_layers_keep_which_tokens() {
         "{text}"
     );
     assert!(text.contains("for 512 tokens, "), "{text}");
+    let own = format!("1 layer keeps all tokens: {of_layer} bytes per token, ");
+    assert!(text.contains(&own), "{text}");
+}
+
+#[test]
+fn inspect_shows_the_state_of_a_sequence_beside_its_blocks() {
+    let model = tiny("qwen3.5");
+    let inspect = json(&quell(&["inspect", &model, "--format", "json"]));
+    let memory = &inspect["memory"];
+    let bytes = |name: &str| memory[name].as_u64().unwrap();
+    let group = &memory["kv_groups"][0];
+    let of_group = group["bytes_per_sequence"].as_u64().unwrap();
+    let state = bytes("state_slot_bytes");
+    assert!(state > 0, "{memory}");
+    assert_eq!(bytes("kv_bytes_per_sequence"), of_group + state);
+    let text = quell(&["inspect", &model]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    let layers = bytes("state_layers");
+    let expected = format!("{layers} layers keep a state: ");
+    assert!(text.contains(&expected), "{text}");
 }
 
 #[test]

@@ -177,6 +177,31 @@ fn a_program_that_hangs_takes_only_its_own_time() {
 }
 
 #[test]
+fn a_model_that_hangs_takes_only_its_own_time() {
+    let stand = Stand::new("");
+    let hang = r#"case "$*" in *" q4_k "*) sleep 3600 ;; esac"#;
+    stand.program("bin/quell", &format!("{hang}\n{QUELL}"));
+    let (output, results) = stand.run("first-hour", 30);
+    assert_eq!(output.status.code(), Some(1));
+    let hung = "llama-3.1-8b q4_k --prompt 0 --concurrency 1 --generate 128";
+    assert_eq!(state(&results, hung), "out of time");
+    let others = results["models"].as_array().unwrap();
+    assert_eq!(others.len(), 3, "{results:#}");
+}
+
+/// The cache would be where a file is. Everything runs without it.
+#[test]
+fn without_a_folder_for_the_cache_of_the_driver_everything_runs() {
+    let stand = Stand::new(r#"[ "$CUDA_CACHE_DISABLE" = 1 ] || exit 3"#);
+    fs::write(stand.path("cache"), "").unwrap();
+    let (output, results) = stand.run("first-hour", 460);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("cache cannot be written"), "{said}");
+    assert_eq!(results["models"].as_array().unwrap().len(), 4);
+}
+
+#[test]
 fn a_program_that_crashes_is_named_and_its_output_kept() {
     let crash = "yes 'a long line' | head -c 40000000; kill -SEGV $$";
     let stand = Stand::new(&format!("if [ $1 = device:: ]; then {crash}; fi"));

@@ -1,7 +1,7 @@
 //! `quell bench` without a server: measures prefill and decode speed, as medians with
 //! minimum and maximum.
 
-use super::BenchArgs;
+use super::args::{BenchArgs, WeightsFormat, WhichModel};
 use super::percentiles::percentile;
 use crate::cli::args::{Format, resolve};
 use crate::cli::error::CliError;
@@ -10,50 +10,10 @@ use crate::cli::progress;
 use crate::runner::random_model;
 use crate::weights::{DType, from_python_json};
 use crate::{Engine, EngineConfig, GenerateError, ModelFiles, Request, TokenStream};
-use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
-
-/// The model to measure.
-#[derive(Debug, Args)]
-pub struct WhichModel {
-    /// Model to measure: a .gguf file, a Hugging Face folder, or hf:ORG/NAME[/FILE] to
-    /// download. With --server, the server's name for the model [default: the first that it
-    /// lists].
-    #[arg(
-        long,
-        value_name = "PATH",
-        required_unless_present_any = ["random_weights", "server"]
-    )]
-    pub model: Option<String>,
-    /// Measure random weights of the size given by a Hugging Face config.json instead of a
-    /// model; llama-3.1-8b, llama-3.2-1b and qwen3-30b-a3b need no file.
-    #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
-    random_weights: Option<String>,
-    /// Storage format of random weights.
-    #[arg(long, value_enum, default_value_t, conflicts_with = "model")]
-    weights_format: WeightsFormat,
-}
-
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum WeightsFormat {
-    #[default]
-    Bf16,
-    F16,
-    F32,
-    #[value(name = "q4_0")]
-    Q4_0,
-    #[value(name = "q4_1")]
-    Q4_1,
-    #[value(name = "q8_0")]
-    Q8_0,
-    #[value(name = "q4_k")]
-    Q4K,
-    #[value(name = "q6_k")]
-    Q6K,
-}
 
 impl WeightsFormat {
     fn dtype(self) -> DType {

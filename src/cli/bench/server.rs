@@ -1,6 +1,6 @@
 //! `quell bench --server`: puts load on any server with OpenAI's API.
 
-use super::BenchArgs;
+use super::args::BenchArgs;
 use super::exchange::{End, Failure, Sample, Target, root_cause};
 use super::load::{Load, Work, start};
 use super::prompts::{Endpoint, Prompts};
@@ -10,7 +10,6 @@ use crate::cli::error::CliError;
 use crate::cli::generate::println_json;
 use crate::cli::progress;
 use crate::cli::tls;
-use clap::Args;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Client, Url, redirect};
 use serde_json::{Value, json};
@@ -31,69 +30,6 @@ const MOST_TOKENS: usize = 10_000_000;
 
 /// Measurement number of the warm-up requests. No real measurement has it.
 const WARM_UP: u64 = u64::MAX;
-
-/// How to put load on a server.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Load on a server")]
-pub struct ServerArgs {
-    /// Put load on the server at this URL, instead of measuring a model here.
-    ///
-    /// The server must have OpenAI's API. Answers run to their full length: they are greedy
-    /// and continue past their natural end (ignore_eos).
-    ///
-    /// Latencies are those of finished requests: ttft is the time until the first event
-    /// with content, itl the time between one such event and the next, tpot the time per
-    /// token after the first, and e2e the time until the end. They count from when a
-    /// request was due, not from when it was sent, so that a client that falls behind hides
-    /// nothing (no coordinated omission). Tokens are counted by the server, in its usage.
-    ///
-    /// Ctrl-C prints what was measured so far. The exit code is 1 if a request failed;
-    /// cancelled requests do not count as failed.
-    #[arg(long, value_name = "URL", conflicts_with_all = super::LOCAL_FLAGS)]
-    #[cfg_attr(feature = "cuda", arg(conflicts_with_all = super::CUDA_FLAGS))]
-    pub server: Option<String>,
-    /// Number of requests for each rate or concurrency.
-    #[arg(long, value_name = "N", default_value_t = 100, requires = "server")]
-    requests: u64,
-    /// Use an open loop instead of --concurrency: this many requests per second on average,
-    /// as a Poisson process that does not wait for answers; several rates are separated by
-    /// commas.
-    #[arg(
-        long,
-        value_name = "LIST",
-        value_delimiter = ',',
-        requires = "server",
-        conflicts_with = "concurrency"
-    )]
-    rate: Vec<f64>,
-    /// Fraction of the requests, from 0 to 1, whose connection is closed at a random point
-    /// of the answer.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "server")]
-    cancel_share: f64,
-    /// Number of tokens at the beginning of each prompt that are the same in all prompts.
-    /// The others are random, so that a prefix cache does not help.
-    #[arg(long, value_name = "N", default_value_t = 0, requires = "server")]
-    shared_prefix: usize,
-    /// Upper bound of the token ids in prompts, which start at 100 [default: 30000, or
-    /// fewer if the server says so].
-    #[arg(long, value_name = "N", requires = "server")]
-    vocabulary: Option<u64>,
-    /// Endpoint to send requests to.
-    #[arg(long, value_enum, default_value_t, requires = "server")]
-    endpoint: Endpoint,
-    /// Number of unmeasured requests before the first measurement, one after the other.
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "server")]
-    warm_up: u64,
-    /// Seed of prompts, arrivals and cancellations.
-    #[arg(long, value_name = "S", default_value_t = 0, requires = "server")]
-    seed: u64,
-    /// Environment variable that holds the API key.
-    #[arg(long, value_name = "VAR", requires = "server")]
-    api_key_env: Option<String>,
-    /// Time in seconds after which a request counts as failed.
-    #[arg(long, value_name = "S", default_value_t = 600.0, requires = "server")]
-    timeout: f64,
-}
 
 /// Why the measurement failed or is not valid.
 #[derive(Debug, Error)]

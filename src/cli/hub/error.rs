@@ -1,6 +1,6 @@
 //! Errors of finding and downloading a model on a hub.
 
-use super::{PREFIX, WEIGHTS};
+use super::files::{PREFIX, WEIGHTS};
 use thiserror::Error;
 
 /// Why a model could not be fetched from a hub.

@@ -1,7 +1,8 @@
 //! Names of models on a hub, parsed and checked.
 
 use super::error::{HubError, What};
-use hf_hub::Repo;
+use super::files::{is_gguf, is_segment};
+use hf_hub::{Repo, RepoType};
 
 /// The parsed name of a model: what follows `hf:`.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +56,7 @@ impl ModelName {
 
     /// Returns the repository in the form that the cache uses.
     pub fn repo(&self) -> Repo {
-        super::repo_at(&self.repository, &self.revision)
+        repo_at(&self.repository, &self.revision)
     }
 
     /// Returns the repository, or one of its files, in the form that errors use.
@@ -68,6 +69,11 @@ impl ModelName {
     }
 }
 
+/// Returns a repository in the form that the cache uses.
+pub fn repo_at(repository: &str, revision: &str) -> Repo {
+    Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned())
+}
+
 /// Splits `REVISION[/FILE.gguf]`. Revisions such as `refs/pr/1` contain slashes themselves.
 fn split_revision(pinned: &str) -> (&str, Option<&str>) {
     let slashes = if pinned.starts_with("refs/") { 3 } else { 1 };
@@ -75,17 +81,6 @@ fn split_revision(pinned: &str) -> (&str, Option<&str>) {
         Some((end, _)) if is_gguf(pinned) => (&pinned[..end], Some(&pinned[end + 1..])),
         _ => (pinned, None),
     }
-}
-
-/// Returns whether a file name is that of a GGUF file.
-pub fn is_gguf(file: &str) -> bool {
-    file.to_ascii_lowercase().ends_with(".gguf")
-}
-
-/// Returns whether the text can be a segment of a name, a URL and a path alike.
-pub fn is_segment(text: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+=,".contains(&byte);
-    !matches!(text, "" | "." | "..") && text.bytes().all(allowed)
 }
 
 /// Returns whether the text is the hash of a commit rather than a branch, which may move.
