@@ -1,6 +1,6 @@
 //! Decides what runs next: pure logic over sequences and the block accounting of the KV cache.
 //!
-//! [`Scheduler::plan`] chooses the rows of a step: first new sequences that are more urgent
+//! [`Scheduler::plan`] chooses the tokens of a step: first new sequences that are more urgent
 //! than a running one, then decodes, then chunks of prompts within the token budget, then new
 //! sequences while blocks are left. [`Scheduler::commit`] records the step's samples. Between
 //! the two calls, any sequence may be removed.
@@ -15,7 +15,7 @@
 //!
 //! A sequence that starts reuses keys and values that exist already. They come from host memory
 //! if it was swapped out, from the last turn of its session, from the sequence with the same
-//! prompt, or from the prefix cache. If every row of the prompt is needed ([`Task`]), the
+//! prompt, or from the prefix cache. If every token of the prompt is needed ([`Task`]), the
 //! sequence reuses only what it has computed itself.
 //!
 //! # Deadlock freedom

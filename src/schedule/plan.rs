@@ -17,50 +17,50 @@ pub enum TokenInput {
     },
 }
 
-/// What the rows of an item report, in addition to the samples. Rows are named by the positions
-/// of their tokens.
+/// What the tokens of an item report, in addition to the samples. They are named by their
+/// positions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Report {
     /// Nothing.
     #[default]
     Nothing,
-    /// The log probability that each of these rows gives to the token after it, which is known.
+    /// The log probability that each of these tokens gives to the one after it, which is known.
     /// Each counts as a sample, and they come before the other samples of the item.
     Scores(Range<usize>),
-    /// The sum of the last hidden states of these rows.
+    /// The sum of the last hidden states of these tokens.
     Sum(Range<usize>),
 }
 
 impl Report {
-    /// Returns the rows that are scored.
+    /// Returns the tokens that are scored.
     pub fn scored(&self) -> Range<usize> {
         match self {
-            Self::Scores(rows) => rows.clone(),
+            Self::Scores(tokens) => tokens.clone(),
             _ => 0..0,
         }
     }
 }
 
-/// The rows of one sequence in a step.
+/// The tokens of one sequence in a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanItem {
     /// The sequence.
     pub key: SequenceKey,
-    /// Position of the first row's token.
+    /// Position of the first token.
     pub start: usize,
-    /// Number of rows.
+    /// Number of tokens.
     pub count: usize,
     /// Where the tokens come from.
     pub input: TokenInput,
-    /// Positions whose rows are sampled, each for the token at the next position; empty if
-    /// nothing is sampled. They end with the last row. If there are several, the tokens of the
-    /// rows after the first are drafts, and the step's run says how many of them are right.
+    /// Positions after which the next token is sampled; empty if nothing is sampled. They end with
+    /// the last token. If there are several, the tokens after the first are drafts, and the
+    /// step's run says how many of them are right.
     pub sampled: Range<usize>,
-    /// Whether the sequence ends with the last row, without a sample.
+    /// Whether the sequence ends with the last token, without a sample.
     pub end: bool,
-    /// What else the rows report.
+    /// What else the tokens report.
     pub report: Report,
-    /// The states that the rows read and write; `None` if no layer is recurrent.
+    /// The states that the tokens read and write; `None` if no layer is recurrent.
     pub state: Option<StepState>,
 }
 
@@ -101,8 +101,8 @@ impl StepPlan {
         items.clear();
     }
 
-    /// Returns the number of rows of all items.
-    pub fn rows(&self) -> usize {
+    /// Returns the number of tokens of all items.
+    pub fn tokens(&self) -> usize {
         self.items.iter().map(|item| item.count).sum()
     }
 
@@ -116,10 +116,10 @@ impl StepPlan {
         self.items.iter().map(PlanItem::sample_count).sum()
     }
 
-    /// Returns the items that report a sum, in order, each with the rows of the sum.
+    /// Returns the items that report a sum, in order, each with the tokens of the sum.
     pub fn sums(&self) -> impl Iterator<Item = (&PlanItem, &Range<usize>)> {
         self.items.iter().filter_map(|item| match &item.report {
-            Report::Sum(rows) => Some((item, rows)),
+            Report::Sum(tokens) => Some((item, tokens)),
             _ => None,
         })
     }

@@ -5,7 +5,7 @@ use crate::config::Preemption;
 /// Limits of the scheduler, and how it preempts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
-    /// Maximum number of tokens (rows) per step, for decodes and prompt chunks together.
+    /// Maximum number of tokens per step, for decodes and prompt chunks together.
     pub max_batch_tokens: usize,
     /// Maximum number of sequences that run at the same time.
     pub max_sequences: usize,
@@ -66,16 +66,16 @@ pub(super) struct ComputeSpeed {
     seconds_per_token: Option<f64>,
 }
 
-/// Minimum number of rows of a step that counts as a measurement. Smaller steps say little
+/// Minimum number of tokens of a step that counts as a measurement. Smaller steps say little
 /// about how fast a whole prompt is computed.
-const MIN_ROWS: usize = 16;
+const MIN_TOKENS: usize = 16;
 /// Weight of a new measurement in the running average.
 const NEW_SAMPLE_WEIGHT: f64 = 0.2;
 
 impl ComputeSpeed {
-    pub fn observe(&mut self, rows: usize, seconds: f64) {
-        if rows >= MIN_ROWS {
-            let now = seconds / rows as f64;
+    pub fn observe(&mut self, tokens: usize, seconds: f64) {
+        if tokens >= MIN_TOKENS {
+            let now = seconds / tokens as f64;
             let before = self.seconds_per_token.unwrap_or(now);
             self.seconds_per_token = Some(before + NEW_SAMPLE_WEIGHT * (now - before));
         }

@@ -44,9 +44,9 @@ pub enum Task {
 }
 
 impl Task {
-    /// Returns whether every row of the prompt is needed, so that the sequence must compute
+    /// Returns whether every token of the prompt is needed, so that the sequence must compute
     /// each of them itself.
-    pub fn needs_every_row(self) -> bool {
+    pub fn needs_every_token(self) -> bool {
         self != Self::Generate
     }
 }
@@ -144,7 +144,7 @@ pub struct Sequence {
     pub(super) launched_tokens: usize,
     /// Number of tokens whose keys and values completed steps have written.
     pub(super) written_tokens: usize,
-    /// Number of prompt tokens whose rows were in a launched step, and so report to the task.
+    /// Number of prompt tokens that were in a launched step, and so report to the task.
     pub(super) reported: usize,
     /// Number of launched items, not committed yet, that sample tokens or end the sequence.
     pub(super) in_flight: usize,
@@ -167,7 +167,7 @@ pub struct Sequence {
     pub(super) branch: usize,
     /// Position in the order of arrival.
     pub(super) arrival: u64,
-    /// Whether the reader is too slow, so that no rows are planned.
+    /// Whether the reader is too slow, so that no tokens are planned.
     pub(super) paused: bool,
     pub(super) state: SequenceState,
     /// Whether the sequence was started before.
@@ -181,7 +181,7 @@ impl Sequence {
         tenant: TenantKey,
         arrival: u64,
     ) -> Self {
-        // The only copy of the prompt: the sequence appends its answer to it.
+        // A copy, because the sequence appends its answer, and others may share the prompt.
         let tokens = std::mem::take(&mut spec.prompt).to_vec();
         let table = BlockTable::salted(spec.salt.clone());
         Self {
@@ -246,19 +246,20 @@ impl Sequence {
         self.spec.max_tokens <= self.prompt_tokens
     }
 
-    /// Returns how many leading tokens need no rows if their keys and values exist already.
-    /// This is all but the last token, which is computed for its logits. If every row of the
+    /// Returns how many leading tokens need not be computed if their keys and values exist
+    /// already.
+    /// This is all but the last token, which is computed for its logits. If every token of the
     /// prompt is needed, it is only those that were reported before.
     pub(super) fn reusable(&self) -> usize {
         let most = self.tokens.len() - 1;
-        if self.spec.task.needs_every_row() && self.reported < self.prompt_tokens {
+        if self.spec.task.needs_every_token() && self.reported < self.prompt_tokens {
             most.min(self.reported)
         } else {
             most
         }
     }
 
-    /// Returns what the next `count` rows report.
+    /// Returns what the next `count` tokens report.
     pub(super) fn report(&self, count: usize) -> Report {
         if self.spec.task == Task::Generate {
             return Report::Nothing;
@@ -266,7 +267,7 @@ impl Sequence {
         let from = self.launched_tokens.max(self.reported);
         let to = (self.launched_tokens + count).min(self.prompt_tokens);
         match self.spec.task {
-            // The token after the prompt is not known, so the last row of the prompt has no
+            // The token after the prompt is not known, so the last token of the prompt has no
             // score.
             Task::Score { .. } if from < to.min(self.prompt_tokens - 1) => {
                 Report::Scores(from..to.min(self.prompt_tokens - 1))
@@ -276,15 +277,15 @@ impl Sequence {
         }
     }
 
-    /// Returns whether the next `count` rows end with the row of the last token and sample it.
+    /// Returns whether the next `count` tokens end with the last one and sample the next.
     pub(super) fn samples_last(&self, count: usize) -> bool {
         self.launched_tokens + count == self.length() && !self.ends_with_prompt()
     }
 
-    /// Returns the largest number of rows, at most `count`, that need no more than `samples`
+    /// Returns the largest number of tokens, at most `count`, that need no more than `samples`
     /// samples.
-    pub(super) fn rows_within(&self, mut count: usize, samples: usize) -> usize {
-        // Each row has at most one sample.
+    pub(super) fn tokens_within(&self, mut count: usize, samples: usize) -> usize {
+        // Each token has at most one sample.
         while count > samples {
             let last = usize::from(self.samples_last(count));
             let taken = self.report(count).scored().len() + last;
@@ -296,17 +297,17 @@ impl Sequence {
         count
     }
 
-    /// Returns `count`, or fewer rows if the rows end after [`Sequence::branch`], so that a step
+    /// Returns `count`, or fewer tokens if they would pass [`Sequence::branch`], so that a step
     /// takes one snapshot at most.
-    pub(super) fn rows_to_branch(&self, count: usize) -> usize {
+    pub(super) fn tokens_to_branch(&self, count: usize) -> usize {
         match self.branch.checked_sub(self.launched_tokens) {
-            Some(rows) if rows > 0 => count.min(rows),
+            Some(tokens) if tokens > 0 => count.min(tokens),
             _ => count,
         }
     }
 
     /// Returns after how many tokens a snapshot of the state should be taken if the next step
-    /// computes `count` rows, where snapshots are taken at multiples of `interval` tokens.
+    /// computes `count` tokens, where snapshots are taken at multiples of `interval` tokens.
     pub(super) fn snapshot_within(&self, count: usize, interval: usize) -> Option<usize> {
         let (start, end) = (self.launched_tokens, self.launched_tokens + count);
         // The last known token is always computed, so a snapshot after it would serve nobody who
@@ -335,7 +336,7 @@ impl Sequence {
         self.written_tokens
     }
 
-    /// Returns whether the reader is too slow, so that no rows are planned.
+    /// Returns whether the reader is too slow, so that no tokens are planned.
     pub fn is_paused(&self) -> bool {
         self.paused
     }

@@ -110,10 +110,10 @@ impl Tenants {
         self.counters.get(key).map_or(0, |counter| counter.served)
     }
 
-    /// Adds `rows` computed tokens to the counter, of which `samples` are sampled.
-    pub fn charge(&mut self, key: TenantKey, rows: usize, samples: usize) {
+    /// Adds `tokens` computed tokens to the counter, of which `samples` are sampled.
+    pub fn charge(&mut self, key: TenantKey, tokens: usize, samples: usize) {
         if let Some(counter) = self.counters.get_mut(key) {
-            counter.served += rows as u64 * PROMPT_TOKEN + samples as u64 * ANSWER_TOKEN;
+            counter.served += tokens as u64 * PROMPT_TOKEN + samples as u64 * ANSWER_TOKEN;
         }
     }
 

@@ -2,8 +2,8 @@
 
 use common::requests::{idle, ids, prompt, request};
 use quell::{
-    Engine, EngineConfig, EngineFault, GenerateError, Outcome, Request, SamplingParams, Shutdown,
-    SubmitError, Tokenizer,
+    Engine, EngineConfig, EngineFault, GenerateError, Outcome, Preemption, Request, SamplingParams,
+    Shutdown, SubmitError, Tokenizer,
 };
 use sim::{Fault, SimOptions, engine, engine_with_text, expected};
 use std::sync::mpsc;
@@ -236,6 +236,14 @@ fn settings_out_of_range_are_refused() {
                 ..base()
             },
             "step_deadline",
+        ),
+        (
+            EngineConfig {
+                preemption: Preemption::Swap,
+                swap_bytes: 0,
+                ..base()
+            },
+            "swap_bytes is 0, but must be at least 1",
         ),
     ] {
         let refused = quell::Engine::with_runner(config, None, || unreachable!());
@@ -772,4 +780,23 @@ fn a_session_continues_from_its_finished_turns_and_forgets_cancelled_ones() {
     assert_eq!(tokens, expected(&context, 4));
     session.rewind(5).unwrap();
     assert_eq!(session.context_tokens(), 5);
+}
+
+#[test]
+fn salts_of_the_wrong_length_are_refused() {
+    let engine = engine(SimOptions::default(), EngineConfig::default());
+    for (salt, is_valid) in [(0, false), (1, true), (1024, true), (1025, false)] {
+        let request = request(prompt(0, 3), 1).cache_salt("s".repeat(salt));
+        match engine.generate(request) {
+            Ok(stream) => {
+                assert!(is_valid, "{salt}");
+                stream.complete_blocking().unwrap();
+            }
+            Err(SubmitError::Params(error)) => {
+                assert!(!is_valid, "{salt}: {error}");
+                assert_eq!(error.name, "cache_salt");
+            }
+            Err(error) => panic!("{salt}: {error}"),
+        }
+    }
 }

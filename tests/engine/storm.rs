@@ -2,6 +2,7 @@
 
 use common::model;
 use common::requests::{idle, ids, prompt, request};
+use quell::internals::runner::StateInfo;
 use quell::{
     CancelReason, Engine, EngineConfig, LoadOptions, Outcome, Request, SamplingParams, TokenStream,
 };
@@ -20,6 +21,10 @@ fn after_some_steps(depth: usize) -> (Engine, Vec<TokenStream>, mpsc::Sender<()>
         depth,
         blocks: 4096,
         layout: sim::layout_with_window(6),
+        states: Some(StateInfo {
+            slots: 2 * REQUESTS,
+            interval: 8,
+        }),
         gate: Some(gate),
         ..SimOptions::default()
     };
@@ -53,6 +58,10 @@ fn cancelling_all_requests_frees_all_blocks_after_the_steps_in_flight() {
             assert!(
                 receipt.blocks_freed > 0,
                 "the request held no block: {receipt:?}"
+            );
+            assert!(
+                receipt.states_freed > 0,
+                "the request held no state: {receipt:?}"
             );
             assert!(
                 receipt.step.as_u64() <= STEPS + depth as u64,

@@ -12,4 +12,5 @@ mod responses;
 mod router;
 mod runs;
 mod sessions;
+mod states;
 mod tools;

@@ -12,6 +12,7 @@ mod tally;
 
 use common::random::Random;
 use common::requests::{idle, prompt, request};
+use quell::internals::runner::StateInfo;
 use quell::{Engine, EngineConfig, SubmitError};
 use resources::Resources;
 use sim::SimOptions;
@@ -74,6 +75,10 @@ fn engine(options: SimOptions) -> Engine {
     let options = SimOptions {
         blocks: 180,
         layout: sim::layout_with_window(10),
+        states: Some(StateInfo {
+            slots: 40,
+            interval: 8,
+        }),
         ..options
     };
     let config = EngineConfig {

@@ -145,9 +145,36 @@ impl EngineBuilder {
         self
     }
 
-    /// Sets how long one device call may take before the engine closes.
-    pub fn step_deadline(mut self, deadline: Duration) -> Self {
-        self.config.step_deadline = Some(deadline);
+    /// Sets the number of unread chunks at which a request is paused until its reader catches
+    /// up.
+    pub fn stream_buffer(mut self, chunks: usize) -> Self {
+        self.config.stream_buffer = chunks;
+        self
+    }
+
+    /// Sets the share of the KV cache, in percent, that sessions may pin.
+    pub fn pinned_percent(mut self, percent: u8) -> Self {
+        self.config.pinned_percent = percent;
+        self
+    }
+
+    /// Sets how long a request may stay paused because its reader lags behind, before it is
+    /// cancelled. `None` means no limit.
+    pub fn slow_consumer_deadline(mut self, deadline: impl Into<Option<Duration>>) -> Self {
+        self.config.slow_consumer_deadline = deadline.into();
+        self
+    }
+
+    /// Sets how long one device call may take before the engine closes. `None` means no limit.
+    pub fn step_deadline(mut self, deadline: impl Into<Option<Duration>>) -> Self {
+        self.config.step_deadline = deadline.into();
+        self
+    }
+
+    /// Sets whether the block accounting is checked after every step, as
+    /// [`EngineConfig::audit`] describes.
+    pub fn audit(mut self, enabled: bool) -> Self {
+        self.config.audit = enabled;
         self
     }
 

@@ -130,6 +130,7 @@ pub struct Request {
     /// Salt of the prefix cache. Requests with different salts never share blocks, so that
     /// neither the time to the first token nor the number of cached tokens reveals to one what
     /// another has sent. Requests whose salt is `None` share blocks with each other.
+    /// A salt has from 1 to 1,024 bytes.
     pub cache_salt: Option<Arc<str>>,
     /// Constrains which tokens the answer may consist of, for example with a `Grammar`
     /// compiled for this engine's tokenizer. An answer that the constraint considers complete
@@ -223,7 +224,7 @@ impl Request {
         self
     }
 
-    /// Sets the salt of the prefix cache.
+    /// Sets the salt of the prefix cache, as [`Request::cache_salt`] describes it.
     pub fn cache_salt(mut self, salt: impl Into<Arc<str>>) -> Self {
         self.cache_salt = Some(salt.into());
         self

@@ -35,6 +35,12 @@ struct Settings {
     stop_tokens: Arc<[u32]>,
 }
 
+/// Returns whether `salt` may be the salt of a prefix cache. An empty one would look like none,
+/// but share no blocks with requests that have none.
+fn is_salt(salt: &str) -> bool {
+    (1..=1024).contains(&salt.len())
+}
+
 impl Engine {
     /// Submits a request and returns the stream of its answer, without waiting for the
     /// scheduler thread. The prompt is tokenized on the calling thread.
@@ -297,6 +303,13 @@ impl Engine {
                 name: "prompt_logprobs",
                 value: top.to_string(),
                 expected: "at most 1024",
+            }));
+        }
+        if let Some(salt) = request.cache_salt.as_deref().filter(|salt| !is_salt(salt)) {
+            return Err(SubmitError::Params(ParamError {
+                name: "cache_salt",
+                value: format!("{} bytes long", salt.len()),
+                expected: "from 1 to 1024 bytes long",
             }));
         }
         if request.max_tokens == Some(0) && task == Task::Generate {

@@ -43,9 +43,9 @@ pub(super) struct SchedulerThread {
     in_flight: VecDeque<StepPlan>,
     /// When the device could begin with the oldest step in flight.
     step_began: Instant,
-    /// Rows collected since `step_began`, and the number of them that belong to prompts.
-    rows: usize,
-    prompt_rows: usize,
+    /// Tokens collected since `step_began`, and the number of them that belong to prompts.
+    measured_tokens: usize,
+    measured_prompt_tokens: usize,
     completed: StepId,
     audit: bool,
     closing: bool,
@@ -96,8 +96,8 @@ impl SchedulerThread {
             runner,
             in_flight: VecDeque::new(),
             step_began: Instant::now(),
-            rows: 0,
-            prompt_rows: 0,
+            measured_tokens: 0,
+            measured_prompt_tokens: 0,
             completed: StepId::default(),
             audit: config.audit,
             slow_consumer_deadline: config.slow_consumer_deadline,

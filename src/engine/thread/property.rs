@@ -990,7 +990,7 @@ fn the_second_request_of_a_group_leads_if_the_first_is_cancelled_before_it_arriv
     let thread = machine.thread.as_mut().unwrap();
     thread.drain_commands();
     let plan = thread.plan().unwrap();
-    assert_eq!(plan.rows(), 6, "one of them computes the prompt");
+    assert_eq!(plan.tokens(), 6, "one of them computes the prompt");
     drop((streams, engine));
 }
 

@@ -34,7 +34,7 @@ impl SchedulerThread {
         }
         let unmasked = self.refresh_masks(&plan);
         let from = Instant::now();
-        if self.in_flight.is_empty() && self.rows == 0 {
+        if self.in_flight.is_empty() && self.measured_tokens == 0 {
             self.step_began = from;
         }
         self.note_starts(&plan, from);
@@ -267,22 +267,27 @@ impl SchedulerThread {
     }
 
     /// Measures how fast prompts are computed, to estimate the cost of recomputing. The device
-    /// may not wait for a step without results, so its rows are counted with the next step that
+    /// may not wait for a step without results, so its tokens are counted with the next step that
     /// has some.
     fn observe(&mut self, plan: &StepPlan, now: Instant) {
         let prompts = plan.items.iter().filter(|item| item.count > 1);
-        self.prompt_rows += prompts.map(|item| item.count).sum::<usize>();
-        self.rows += plan.rows();
+        self.measured_prompt_tokens += prompts.map(|item| item.count).sum::<usize>();
+        self.measured_tokens += plan.tokens();
         if plan.sample_count() == 0 && plan.sums().next().is_none() {
             return;
         }
         let took = now.saturating_duration_since(self.step_began);
         // Decoding takes longer per token and says nothing about the cost of recomputing a
         // prompt.
-        if 2 * self.prompt_rows > self.rows {
-            self.scheduler.observe_step(self.rows, took.as_secs_f64());
+        if 2 * self.measured_prompt_tokens > self.measured_tokens {
+            self.scheduler
+                .observe_step(self.measured_tokens, took.as_secs_f64());
         }
-        (self.rows, self.prompt_rows, self.step_began) = (0, 0, now);
+        (
+            self.measured_tokens,
+            self.measured_prompt_tokens,
+            self.step_began,
+        ) = (0, 0, now);
     }
 
     /// Records that all steps up to `step` have completed. If no step is in flight, every

@@ -36,10 +36,10 @@ impl Scheduler {
         self.cache.step_completed(step);
     }
 
-    /// Records that a step of `rows` rows took `seconds`, from which the cost of recomputing is
+    /// Records that a step of `tokens` tokens took `seconds`, from which the cost of recomputing is
     /// estimated.
-    pub fn observe_step(&mut self, rows: usize, seconds: f64) {
-        self.speed.observe(rows, seconds);
+    pub fn observe_step(&mut self, tokens: usize, seconds: f64) {
+        self.speed.observe(tokens, seconds);
     }
 
     /// Records that the step of `plan` has completed without an error. The keys and values that
@@ -136,7 +136,7 @@ impl Scheduler {
         commit
     }
 
-    /// Decides which rows of drafts count as written: those of the committed tokens except the
+    /// Decides which tokens of drafts count as written: those of the committed tokens except the
     /// last, from which the run may differ from the drafts. The other positions are computed
     /// again.
     fn settle_drafts(&mut self, step: StepId, item: &PlanItem, committed: usize) {

@@ -38,12 +38,12 @@ impl Scheduler {
     ) -> SequenceKey {
         self.arrivals += 1;
         if let Some(session) = spec.session {
-            // A task that needs every row recomputes the whole prompt, so it reuses nothing.
+            // A task that needs every token recomputes the whole prompt, so it reuses nothing.
             // Blocks with another salt must not be reused.
             let retained = self.retained.get(session);
             let foreign =
                 retained.is_some_and(|retained| retained.table.salt() != spec.salt.as_ref());
-            let reusable = match spec.task.needs_every_row() || foreign {
+            let reusable = match spec.task.needs_every_token() || foreign {
                 true => &[],
                 false => &*spec.prompt,
             };

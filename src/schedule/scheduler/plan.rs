@@ -1,4 +1,4 @@
-//! Chooses the rows of the next step.
+//! Chooses the tokens of the next step.
 
 use super::Scheduler;
 use crate::sampling::ConstraintError;
@@ -11,7 +11,7 @@ pub(super) struct Budget {
 }
 
 impl Scheduler {
-    /// Chooses the rows of the next step and allocates their blocks. Returns `None` if there is
+    /// Chooses the tokens of the next step and allocates their blocks. Returns `None` if there is
     /// nothing to do until a step completes or a command arrives.
     #[cfg(any(test, feature = "internals"))]
     pub fn plan(&mut self) -> Option<StepPlan> {
@@ -98,7 +98,7 @@ impl Scheduler {
     ) {
         let sequence = self.sequences.get(key);
         let count = sequence.map_or(0, |own| {
-            own.rows_to_branch(own.rows_within(count, budget.samples))
+            own.tokens_to_branch(own.tokens_within(count, budget.samples))
         });
         if count > 0 && self.make_room(key, count, plan) {
             self.push_item(plan, key, count, budget);

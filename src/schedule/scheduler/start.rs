@@ -93,7 +93,7 @@ impl Scheduler {
             if swapped.step > self.cache.last_completed_step() {
                 return None; // the step that copies the blocks out may still fail
             }
-            // The rows of all swapped-out tokens were reported before, so none must be
+            // All swapped-out tokens were reported before, so none must be
             // recomputed.
             let limit = swapped.tokens.min(length - 1);
             let known = self
@@ -191,7 +191,7 @@ impl Scheduler {
         let branch = interval.map_or(0, |interval| cost.known.matched / interval * interval);
         sequence.branch = if branch > cost.computed { branch } else { 0 };
         let count = sequence.pending().min(budget.tokens);
-        let count = sequence.rows_to_branch(sequence.rows_within(count, budget.samples));
+        let count = sequence.tokens_to_branch(sequence.tokens_within(count, budget.samples));
         // Number of tokens that the prefix cache has.
         let mut known = 0;
         if let Some(table) = shared {
@@ -251,7 +251,7 @@ impl Scheduler {
         if !sequence.started {
             sequence.started = true;
             sequence.cached_tokens = cost.computed;
-            if !sequence.spec.task.needs_every_row() {
+            if !sequence.spec.task.needs_every_token() {
                 self.totals.prefix_queries += sequence.prompt_tokens as u64;
                 let whole = sequence.prompt_tokens.saturating_sub(1);
                 let whole = whole / self.cache.block_tokens() * self.cache.block_tokens();
