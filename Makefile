@@ -59,8 +59,8 @@ soak:
 	QUELL_SOAK_REQUESTS=1000000 $(CARGO) test --locked --release -p quell-tests --no-default-features --test soak -- --nocapture
 	QUELL_SCHEDULES=100000 $(CARGO) test --locked -p interleavings --features shuttle --test shuttle
 
-## Breaks the engine on purpose, in one way at a time: a test must fail each time. Takes five
-## minutes on two cores once the dependencies are built, so `make test` does not include it.
+## Breaks the engine on purpose, in one way at a time: a test must fail each time. Takes half an
+## hour on two cores, so `make test` does not include it.
 mutations:
 	$(PYTHON) scripts/mutations
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "target"
 
 
-# What an instruction begins with in an image that only newer GPUs have; see `for_architecture`.
+# Prefix, in an image, of an instruction that only newer GPUs have; see `for_architecture`.
 NEWER = "// sm_90: "
 
 
@@ -36,17 +36,17 @@ NVRTC = [
     Wheel("nvidia-cuda-runtime-cu12==12.4.127", "64403288fa2136ee8e467cdc9c9427e0434110899d07c779f25b5c068934faa5"),
 ]
 
-# Only ptxas, the assembler.
+# ptxas, the assembler, without the rest of nvcc.
 PTXAS = [
     Wheel("nvidia-cuda-nvcc==13.0.88", "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03"),
 ]
 
-# The disassembler, which no other wheel has: counting instructions needs it.
+# The disassembler, which counts of instructions need.
 NVDISASM = [
     Wheel("nvidia-cuda-nvdisasm==13.2.86", "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c"),
 ]
 
-# All of nvcc 13.0, as on a machine with a CUDA toolkit. It needs a host C++ compiler.
+# The complete nvcc 13.0, as in a CUDA toolkit. It needs a host C++ compiler.
 NVCC = PTXAS + [
     Wheel("nvidia-cuda-crt==13.0.88", "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4"),
     Wheel("nvidia-cuda-runtime==13.0.96", "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"),
@@ -59,14 +59,14 @@ def say(text):
 
 
 def unpacked(wheels, folder):
-    """Returns the folder target/FOLDER/nvidia with the contents of `wheels`. Fetches them if
-    needed."""
+    """Returns the folder target/FOLDER/nvidia with the contents of `wheels`, which are fetched if
+    necessary."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         found = f"{sys.platform} on {platform.machine()}"
         sys.exit(f"{Path(sys.argv[0]).name}: the compilers are for Linux on x86-64; this is {found}")
     home = TARGET / folder
     for wheel in wheels:
-        # Written last: the wheel that it names has been unpacked completely.
+        # Written last, to show that the wheel has been unpacked completely.
         done = home / f"{wheel.sha256[:16]}.unpacked"
         if not done.exists():
             archive = fetch(wheel, home / "download")
@@ -97,7 +97,7 @@ def fetch(wheel, folder):
 
 
 def for_architecture(ptx, architecture):
-    """Returns the text of an image as it is assembled for an architecture such as sm_90.
+    """Returns the text of an image as it is to be assembled for an architecture such as sm_90.
 
     The loader (src/device/cuda/overlap.rs) does the same.
     """

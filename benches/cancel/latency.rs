@@ -1,9 +1,9 @@
 //! Latency of a cancel: from posting it until the reader sees the end, and until the blocks are
 //! free.
 
+use super::device::{Device, Failure, endless};
 use super::random::Random;
 use super::report::{Latencies, Report, Times};
-use super::{Device, Failure, endless};
 use futures_util::Stream;
 use quell::{Cancellation, Engine, EngineConfig, EngineStats, TokenStream};
 use std::collections::BTreeMap;

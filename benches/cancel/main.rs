@@ -8,6 +8,10 @@
 //! reader for the end of the stream, as recorded by the waker itself. If the reader was woken
 //! by a last token instead, the cancel counts as freed only.
 
+#[allow(dead_code)] // other benches use the rest
+#[path = "../common/arguments.rs"]
+mod arguments;
+mod device;
 mod latency;
 #[path = "../common/paced.rs"]
 mod paced;
@@ -17,89 +21,13 @@ mod random;
 mod report;
 mod survivors;
 
-use paced::PacedRunner;
-use quell::internals::runner::{NullOptions, NullRunner};
-use quell::{DeviceChoice, Engine, EngineConfig, LoadError, LoadOptions, Request};
+use arguments::after;
+use device::{Device, Failure};
+use quell::EngineConfig;
 use report::Report;
-use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-
-type Failure = Box<dyn Error + Send + Sync>;
-
-/// Device that the engine under test runs on.
-#[derive(Clone, PartialEq, Eq)]
-enum Device {
-    Null,
-    /// The null device, but each step takes this long.
-    Paced(Duration),
-    Cpu(PathBuf),
-    Cuda(PathBuf),
-}
-
-impl Device {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Null => "null",
-            Self::Paced(_) => "null, paced",
-            Self::Cpu(_) => "cpu",
-            Self::Cuda(_) => "cuda",
-        }
-    }
-
-    /// Starts an engine on this device for up to `live` requests, with some room to spare.
-    fn engine(&self, live: usize, config: EngineConfig) -> Result<Engine, LoadError> {
-        let config = EngineConfig {
-            max_open_requests: live + 1024,
-            audit: false,
-            ..config
-        };
-        let null = NullOptions {
-            context_tokens: 1 << 20,
-            cache_blocks: 1 << 18,
-            ..NullOptions::default()
-        };
-        let (path, device) = match self {
-            Self::Null => {
-                return Engine::with_runner(config, None, move || NullRunner::start(null));
-            }
-            &Self::Paced(step) => {
-                return Engine::with_runner(config, None, move || {
-                    PacedRunner::start(null, step, paced::spin)
-                });
-            }
-            Self::Cpu(path) => (path, DeviceChoice::Cpu),
-            Self::Cuda(path) => (path, DeviceChoice::Cuda(0)),
-        };
-        let config = EngineConfig {
-            kv_cache_bytes: Some(1 << 30),
-            ..config
-        };
-        let options = LoadOptions {
-            device,
-            ..LoadOptions::default()
-        };
-        Engine::load_with(path, config, options)
-    }
-}
-
-/// Returns a request that outlasts every measurement.
-fn endless(engine: &Engine, index: usize) -> Request {
-    let vocabulary = engine.info().vocabulary;
-    let prompt = (0..16)
-        .map(|position| ((index * 977 + position * 389) % vocabulary) as u32)
-        .collect::<Vec<_>>();
-    let mut request = Request::new(prompt).greedy();
-    request.ignore_eos = true;
-    request
-}
-
-/// Returns the value of a command line flag.
-fn after(flag: &str) -> Option<String> {
-    let mut arguments = std::env::args().skip_while(|argument| argument != flag);
-    arguments.nth(1)
-}
 
 fn run() -> Result<(), Failure> {
     let model = after("--model").map_or_else(

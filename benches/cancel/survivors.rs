@@ -1,8 +1,8 @@
 //! Time between the tokens of requests that keep running, while other requests next to them are
 //! left alone or are repeatedly cancelled all at once.
 
+use super::device::{Device, Failure, endless};
 use super::report::{Report, Survivors, Times};
-use super::{Device, Failure, endless};
 use futures_util::StreamExt;
 use quell::{Engine, EngineConfig, GenerateError, TokenStream};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,8 +1,8 @@
 //! RoPE with the write into the KV cache, and attention over the cache.
 
+use crate::bench::{Bench, values};
 use crate::report::Work;
 use crate::shapes::{BLOCK, Shape};
-use crate::{Bench, values};
 use quell::internals::device::cuda::{CudaCache, CudaRope};
 use quell::internals::device::*;
 

@@ -1,8 +1,8 @@
 //! Matrix products: the projections of a layer, the logits, and the experts.
 
+use crate::bench::{Bench, values};
 use crate::report::Work;
 use crate::shapes::{ExpertShape, Shape};
-use crate::{Bench, values};
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
 use quell::internals::weights::{DType, RandomContent, RandomTensor, RandomWeights, WeightSource};

@@ -1,8 +1,8 @@
 //! Recurrences: gated delta nets and Mamba-2.
 
+use crate::bench::{Bench, values};
 use crate::report::Work;
 use crate::shapes::BLOCK;
-use crate::{Bench, values};
 use quell::internals::device::cuda::{CudaCache, CudaDevice};
 use quell::internals::device::*;
 

@@ -1,8 +1,8 @@
 //! Row-wise operations: norms, activations and sampling.
 
+use crate::bench::{Bench, values};
 use crate::report::Work;
 use crate::shapes::Shape;
-use crate::{Bench, values};
 use quell::SamplingParams;
 use quell::internals::device::*;
 use quell::internals::sampling::SampleRow;

@@ -1,6 +1,7 @@
 //! The clients, which run in a child process and report what they received.
 
-use super::{Failure, Load};
+use super::arguments::after;
+use super::load::{Failure, Load};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -111,7 +112,7 @@ impl Clients {
 /// Runs in the clients' process: opens all streams, reads them, and prints what it received.
 pub fn run(address: &str) -> Result<(), Failure> {
     let number = |flag: &str| -> Result<usize, Failure> {
-        Ok(super::after(flag).ok_or("a flag is missing")?.parse()?)
+        Ok(after(flag).ok_or("a flag is missing")?.parse()?)
     };
     let (streams, tokens) = (number("--streams")?, number("--tokens")?);
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -11,7 +11,11 @@
 //! *Overhead* is the CPU time of the server and its engine, minus the CPU time of the same
 //! engine when tasks on the same kind of runtime read the same streams and discard them.
 
+#[allow(dead_code)] // other benches use the rest
+#[path = "../common/arguments.rs"]
+mod arguments;
 mod client;
+mod load;
 #[path = "../common/paced.rs"]
 mod paced;
 #[allow(dead_code)] // tests use the rest
@@ -19,30 +23,22 @@ mod paced;
 mod process;
 mod usage;
 
+use arguments::after;
 use client::{Clients, Seen};
+use load::{Failure, Load};
 use paced::PacedRunner;
 use quell::internals::runner::{ModelFiles, NullOptions};
 use quell::server::{Server, ServerOptions};
 use quell::{Engine, EngineConfig, LoadOptions, Request, Tokenizer};
 use serde_json::{Value, json};
-use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::runtime::Runtime;
 use usage::Usage;
 
-type Failure = Box<dyn Error + Send + Sync>;
-
 /// Duration of a step of the null device.
 const STEP: Duration = Duration::from_millis(20);
-
-/// Number of streams, and number of tokens per stream.
-#[derive(Clone, Copy)]
-struct Load {
-    streams: usize,
-    tokens: usize,
-}
 
 fn main() -> ExitCode {
     let outcome = match after("--client") {
@@ -56,12 +52,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Returns the value of a command line flag.
-fn after(flag: &str) -> Option<String> {
-    let mut arguments = std::env::args().skip_while(|argument| argument != flag);
-    arguments.nth(1)
 }
 
 fn run() -> Result<(), Failure> {

@@ -1,6 +1,7 @@
 //! Resource usage of this process.
 
-use super::{Failure, process};
+use super::load::Failure;
+use super::process;
 use std::time::Duration;
 
 /// CPU time and memory of this process.

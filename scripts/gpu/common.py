@@ -1,6 +1,8 @@
-"""Shared code of the scripts in this folder: the pack of programs that they run, on the
-machine that built it or on one that has a GPU but no Rust; and runs of these programs, each
-with a time limit, whose results are written after each of them.
+"""Shared code of the scripts in this folder.
+
+`Pack` is the set of programs that the scripts run, on the machine that built it or on one that
+has a GPU but no Rust. `Session` runs these programs, each with a time limit, and writes the
+results after each of them.
 """
 
 import datetime
@@ -24,11 +26,13 @@ TARGET = ROOT / "target" / "gpu"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Size of the parts of the model, for transfers with a size limit.
 MODEL_PART = 32 << 20
-# An item that has less time than this is left out, and a script keeps as much for itself.
+# Seconds: an item with less time left is skipped, and a script reserves as much for itself.
 LEAST = 2
-# Seconds in which a program that was killed must end.
+# Seconds to wait for a killed program to end.
 KILLED = 5
-# What is kept of the output of a program that failed: this much of its beginning and end.
+# Limit in seconds of the plot.
+ROOFLINE = 30
+# Characters that are kept of the beginning, and of the end, of the output of a program that failed.
 KEPT = 64 << 10
 
 
@@ -53,8 +57,8 @@ class Pack:
         self.recorded = folder / "recorded"
 
     def manifest(self):
-        """Returns the manifest of the programs. Unpacks them, or builds them if Rust is
-        installed."""
+        """Returns the manifest of the programs, after unpacking them or, if Rust is installed,
+        building them."""
         newer = lambda: self.archive.stat().st_mtime > self.file.stat().st_mtime
         if self.archive.exists() and (not self.file.exists() or newer()):
             say(f"unpacking {self.archive}")
@@ -74,7 +78,7 @@ class Pack:
         return found
 
     def model(self):
-        """Returns the path of the demo's model, joined from its parts if necessary, or None."""
+        """Returns the path of the demo's model, or None. Joins the model from its parts if necessary."""
         parts = sorted(self.folder.glob("model.*"))
         if not MODEL.exists() and parts:
             MODEL.parent.mkdir(exist_ok=True)
@@ -87,10 +91,14 @@ class Pack:
         """Returns an environment in which the programs find the chosen GPU."""
         variables = dict(os.environ, QUELL_TEST_GPU="virtual" if virtual else "real")
         variables["RUST_BACKTRACE"] = "0"
-        # Where the driver keeps what it compiles from PTX. Its own choice is in the home folder,
-        # which may not be writable.
+        # The driver's cache of what it compiles from PTX. By default it is in the home folder, which
+        # may not be writable.
         cache = Path(variables.setdefault("CUDA_CACHE_PATH", str(self.folder / "cache")))
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            say(f"the driver keeps nothing that it compiles, because {cache} cannot be written: {error}")
+            variables["CUDA_CACHE_DISABLE"] = "1"
         if found := self.model():
             variables["QUELL_TEST_MODEL"] = str(found)
         if virtual:
@@ -104,7 +112,7 @@ class Pack:
 
 
 def adopt(built):
-    """Makes this checkout available at the path where the programs were built, since that
+    """Makes this checkout available at the path where the programs were built, because that
     path is compiled into them."""
     try:
         if not built.exists():
@@ -117,7 +125,7 @@ def adopt(built):
 class Ran(NamedTuple):
     """How a run of a program ended."""
 
-    # None if it was killed because its time was over.
+    # None if it was killed because it exceeded its time limit.
     code: int | None
     out: str
     error: str
@@ -132,9 +140,9 @@ class Ran(NamedTuple):
 
 
 def run(command, variables, seconds):
-    """Runs a program for at most `seconds`. Its children end with it."""
+    """Runs a program for at most `seconds`, and then kills its children, too."""
     begin = time.monotonic()
-    # Files instead of pipes: a child that is left over would keep a pipe open.
+    # Files instead of pipes, because a remaining child would keep a pipe open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -165,7 +173,7 @@ def run(command, variables, seconds):
 
 
 def outcome(ran):
-    """Returns the result of a module of tests, which must have run a test and failed none."""
+    """Returns the result of a module of tests. It passes if at least one test ran and none failed."""
     counts = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", ran.out)
     passed, failed, ignored = map(int, counts.groups()) if counts else (0, 0, 0)
     good = ran.code == 0 and passed > 0 and ignored == 0
@@ -177,13 +185,13 @@ def outcome(ran):
 
 
 class Session:
-    """A run of a script: programs one after the other, within the limit of the whole script.
-    The results are in NAME.json after each of them, and what failed printed in logs.tar."""
+    """A run of a script, which runs programs one after the other within its time limit. After each
+    program, the results are written to NAME.json, and the output of failed programs to logs.tar."""
 
     def __init__(self, arguments, usual):
         self.pack = Pack(arguments.pack)
         built = self.pack.manifest()
-        # What is built before is not part of the limit.
+        # The time for building the programs is not part of the limit.
         self.begin, self.limit = time.monotonic(), arguments.seconds
         self.usual = usual
         self.folder, self.virtual, self.small = arguments.out, arguments.virtual, arguments.small
@@ -200,7 +208,7 @@ class Session:
             "commit": built["commit"],
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "optimised": built["optimised"],
-            # Until it has ended: the machine may go away at any time.
+            # Stays false until the script has ended, because the machine may go away at any time.
             "finished": False,
             "ok": False,
             "items": [],
@@ -217,16 +225,16 @@ class Session:
         return self.limit - self.spent() - LEAST
 
     def scaled(self, seconds):
-        """Returns the limit of a part, which is meant for a script with its usual limit."""
+        """Returns the limit of a part in proportion to the script's limit. `seconds` is for the usual one."""
         return max(seconds * self.limit / self.usual, 2 * LEAST)
 
     def end(self, seconds):
-        """Returns when a part that may take `seconds` must have ended, in seconds spent."""
+        """Returns the value of `spent` at which a part that may take `seconds` must end."""
         return self.spent() + self.scaled(seconds)
 
     def item(self, what, seconds, command, variables=None, may_fail=False, end=float("inf")):
         """Runs a program for at most `seconds`, but not beyond `end`. Returns None if no time is
-        left. A program that fails or does not end in time is a problem."""
+        left. Records a problem if the program fails or does not end in time."""
         allowed = min(self.scaled(seconds), self.left(), end - self.spent())
         if allowed < LEAST:
             self.leave_out(what, "no time was left")
@@ -248,7 +256,7 @@ class Session:
         return ran
 
     def json(self, what, seconds, command, end=float("inf")):
-        """Runs a program that prints JSON. Returns what it printed, or None."""
+        """Runs a program that prints JSON, and returns the parsed JSON or None."""
         ran = self.item(what, seconds, command, end=end)
         if ran is None or ran.code is None:
             return None
@@ -276,15 +284,15 @@ class Session:
         self.logs[what] = text
 
     def part(self, work, *arguments):
-        """Does a part of the script. A mistake in it does not end the others."""
+        """Runs a part of the script. If it raises an exception, the other parts still run."""
         try:
             work(*arguments)
-        except Exception as error:  # whatever it is, the results so far must not be lost
+        except Exception as error:  # the results so far must not be lost, whatever the error
             self.log(f"{work.__name__} of {name()}", traceback.format_exc())
             self.problem(f"{work.__name__}: {type(error).__name__}: {error}")
 
     def write(self):
-        """Writes what is known so far."""
+        """Writes the results so far."""
         self.results["seconds"] = round(self.spent())
         write_file(self.file, json.dumps(self.results, indent=1) + "\n")
         if self.logs:
@@ -293,7 +301,7 @@ class Session:
                     add_text(archive, re.sub(r"[^\w.]+", "-", what) + ".log", text)
 
     def describe_device(self, seconds):
-        """Describes the GPU. Ends the script if there is none."""
+        """Describes the GPU. Ends the script if that fails, because then there is no usable GPU."""
         command = [self.pack.programs / "quell", "inspect", "--device", "cuda", "--format", "json"]
         found = self.json("description of the GPU", seconds, command)
         if found is None:
@@ -331,10 +339,10 @@ class Session:
         self.write()
 
     def kernels(self, seconds, arguments):
-        """Measures kernels. What was measured before the time was over counts."""
+        """Measures kernels. If the time runs out, keeps what was measured before."""
         file = self.folder / "kernels.json"
         file.unlink(missing_ok=True)
-        # It stops by itself in three quarters of the time, unless a kernel hangs.
+        # The program stops by itself after three quarters of the time, unless a kernel hangs.
         command = [self.pack.programs / "kernels", "--write", file, *arguments]
         command += ["--seconds", str(round(self.scaled(seconds) * 3 / 4))] + ["--small"] * self.small
         self.item("kernels", seconds, command)
@@ -346,9 +354,9 @@ class Session:
             self.results["kernels_left_out"] = report["left_out"]
         self.write()
 
-    def model(self, settings, weights, arguments, end, repetitions):
-        """Measures a model with random weights. `settings` is a name that `quell bench` knows,
-        or a config.json of this checkout."""
+    def model(self, settings, weights, arguments, seconds, repetitions, end=float("inf")):
+        """Measures a model with random weights, for at most `seconds`. `settings` is the name of a
+        model that is built into `quell bench`, or a config.json of this checkout."""
         what = ROOT / settings if settings.endswith(".json") else settings
         command = [self.pack.programs / "quell", "bench", "--random-weights", what, "--weights-format", weights]
         command += ["--device", "cuda", "--format", "json", *arguments]
@@ -357,18 +365,18 @@ class Session:
         else:
             command += ["--repetitions", str(repetitions), "--max-batch-tokens", "2048", "--context", "4096"]
         shown = {"model": settings, "weights": weights, "arguments": " ".join(arguments)}
-        if report := self.json(" ".join(shown.values()), float("inf"), command, end):
+        if report := self.json(" ".join(shown.values()), seconds, command, end):
             self.results.setdefault("models", []).append(shown | {"figures": report["figures"]})
             self.write()
 
     def peers(self, what, kernels, seconds):
-        """Measures the limits of the GPU in PyTorch, and the same operations as `kernels`.
-        Returns `kernels` with the times added to them."""
+        """Measures the limits of the GPU, and the operations of `kernels`, in PyTorch. Returns
+        `kernels` with the times added."""
         asked = self.folder / "asked.json"
         asked.write_text(json.dumps(kernels))
         limit = min(self.scaled(seconds), self.left())
         script = Path(__file__).parent / "peers.py"
-        # A single equivalent takes seconds, and PyTorch some more to start.
+        # Measuring a single equivalent takes seconds, and starting PyTorch takes some more.
         report = self.json(what, seconds, [sys.executable, script, asked, str(limit * 2 / 3)])
         asked.unlink()
         if report is None:
@@ -385,16 +393,16 @@ class Session:
         self.write()
 
     def plot(self):
-        """Draws the kernels on the roofline of the GPU; never the virtual GPU's."""
+        """Draws the kernels on the roofline of the GPU, unless it is the virtual GPU."""
         if self.virtual:
             self.leave_out("roofline", "the virtual GPU's times say nothing about a GPU")
             return
         script = Path(__file__).parent / "roofline"
-        self.item("roofline", float("inf"), [sys.executable, script, self.file, self.folder / "roofline.svg"])
+        self.item("roofline", ROOFLINE, [sys.executable, script, self.file, self.folder / "roofline.svg"])
 
     def finish(self, good):
-        """Writes the last results and ends the script. It failed unless `good`, and if there was
-        a problem."""
+        """Writes the last results and ends the script. It succeeds if `good` and if there was no
+        problem."""
         self.results["ok"] = good and not self.results["problems"]
         self.results["finished"] = True
         self.write()
@@ -406,19 +414,19 @@ class Session:
 
 
 def arguments(parser, seconds):
-    """Adds the arguments of every script to a parser, and parses them."""
-    parser.add_argument("--out", type=Path, help="folder for the results [results in that of the programs]")
+    """Adds the arguments that all scripts have to a parser, and parses the command line."""
+    parser.add_argument("--out", type=Path, help="folder for the results [results/ in the folder of the programs]")
     parser.add_argument("--pack", type=Path, default=TARGET, help="folder of the programs [target/gpu]")
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"limit of the whole script [{seconds}]")
-    parser.add_argument("--virtual", action="store_true", help="on the virtual GPU")
-    parser.add_argument("--small", action="store_true", help="only what takes seconds on the virtual GPU")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"time limit of the whole script [{seconds}]")
+    parser.add_argument("--virtual", action="store_true", help="run on the virtual GPU")
+    parser.add_argument("--small", action="store_true", help="run only items that take seconds on the virtual GPU")
     parsed = parser.parse_args()
     parsed.pack = parsed.pack.resolve()
     return parsed
 
 
 def write_file(path, text):
-    """Writes a file, such that it is never seen half written."""
+    """Writes a file atomically, so that it is never seen half written."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text)
     new.replace(path)

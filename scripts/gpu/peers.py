@@ -1,10 +1,10 @@
 """Measures PyTorch on the operations that benches/kernels has measured.
 
-    peers.py KERNELS.json [SECONDS]      the list `kernels` of that bench's JSON
+    peers.py KERNELS.json [SECONDS]
 
-Prints JSON: the limits of the GPU in PyTorch, and the list, to which each operation's share of
-the limit of matrix products and the times of PyTorch's equivalents are added, fastest first.
-After SECONDS no further equivalent is measured.
+KERNELS.json is the list `kernels` of that bench's JSON. Prints JSON: the limits of the GPU in
+PyTorch, and the list. Each operation gets its share of the limit of matrix products, and the
+times of PyTorch's equivalents, fastest first. After SECONDS, no further equivalent is measured.
 """
 
 import json
@@ -23,18 +23,18 @@ if not torch.cuda.is_available():
     print(json.dumps({"left_out": "PyTorch finds no GPU"}))
     sys.exit()
 
-# Larger than the L2 cache, so that operands have to be read from memory.
+# Bytes of all operands: more than the L2 cache has, so that they must be read from memory.
 WORKING_SET = 512 << 20
 SAMPLES = 15
-# Seconds of work before the first sample: an idle GPU has slow clocks.
+# Seconds of work before the first sample, because the clocks of an idle GPU are slow.
 WARM_UP = 0.05
-# FlashAttention-2, and NVIDIA's own kernels, which are faster on Hopper and later.
+# FlashAttention-2, and NVIDIA's kernels, which are faster on Hopper and later GPUs.
 ATTENTION = {"FlashAttention": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def seconds(work, repeats=1):
-    """Returns the median time of an operation. `work` runs it `repeats` times and is recorded
-    as a graph if possible."""
+    """Returns the median time of an operation in seconds. `work` runs the operation `repeats`
+    times, and is recorded as a CUDA graph if possible."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -131,7 +131,7 @@ def attention(row):
             with sdpa_kernel(which):
                 found[f"{backend}, not paged"] = seconds(work, count)
         except RuntimeError as error:
-            # It does not support this shape, mask or GPU.
+            # The backend does not support this shape, mask or GPU.
             print(f"{row['kernel']} {row['shape']}: {backend}: {error}", file=sys.stderr)
             torch.cuda.synchronize()
     return found or {"F.scaled_dot_product_attention, not paged": seconds(work, count)}
@@ -157,7 +157,7 @@ def sampling(row):
 
 
 def peers(row):
-    """Returns the seconds of PyTorch's equivalents of an operation, by what they are."""
+    """Returns the times in seconds of PyTorch's equivalents of an operation, by name."""
     kernel = row["kernel"]
     if kernel.startswith("linear"):
         return linear(row)
@@ -193,7 +193,7 @@ def main():
     known = {}
     for row in rows:
         row["share_of_matmul"] = row["tflop_per_s"] / matmul
-        # Products with quantised weights are compared with the same peer as those without.
+        # Products with quantised weights have the same peer as those with bfloat16 weights.
         linear = row["kernel"].startswith("linear") and "BF16" not in row["kernel"]
         kernel = "linear" if linear else row["kernel"]
         key = json.dumps([kernel, row["rows"], row["sizes"]])

@@ -58,6 +58,7 @@ fn models_have_the_same_bits_in_groups() {
         ("gemma3n", true),
         // Caches of two sizes, some of which layers share.
         ("gemma4", true),
+        ("gpt-oss", true),
         ("mistral", true),
         ("phi3", false),
     ] {

@@ -1,8 +1,9 @@
 //! The operations that are counted: a few of each kind, so that all of them take less than a
 //! minute on the virtual GPU.
 
+use crate::bench::Bench;
 use crate::shapes::{EXPERTS, ExpertShape, MODELS, Shape};
-use crate::{Bench, attention, linear, recurrent, rows};
+use crate::{attention, linear, recurrent, rows};
 use quell::internals::device::DeviceError;
 use quell::internals::weights::DType;
 
@@ -11,6 +12,12 @@ const LLAMA: Shape = Shape {
     decodes: &[(1, 1024), (8, 512)],
     prefills: &[(256, 0), (128, 384)],
     ..MODELS[0]
+};
+
+/// Row counts of which each uses another tile for weights of 4 bits.
+const FEW_BITS: Shape = Shape {
+    rows: &[1, 16, 64],
+    ..LLAMA
 };
 
 /// Row counts of which each uses another tile.
@@ -30,7 +37,11 @@ pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     let name = "attention out";
     let size = (LLAMA.hidden, LLAMA.heads.q_columns());
     for dtype in [DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4K] {
-        let shape = if dtype == DType::BF16 { TILES } else { LLAMA };
+        let shape = match dtype {
+            DType::BF16 => TILES,
+            DType::Q4_0 | DType::Q4K => FEW_BITS,
+            _ => LLAMA,
+        };
         let kernel = format!("linear {}", dtype.name());
         if bench.wants(&kernel) {
             linear::product(bench, &shape, &kernel, name, size, dtype)?;

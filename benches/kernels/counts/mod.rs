@@ -8,64 +8,22 @@
 
 mod gpu;
 mod list;
+pub mod recorder;
 mod report;
 
-use crate::report::{Report, Work};
+use crate::arguments::{after, has};
+use crate::bench::Bench;
+use crate::report::Report;
 use crate::shapes::BLOCK;
-use crate::{Bench, after, has};
 use gpu::VirtualGpu;
 use quell::CudaOptions;
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
+use recorder::Recorder;
 use report::{Operation, Resources};
-use serde_json::Value;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use virtual_gpu::bounds::GPUS;
-
-/// Counts operations and collects the results.
-pub struct Recorder {
-    gpu: VirtualGpu,
-    resources: Resources,
-    operations: Vec<Operation>,
-}
-
-impl Recorder {
-    /// Runs an operation once and returns what its launches did.
-    fn launches(
-        &self,
-        device: &mut CudaDevice,
-        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
-    ) -> Result<Vec<Value>, Box<dyn Error>> {
-        // What is queued runs now, and not when the operation is waited for.
-        device.time_unrecorded(0, |_| Ok(()))?;
-        self.gpu.set("count", "1")?;
-        let ran = device.time_unrecorded(0, run);
-        self.gpu.set("count", "0")?;
-        ran?;
-        self.gpu.take_launches()
-    }
-}
-
-impl Bench {
-    /// Counts an operation. A failure is reported.
-    pub fn count(
-        &mut self,
-        work: Work,
-        run: impl FnMut(&mut CudaDevice) -> Result<(), DeviceError>,
-    ) {
-        let Some(recorder) = &mut self.counts else {
-            return;
-        };
-        let launches = recorder.launches(&mut self.device, run);
-        let operation =
-            launches.and_then(|launches| Operation::new(work, launches, &recorder.resources));
-        match operation {
-            Ok(operation) => recorder.operations.push(operation),
-            Err(error) => self.report.fail(&error.to_string()),
-        }
-    }
-}
 
 /// Returns the path of a file with results.
 fn results(name: &str) -> PathBuf {
@@ -117,11 +75,10 @@ pub fn run() -> Result<bool, Box<dyn Error>> {
         short: false,
         only: after("--only"),
         end: None,
-        counts: Some(Recorder {
+        counts: Some(Recorder::new(
             gpu,
-            resources: Resources::read(&results("kernel-resources.json"))?,
-            operations: Vec::new(),
-        }),
+            Resources::read(&results("kernel-resources.json"))?,
+        )),
     };
     list::run(&mut bench)?;
     let succeeded = bench.report.succeeded();

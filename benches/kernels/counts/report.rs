@@ -332,7 +332,12 @@ fn print_launch(launch: &Launch) {
         .filter(|(_, count)| 100 * count >= instructions);
     let mix =
         mix.map(|(name, count)| format!("{name} {:.0}%", 100.0 * ratio(*count, instructions)));
-    println!("      {}", mix.collect::<Vec<_>>().join(", "));
+    println!(
+        "      {}; {} barriers of blocks, {} multiplications on tensor cores",
+        mix.collect::<Vec<_>>().join(", "),
+        launch.number("barriers"),
+        launch.number("multiplications")
+    );
 }
 
 fn print_bound(operation: &Operation, index: usize, gpu: &Gpu) {
