@@ -6,7 +6,7 @@ LESS_OPTIMISED := --config profile.test.package.quell.opt-level=1
 # The model checkers' tests need features that exclude each other.
 ALL := --locked --workspace --exclude interleavings
 
-.PHONY: demo check test test-cuda test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
+.PHONY: demo check test test-cuda test-cuda-all test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -37,6 +37,13 @@ test: model clients templates
 test-cuda:
 	$(CARGO) test $(ALL) --test 'cuda*'
 	$(CARGO) test $(ALL) --bench kernels -- --virtual --check
+
+## Runs what takes half an hour on the virtual GPU: every checkpoint in every way in which an
+## answer can be computed, and all tests of the CUDA device with the images for compute
+## capability 8.0.
+test-cuda-all:
+	QUELL_EVERY_CHECKPOINT=1 $(CARGO) test $(ALL) --test cuda every_checkpoint
+	VGPU_COMPUTE_CAPABILITY=8.0 $(CARGO) test $(ALL) --test cuda
 
 test-others:
 	$(CARGO) test $(ALL) --test '[!c]*' --test 'cpu*'

@@ -217,6 +217,7 @@ fn overlapping_kernels_change_no_token() {
         let expected = alone(&engine(model, CudaOptions::default(), 64));
         assert_eq!(gpu.statistic("overlapping"), 0);
         gpu.reset();
+        gpu.set("compute_capability", "9.0");
         let without = CudaOptions {
             overlap: false,
             ..CudaOptions::default()
@@ -224,6 +225,7 @@ fn overlapping_kernels_change_no_token() {
         assert_eq!(alone(&engine(model, without, 64)), expected, "{model}");
         assert_eq!(gpu.statistic("overlapping"), 0);
         gpu.reset();
+        gpu.set("compute_capability", "9.0");
         gpu.set("schedule", "shuffle:5");
         let engine = engine(model, CudaOptions::default(), 64);
         let streams: Vec<_> = (0..REQUESTS)

@@ -1,8 +1,8 @@
 //! Every model with recurrent layers, and one for each other layout of the KV cache, gives the same
 //! bits in whatever way the engine computes its answers. `tests/models/ways.rs` has all checkpoints
-//! on the CPU device.
+//! on the CPU device, and `make test-cuda-all` runs all of them on the virtual GPU, too.
 
-use common::golden::{gguf, tiny};
+use common::golden::{checkpoints, gguf, tiny};
 use common::gpu;
 use common::ways::{Lengths, Undisturbed};
 use quell::{
@@ -25,13 +25,31 @@ fn load(path: &Path, config: EngineConfig) -> Engine {
 }
 
 fn check(path: PathBuf, lengths: Lengths) {
+    check_chunks(&path, lengths, &[7]);
+}
+
+fn check_chunks(path: &Path, lengths: Lengths, chunks: &[usize]) {
     let _gpu = gpu::lock();
-    let undisturbed = Undisturbed::new(&path, &load, lengths);
-    undisturbed.agrees_in_chunks(7);
+    let undisturbed = Undisturbed::new(path, &load, lengths);
+    for chunk in chunks {
+        undisturbed.agrees_in_chunks(*chunk);
+    }
     undisturbed.agrees_after_preemption(Preemption::Recompute);
     undisturbed.agrees_after_preemption(Preemption::Swap);
     undisturbed.agrees_after_a_prefix_hit();
     undisturbed.agrees_in_a_session();
+}
+
+/// With `QUELL_EVERY_CHECKPOINT`, all checkpoints and more chunks; else one that no other test has.
+#[test]
+fn every_checkpoint_has_the_same_bits() {
+    if std::env::var_os("QUELL_EVERY_CHECKPOINT").is_none() {
+        return check(tiny("llama4"), Lengths::SHORT);
+    }
+    for path in checkpoints() {
+        println!("{}", path.display());
+        check_chunks(&path, Lengths::SHORT, &[1, 7, 16, 64]);
+    }
 }
 
 macro_rules! same_bits {
