@@ -25,9 +25,9 @@ check:
 ## benches/results/kernel-counts.json says.
 ##
 ## The tests of the CUDA device keep one core busy, because they share one virtual GPU, so the
-## other tests run beside them. The unit tests do not optimise the crate, which would take longer
-## than running them: most of what is slow is in the integration tests, whose copy of the crate
-## is optimised.
+## other tests run beside them, and after them what also needs the virtual GPU. The unit tests do
+## not optimise the crate, which would take longer than running them: most of what is slow is in
+## the integration tests, whose copy of the crate is optimised.
 test: model clients templates
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
@@ -37,6 +37,8 @@ test: model clients templates
 test-cuda:
 	$(CARGO) test $(ALL) --test 'cuda*'
 	$(CARGO) test $(ALL) --bench kernels -- --virtual --check
+	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
+	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
 
 ## Runs what takes half an hour on the virtual GPU: every checkpoint in every way in which an
 ## answer can be computed, and all tests of the CUDA device with the images for compute
@@ -48,8 +50,6 @@ test-cuda-all:
 test-others:
 	$(CARGO) test $(ALL) --test '[!c]*' --test 'cpu*'
 	$(CARGO) test $(ALL) --doc
-	$(PYTHON) scripts/gpu/pack --quick --pack target/gpu-virtual
-	$(PYTHON) scripts/gpu/first-hour --virtual --small --pack target/gpu-virtual
 	$(MAKE) models
 	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
 	$(MAKE) check
