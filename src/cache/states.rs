@@ -254,6 +254,11 @@ impl BlockCache {
         states.map(StateCache::counts).unwrap_or_default()
     }
 
+    /// Returns the state of every slot, by slot index; nothing if no layer is recurrent.
+    pub fn slot_states(&self) -> impl Iterator<Item = BlockState> + '_ {
+        self.states.iter().flat_map(|states| states.pool.states())
+    }
+
     /// Returns how many times since the start a slot lost its last holder.
     pub fn released_states(&self) -> u64 {
         self.states.as_ref().map_or(0, |states| states.released)

@@ -2,7 +2,7 @@
 
 use super::BlockId;
 use super::prefix::NodeId;
-use super::states::TableStates;
+use super::states::{StateSlot, TableStates};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -88,6 +88,11 @@ impl BlockTable {
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         let groups = self.groups.iter();
         groups.flat_map(|group| group.blocks.iter().copied())
+    }
+
+    /// Returns the slots of the states that the table holds.
+    pub fn state_slots(&self) -> impl Iterator<Item = StateSlot> + '_ {
+        self.states.slots()
     }
 
     /// Returns the blocks before the index `end`, counted from the start of the sequence, one

@@ -23,6 +23,8 @@ pub struct EngineSnapshot {
     pub sessions: Vec<SessionState>,
     /// The owner of each KV cache block.
     pub blocks: BlockMap,
+    /// The owner of each slot for the states of recurrent layers. Empty if no layer is recurrent.
+    pub states: BlockMap,
     /// The requests whose blocks became free last, at most 64, latest first.
     pub recent_ends: Vec<RequestEnd>,
 }
@@ -73,6 +75,10 @@ pub struct RequestState {
     /// the blocks. Serialised as runs of consecutive blocks: `first, count, first, count, …`.
     #[serde(serialize_with = "as_runs")]
     pub blocks: Vec<u32>,
+    /// Slots of the states that the request holds: the one after its last step, and snapshots.
+    /// Serialised as runs, like the blocks.
+    #[serde(serialize_with = "as_runs")]
+    pub states: Vec<u32>,
     /// Time since the submission; serialised as `age_ms`, in milliseconds.
     #[serde(rename = "age_ms", serialize_with = "as_milliseconds")]
     pub age: Duration,
@@ -183,7 +189,7 @@ impl BlockUse {
     }
 }
 
-/// Owner of each block, by block index.
+/// Owner of each block, by block index, or of each slot for states, by slot index.
 ///
 /// Serialised as runs of blocks with the same owner, `code, count, code, count, …`, with the
 /// codes of [`BlockUse::code`].

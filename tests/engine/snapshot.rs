@@ -1,6 +1,7 @@
 //! Snapshots of an engine's state, and cancelling requests by their ids.
 
 use common::requests::{idle, ids, prompt, request};
+use quell::internals::runner::StateInfo;
 use quell::{
     BlockUse, CancelReason, Engine, EngineConfig, EngineFault, EngineSnapshot, Outcome, RequestId,
     RequestPhase, RequestQuery, Shutdown, TokenStream,
@@ -419,4 +420,46 @@ fn a_snapshots_json_encodes_blocks_as_runs() {
     assert_eq!(numbers(&json["requests"][0]["blocks"]), [0, held]);
     assert_eq!(numbers(&json["blocks"]), [4, held, 0, 256 - held]);
     assert_eq!(json["stats"]["blocks"]["referenced"], held);
+}
+
+/// The map of the slots adds up to the statistics, and each request holds the slots mapped to it.
+#[test]
+fn a_snapshot_shows_who_holds_each_state() {
+    let options = SimOptions {
+        states: Some(StateInfo {
+            slots: 12,
+            interval: 8,
+        }),
+        ..SimOptions::default()
+    };
+    let engine = engine(options, patient());
+    let without = SimOptions::default();
+    let plain = sim::engine(without, patient()).snapshot().wait().unwrap();
+    assert!(plain.states.as_slice().is_empty());
+
+    let session = engine.session();
+    let turn = session.generate(request(prompt(9, 20), 2)).unwrap();
+    turn.complete_blocking().unwrap();
+    let streams: Vec<_> = (0..3)
+        .map(|index| engine.generate(request(prompt(index, 20), 40)).unwrap())
+        .collect();
+    let snapshot = wait_until_all_paused(&engine);
+    let map = snapshot.states.as_slice();
+    let counts = snapshot.stats.states;
+    let count = |wanted: fn(&BlockUse) -> bool| map.iter().filter(|used| wanted(used)).count();
+    assert_eq!(map.len(), 12);
+    assert_eq!(count(|used| *used == BlockUse::Free), counts.free);
+    assert_eq!(count(|used| *used == BlockUse::Cached), counts.cached);
+    for (place, request) in (0..).zip(&snapshot.requests) {
+        assert!(!request.states.is_empty(), "{request:?}");
+        for slot in &request.states {
+            let used = map[*slot as usize];
+            let own = used == BlockUse::Request(place);
+            assert!(own || used == BlockUse::Shared, "slot {slot}: {used:?}");
+        }
+    }
+    assert!(map.contains(&BlockUse::Session(0)), "{map:?}");
+    drop(streams);
+    session.end().wait().unwrap();
+    idle(&engine);
 }

@@ -68,10 +68,17 @@ impl SchedulerThread {
             steps_in_flight: scheduler.launched().0 - stats.steps.0,
             requests: requests.collect(),
             sessions: sessions.collect(),
-            blocks: block_map(
+            blocks: owners(
                 scheduler.cache().states(),
-                sequences.iter().map(|(_, sequence)| &sequence.table),
-                retained.iter().map(|(_, _, table)| *table),
+                sequences
+                    .iter()
+                    .map(|(_, sequence)| blocks(&sequence.table)),
+                retained.iter().map(|(_, _, table)| blocks(table)),
+            ),
+            states: owners(
+                scheduler.cache().slot_states(),
+                sequences.iter().map(|(_, sequence)| slots(&sequence.table)),
+                retained.iter().map(|(_, _, table)| slots(table)),
             ),
             recent_ends: ends.map(|ended| request_end(ended, now)).collect(),
         }
@@ -88,7 +95,7 @@ fn request_state(sequence: &Sequence, origin: Option<Origin>, now: Instant) -> R
     } else {
         RequestPhase::Waiting
     };
-    let blocks = sequence.table.blocks();
+    let table = &sequence.table;
     let submitted = origin.as_ref().map_or(now, |origin| origin.submitted);
     let owner = origin.as_ref().and_then(|origin| origin.owner);
     RequestState {
@@ -103,7 +110,8 @@ fn request_state(sequence: &Sequence, origin: Option<Origin>, now: Instant) -> R
         cached_tokens: sequence.cached_tokens,
         computed_tokens: sequence.written_tokens(),
         generated_tokens: sequence.generated(),
-        blocks: blocks.map(|block| block.index() as u32).collect(),
+        blocks: blocks(table).map(|block| block as u32).collect(),
+        states: slots(table).map(|slot| slot as u32).collect(),
         age: now.saturating_duration_since(submitted),
     }
 }
@@ -125,11 +133,21 @@ fn request_end(ended: &Ended, now: Instant) -> RequestEnd {
     }
 }
 
-/// Combines the state of each block with the block tables that hold it.
-fn block_map<'a>(
+/// Returns the indices of the blocks that a table holds.
+fn blocks(table: &BlockTable) -> impl Iterator<Item = usize> + '_ {
+    table.blocks().map(|block| block.index())
+}
+
+/// Returns the indices of the slots whose states a table holds.
+fn slots(table: &BlockTable) -> impl Iterator<Item = usize> + '_ {
+    table.state_slots().map(|slot| slot.index())
+}
+
+/// Combines the state of each block or slot with those that requests and sessions hold.
+fn owners<Held: Iterator<Item = usize>>(
     states: impl Iterator<Item = BlockState>,
-    requests: impl Iterator<Item = &'a BlockTable>,
-    sessions: impl Iterator<Item = &'a BlockTable>,
+    requests: impl Iterator<Item = Held>,
+    sessions: impl Iterator<Item = Held>,
 ) -> BlockMap {
     let mut map: Vec<BlockUse> = states
         .map(|state| match state {
@@ -141,9 +159,9 @@ fn block_map<'a>(
         .collect();
     let requests = (0..).map(BlockUse::Request).zip(requests);
     let sessions = (0..).map(BlockUse::Session).zip(sessions);
-    for (owner, table) in requests.chain(sessions) {
-        for block in table.blocks() {
-            if let Some(held) = map.get_mut(block.index()) {
+    for (owner, held) in requests.chain(sessions) {
+        for index in held {
+            if let Some(held) = map.get_mut(index) {
                 *held = match held {
                     BlockUse::Free => owner,
                     _ => BlockUse::Shared,
