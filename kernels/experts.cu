@@ -112,7 +112,8 @@ KERNEL(32) route(u32* pair_expert, float* pair_weight, const float* router, u32 
 
     const u32 expert = choose(ranks, experts, top_k);
     const float weight = lane < top_k ? expf(router[expert] - largest) : 0.0f;
-    const float divisor = normalize ? sum_in_order(weight, top_k) : total;
+    // With a logit that is NaN or infinite, the total is NaN, and so are all weights: a faulty row must show.
+    const float divisor = normalize && total == total ? sum_in_order(weight, top_k) : total;
     const u32 place = place_by_index(expert, top_k);
     if (lane < top_k) {
         pair_expert[row * top_k + place] = expert;

@@ -491,7 +491,7 @@ __device__ __noinline__ void finish(Output to, Tile tile, SharedSums kept, u32 s
     const u32 columns = each ? each * (16 * MANY_THREADS / 32) : FEW_OUTPUTS;
     const ResultPlace place = {columns, each};
     const bool is_product = is_gated(to.mode);
-    // A power of two.
+    // A power of two, since `each` is one.
     const u32 width = is_product ? columns / 2 : columns, shift = __ffs(width) - 1;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < (is_product ? size / 2 : size); i += blockDim.x) {

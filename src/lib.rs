@@ -68,12 +68,12 @@
 //!
 //! # Modules
 //!
-//! Everything public is re-exported at the root. In the source, a request passes through these
-//! modules from top to bottom:
+//! Apart from `server`, everything public is re-exported at the root. In the source, a request
+//! passes through these modules roughly from top to bottom:
 //!
 //! | Module | Contents |
 //! |---|---|
-//! | `cli` | The `quell` program, one file per subcommand. |
+//! | `cli` | The `quell` program: its subcommands, arguments and model download. |
 //! | `server` | The HTTP server: `http` for connections, `openai` for the types of the API, `routes`. |
 //! | `text` | Tokenizers, chat templates, tool calls and reasoning. |
 //! | `engine` | `caller`, the handles that callers hold, and `thread`, the scheduler thread. |

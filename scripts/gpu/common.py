@@ -96,6 +96,8 @@ class Pack:
         cache = Path(variables.setdefault("CUDA_CACHE_PATH", str(self.folder / "cache")))
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(cache, os.W_OK | os.X_OK):
+                raise OSError("no permission")
         except OSError as error:
             say(f"the driver keeps nothing that it compiles, because {cache} cannot be written: {error}")
             variables["CUDA_CACHE_DISABLE"] = "1"

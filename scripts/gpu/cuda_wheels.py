@@ -1,4 +1,4 @@
-"""Fetches NVIDIA's compilers from pinned PyPI wheels, for the other scripts in this folder.
+"""Fetches NVIDIA's compilers from pinned PyPI wheels, for the scripts here and in the folder above.
 
 No CUDA toolkit has to be installed. A wheel is downloaded once into target/, checked
 against its SHA-256, and unpacked there. A broken or interrupted download is fetched
@@ -44,13 +44,6 @@ PTXAS = [
 # The disassembler, which counts of instructions need.
 NVDISASM = [
     Wheel("nvidia-cuda-nvdisasm==13.2.86", "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c"),
-]
-
-# The complete nvcc 13.0, as in a CUDA toolkit. It needs a host C++ compiler.
-NVCC = PTXAS + [
-    Wheel("nvidia-cuda-crt==13.0.88", "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4"),
-    Wheel("nvidia-cuda-runtime==13.0.96", "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"),
-    Wheel("nvidia-nvvm==13.0.88", "c5f41ffeb6466944a026dfa5317d7d85355c119bbec279205d22f1869d1054e0"),
 ]
 
 
@@ -114,8 +107,3 @@ def ptxas():
 def nvdisasm():
     """Returns the path of nvdisasm."""
     return unpacked(NVDISASM, "nvdisasm") / "cu13" / "bin" / "nvdisasm"
-
-
-def nvcc():
-    """Returns the path of nvcc."""
-    return unpacked(NVCC, "nvcc") / "cu13" / "bin" / "nvcc"

@@ -115,12 +115,21 @@ impl ModelSource {
                 stacked.map(|stacked| name(stacked).to_owned())
             }
         };
+        // Those of a checkpoint that stacks transposed matrices are always read from them.
+        let are_transposed = self.naming() != Naming::Gguf
+            && self
+                .config()
+                .architecture
+                .storage
+                .stacked_experts
+                .is_some_and(|own| own.are_transposed);
         let stacked = stacked.map(|name| self.layer_prefix(layer) + &name);
-        match stacked {
-            Some(stacked) if self.holds(&stacked) || !single().any(|name| self.holds(&name)) => {
-                vec![stacked]
-            }
-            _ => single().collect(),
+        let is_stacked = |stacked: &String| {
+            are_transposed || self.holds(stacked) || !single().any(|name| self.holds(&name))
+        };
+        match stacked.filter(is_stacked) {
+            Some(stacked) => vec![stacked],
+            None => single().collect(),
         }
     }
 

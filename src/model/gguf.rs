@@ -229,7 +229,7 @@ impl<'a> Metadata<'a> {
             activation: self.architecture.class.activation,
             heads,
             vocabulary: self.vocabulary()?,
-            context,
+            context: rope.extended_context(context),
             norm_epsilon: self
                 .number("attention.layer_norm_rms_epsilon")?
                 .unwrap_or(1e-6),
@@ -324,10 +324,15 @@ impl<'a> Metadata<'a> {
         // The shape of the embedding counts more than `vocab_size`: some files pad the embedding
         // beyond the tokenizer's vocabulary.
         let name = "token_embd.weight";
-        if let Some(embedding) = self.file.tensor(name)
-            && let &[rows, _] = embedding.shape
-        {
-            return Ok(rows);
+        if let Some(embedding) = self.file.tensor(name) {
+            return match *embedding.shape {
+                [rows, _] => Ok(rows),
+                _ => Err(ModelError::WrongShape {
+                    name: name.to_owned(),
+                    found: embedding.shape.to_vec(),
+                    expected: vec![0, self.required_size("embedding_length")?],
+                }),
+            };
         }
         let size = self.size("vocab_size")?;
         size.ok_or_else(|| ModelError::MissingTensor {
@@ -378,7 +383,13 @@ impl<'a> Metadata<'a> {
             Some(width) => width,
             None => {
                 let key = "feed_forward_length";
-                self.uniform_size(key)?.ok_or_else(|| self.missing(key))?
+                match self.uniform_size(key)?.ok_or_else(|| self.missing(key))? {
+                    0 => {
+                        let expected = "above 0 without expert_feed_forward_length";
+                        return Err(self.refused(key, 0, expected));
+                    }
+                    width => width,
+                }
             }
         };
         Ok(Some(Experts {
@@ -395,6 +406,15 @@ impl<'a> Metadata<'a> {
             has_shared_gate: false,
             has_own_norms: false,
         }))
+    }
+
+    /// Refuses a file whose `expert_weights_norm` is other than what the architecture computes.
+    pub(super) fn require_weights_norm(&self, normalize: bool) -> Result<(), ModelError> {
+        let key = "expert_weights_norm";
+        match self.flag(key)?.filter(|&stated| stated != normalize) {
+            Some(stated) => Err(self.refused(key, stated, normalize.to_string())),
+            None => Ok(()),
+        }
     }
 
     /// Reads the mixture of experts, if there is one, of an architecture whose expert weights are

@@ -117,7 +117,7 @@ impl Hyperparameters {
         let layers = (0..self.layers).map(|layer| (architecture.layer)(&self, layer));
         let layers: Vec<LayerSpec> = layers.collect();
         if layers.iter().all(|layer| layer.heads().is_none()) {
-            let expected = "such that a layer has attention, but all are recurrent";
+            let expected = "so many that one of them has attention, and none has";
             return Err(self.refused(|keys| keys.layers, self.layers, expected));
         }
         let mut ropes = vec![self.rope];

@@ -271,8 +271,18 @@ impl Inventory<'_> {
     }
 
     fn latent(&mut self, layer: usize, latent: &Latent) -> Result<(), ModelError> {
-        for part in latent.linear_parts(self.source.splits_latent_up(layer)) {
+        let splits = self.source.splits_latent_up(layer);
+        for part in latent.linear_parts(splits) {
             self.linear(layer, part)?;
+        }
+        // Some old GGUF files hold the split matrices beside the whole one.
+        if self.source.naming() == Naming::Gguf && !splits {
+            for part in [Part::LatentKeys, Part::LatentValues] {
+                let name = self.source.name(layer, part);
+                if self.source.holds(&name) {
+                    self.require(name)?;
+                }
+            }
         }
         for &part in latent.norms() {
             self.require(self.source.name(layer, part))?;

@@ -63,7 +63,7 @@ pub(super) const GGUF: Keys = Keys {
     vocabulary: "vocab_size",
     context: "context_length",
     norm_epsilon: "attention.layer_norm_rms_epsilon",
-    // GGUF has no key for the scale, which follows from the head dimension.
+    // The scale follows from the head dimension, unless the architecture reads a key of its own.
     attention_scale: "attention.key_length",
     attention_softcap: "attn_logit_softcapping",
     logit_softcap: "final_logit_softcapping",

@@ -4,7 +4,7 @@ use super::demand::Needs;
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
 use crate::cache::{CacheGroup, CacheLayout, EmptyWindow, GroupKind, LayerCache};
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, Preemption};
 use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits, StateShape};
 use crate::model::ModelConfig;
 
@@ -180,12 +180,8 @@ impl MemoryPlan {
     pub fn describe_groups(&self) -> String {
         let groups = self.groups();
         let kinds = groups.chunk_by(same_window).map(describe);
-        let sharing = match self.layout.sharing_layers() {
-            0 => None,
-            1 => Some("1 layer uses the cache of another".to_owned()),
-            layers => Some(format!("{layers} layers use the cache of another")),
-        };
-        let rest = sharing.into_iter().chain(self.describe_states());
+        let rest = self.describe_sharing().into_iter();
+        let rest = rest.chain(self.describe_states());
         kinds.chain(rest).collect::<Vec<_>>().join("; ")
     }
 
@@ -202,7 +198,16 @@ impl MemoryPlan {
         });
         let states = self.describe_states();
         let states = states.map(|kind| format!("{kind}: {} per sequence", mib(self.state_bytes)));
-        kinds.chain(states).collect()
+        let rest = self.describe_sharing().into_iter().chain(states);
+        kinds.chain(rest).collect()
+    }
+
+    fn describe_sharing(&self) -> Option<String> {
+        match self.layout.sharing_layers() {
+            0 => None,
+            1 => Some("1 layer uses the cache of another".to_owned()),
+            layers => Some(format!("{layers} layers use the cache of another")),
+        }
     }
 
     fn describe_states(&self) -> Option<String> {
@@ -384,6 +389,17 @@ pub(super) fn cache_shape<D: Device>(
             },
         });
     }
+    if config.preemption == Preemption::Swap && config.swap_bytes < block_bytes {
+        let expected = format!(
+            "at least {block_bytes} (one block of this model) if preempted sequences are to be \
+             swapped out"
+        );
+        return Err(LoadError::Config {
+            name: "swap_bytes",
+            value: config.swap_bytes.to_string(),
+            expected,
+        });
+    }
     Ok(CacheShape { blocks, ..block })
 }
 
@@ -545,6 +561,8 @@ mod tests {
             "2 layers keep all tokens, in 2 groups; 2 layers keep the last 24 tokens; \
              2 layers use the cache of another"
         );
+        let memory = plan.describe_memory();
+        assert_eq!(memory[2], "2 layers use the cache of another", "{memory:?}");
         // Both layers with a window share the one place of a block.
         assert_eq!(plan.block_bytes, 16 * 2 * 2 * 2 * 64);
     }

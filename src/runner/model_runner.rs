@@ -112,7 +112,7 @@ impl<D: Device> ModelRunner<D> {
         tracing::debug!(
             blocks = shape.blocks,
             bytes = memory.cache(),
-            groups = memory.describe_groups(),
+            groups = memory.describe_memory().join("; "),
             bytes_per_sequence = memory.sequence_bytes(context),
             step_tokens = memory.batch_tokens,
             recorded_steps = steps,

@@ -6,10 +6,11 @@ use common::experts;
 use common::experts::{COLUMNS, EXPERTS, Mixture};
 use common::gpu;
 use half::{bf16, f16};
+use quell::internals::device::cpu::CpuDevice;
 use quell::internals::device::cuda::{CudaDevice, CudaExperts};
 use quell::internals::device::*;
 use quell::internals::weights::DType;
-use quell::{CudaActivations, CudaOptions};
+use quell::{CpuOptions, CudaActivations, CudaOptions};
 
 fn device(activations: CudaActivations) -> CudaDevice {
     let options = CudaOptions {
@@ -385,9 +386,9 @@ fn experts_without_rows_are_skipped() {
     }
 }
 
-/// Every expert gets rows, in steps of one token and of many.
+/// Most experts get a row or more, in a step of many tokens and in steps of one.
 #[test]
-fn rows_are_spread_over_five_hundred_experts() {
+fn rows_go_to_most_of_five_hundred_experts() {
     let _gpu = gpu::lock();
     let mut random = Random::new(27);
     let (experts, hidden, columns, rows) = (512, 8, 16, 150);
@@ -456,6 +457,112 @@ fn a_row_of_nan_changes_no_other_row() {
         assert_eq!(bits(&out[range.clone()]), bits(&whole[range]), "row {row}");
     }
     assert!(out[columns..2 * columns].iter().all(|value| value.is_nan()));
+}
+
+/// A single logit that is NaN or infinite makes its row NaN, whatever is chosen.
+#[test]
+fn a_logit_that_is_not_finite_shows_in_its_row() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(28);
+    let (experts, hidden, columns) = (40, 16, 16);
+    let mut device = device(CudaActivations::F16);
+    let shape = (experts, hidden, columns);
+    let layer = Layer::new(&mut random, CudaActivations::F16, DType::F32, shape);
+    let loaded = layer.load(&mut device);
+    let x = random.numbers(columns);
+    for normalize in [true, false] {
+        let routing = routing(3, normalize, Activation::Silu);
+        for (place, logit) in [(0, f32::NAN), (35, -f32::NAN), (7, f32::INFINITY)] {
+            let mut logits = logits(&mut random, 1, experts);
+            logits[place] = logit;
+            let inputs = (&x[..], &logits[..]);
+            let out = apply(&mut device, &loaded, routing, inputs, (1, columns));
+            assert!(out.iter().all(|value| value.is_nan()), "{logit}: {out:?}");
+        }
+    }
+}
+
+/// Routers of the sizes that models have, with several experts per lane of a warp.
+#[test]
+fn routers_with_hundreds_of_experts_agree_with_the_cpu_device() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(29);
+    let (hidden, columns, rows) = (8, 16, 6);
+    let activations = CudaActivations::F16;
+    let mut device = device(activations);
+    let mut cpu = CpuDevice::new(&CpuOptions::default()).unwrap();
+    // Experts, groups, groups that take part, and experts per row.
+    for (experts, groups, top_groups, top_k) in [
+        (256, 8, 4, 8),
+        (512, 32, 8, 32),
+        (72, 1, 1, 6),
+        (384, 1, 1, 8),
+        (160, 8, 3, 6),
+    ] {
+        let shape = (experts, hidden, columns);
+        let layer = Layer::new(&mut random, activations, DType::F32, shape);
+        let corrections: Vec<f32> = random.numbers(experts);
+        let specs = |matrices: &'_ [Matrix]| -> Vec<LinearSpec<'static>> {
+            let owned = matrices.iter().map(|matrix| {
+                let data: &'static [u8] = Box::leak(matrix.data.clone().into_boxed_slice());
+                let rows = matrix.weights.len() / matrix.columns;
+                LinearSpec {
+                    parts: vec![WeightRows {
+                        dtype: matrix.dtype,
+                        rows,
+                        columns: matrix.columns,
+                        data,
+                        order: RowOrder::AsStored,
+                    }],
+                    bias: None,
+                }
+            });
+            owned.collect()
+        };
+        let (gate_up, down) = (specs(&layer.gate_up), specs(&layer.down));
+        let sigmoid = SigmoidRouting {
+            scale: 2.5,
+            groups,
+            top_groups,
+            scales_input: false,
+        };
+        let softmax = SoftmaxRouting {
+            scale: 1.5,
+            groups,
+            top_groups,
+        };
+        for (score, bias) in [
+            (RouterScore::Sigmoid(sigmoid), Some(&corrections[..])),
+            (RouterScore::Sigmoid(sigmoid), None),
+            (RouterScore::GroupedSoftmax(softmax), None),
+        ] {
+            let routing = RoutingSpec {
+                score,
+                ..routing(top_k, true, Activation::Silu)
+            };
+            let own = device.load_experts(&gate_up, &down, bias, None).unwrap();
+            let others = cpu.load_experts(&gate_up, &down, bias, None).unwrap();
+            let x = random.numbers(rows * columns);
+            let logits: Vec<f32> = random.numbers(rows * experts);
+            let inputs = (&x[..], &logits[..]);
+            let found = apply(&mut device, &own, routing, inputs, (rows, columns));
+            let x = common::cpu::tensor(&mut cpu, columns, &x);
+            let router = common::cpu::tensor(&mut cpu, experts, &logits);
+            let empty = vec![0.0; rows * columns];
+            let mut out = common::cpu::tensor(&mut cpu, columns, &empty);
+            cpu.experts(&x, &router, routing, &others, rows, &mut out)
+                .unwrap();
+            let expected = common::cpu::values(&out, rows);
+            for (found, expected) in found.iter().zip(&expected) {
+                let error = (found - expected).abs();
+                let what = format!("{experts} experts, {score:?}");
+                assert!(
+                    error <= 0.01 * (1.0 + expected.abs()),
+                    "{what}: {found}, not {expected}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

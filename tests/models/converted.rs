@@ -545,7 +545,7 @@ fn gemma3n_settings(checkpoint: &Conversion) -> Settings {
     settings.insert("attention.sliding_window_pattern", pattern);
     // The quantile of a share of 0.
     let quantile = |share: &Value| match share.as_f64() {
-        Some(share) if share == 0.0 => f32::NEG_INFINITY,
+        Some(0.0) => f32::NEG_INFINITY,
         _ => panic!("the checkpoint has sparse gates"),
     };
     let cuts = all("activation_sparsity_pattern").map(quantile).collect();

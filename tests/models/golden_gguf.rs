@@ -4,7 +4,8 @@
 
 use common::gguf_writer::GgufWriter;
 use common::golden;
-use common::golden::{Tolerance, gguf, tiny, tiny_cases};
+use common::golden::{Tolerance, checkpoints, gguf, tiny, tiny_cases};
+use quell::internals::model::ModelSource;
 use quell::internals::weights::gguf::{Array, Value as Metadata};
 use quell::internals::weights::{DType, Gguf, ModelFolder, WeightSource, quant};
 use quell::{Engine, EngineConfig, LoadOptions};
@@ -393,4 +394,32 @@ fn lists_that_do_not_fit_the_layers_are_refused_by_their_key() {
         let named = key == "attention.head_count_kv" && error.contains("attention.head_count");
         assert!(error.contains(&full) || named, "{full}: {error}");
     }
+}
+
+/// YaRN extends the context of a file, whose own key has what the model was trained with.
+#[test]
+fn files_have_the_context_of_the_folders_that_they_were_converted_from() {
+    let mut extended = 0;
+    for path in checkpoints().iter().filter(|path| path.is_file()) {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let file = Gguf::open(path).unwrap();
+        let key = format!(
+            "{}.context_length",
+            file.metadata("general.architecture")
+                .unwrap()
+                .as_str()
+                .unwrap()
+        );
+        let stated = file.metadata(&key).unwrap().as_u64().unwrap() as usize;
+        let context = ModelSource::from_gguf(file).unwrap().config().context;
+        let folder = ModelFolder::open(&tiny(name)).unwrap();
+        let expected = ModelSource::from_folder(folder).unwrap().config().context;
+        // The converter states this length for all models with Mamba-2.
+        if stated == 1 << 20 {
+            continue;
+        }
+        assert_eq!(context, expected, "{name}");
+        extended += usize::from(context > stated);
+    }
+    println!("{extended} files have an extended context");
 }

@@ -601,6 +601,11 @@ fn settings_that_contradict_the_model_or_each_other_are_refused() {
         ),
         (
             "llama",
+            |builder| builder.preemption(Preemption::Swap, 100),
+            "swap_bytes is 100, but must be at least ",
+        ),
+        (
+            "llama",
             |builder| builder.block_tokens(1 << 15),
             "kv_cache_bytes is 8388608, but must be at least ",
         ),

@@ -104,6 +104,7 @@ fn wrong_settings_of_minimax_m2_are_named() {
         ("expert_used_count", size(9)),
         ("expert_feed_forward_length", size(0)),
         ("expert_weights_scale", number(2.0)),
+        ("expert_weights_norm", Some(Metadata::Bool(false))),
         ("rope.dimension_count", size(15)),
         ("rope.dimension_count", size(64)),
     ];
@@ -119,6 +120,7 @@ fn wrong_settings_of_llama4_are_named() {
         ("expert_feed_forward_length", size(0)),
         ("expert_gating_func", size(1)),
         ("expert_used_count", size(0)),
+        ("expert_weights_norm", Some(Metadata::Bool(true))),
         ("attention.sliding_window", number(32.0)),
         (
             "attention.sliding_window_pattern",

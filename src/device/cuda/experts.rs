@@ -552,6 +552,7 @@ impl CudaDevice {
             )?,
         }
         let [places_8, places_16, places_64, places_128] = places.tiles.places();
+        // As in `kernels/experts.cu`: 32 and 16 warps.
         let (most, threads) = if count <= 256 {
             (256, 1024)
         } else {

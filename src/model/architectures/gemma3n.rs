@@ -50,7 +50,7 @@ const PERIOD: usize = 5;
 /// Base of the position embedding in layers with a sliding window.
 const SLIDING_THETA: f32 = 10_000.0;
 /// Number of leading layers with sparse gates in models without `activation_sparsity_pattern`.
-/// Models with no more layers than this have no sparse gates.
+/// Folders of models with no more layers than this have no sparse gates.
 const SPARSE_LAYERS: usize = 10;
 /// Share of the gates that are 0 in these layers.
 const SPARSITY: f64 = 0.95;

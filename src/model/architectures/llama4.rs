@@ -176,6 +176,7 @@ fn query_scale(config: &Config<'_>) -> Result<Option<QueryScale>, ModelError> {
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    metadata.require_weights_norm(false)?;
     let common = metadata.hyperparameters()?;
     // Converters write this key only for models without chunks, as 0.
     let chunk = metadata.window(Some(CHUNK))?;

@@ -72,6 +72,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {
+    metadata.require_weights_norm(true)?;
     let experts = metadata.sigmoid_experts()?.map(|experts| Experts {
         routing: RoutingSpec {
             // The models normalise these weights, and the files have no key for it.

@@ -283,7 +283,8 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     }
     numbers.names.keys.shared_experts = SHARED_WIDTH;
     if let Some(&first) = numbers.recurrent_layers.iter().min() {
-        // GGUF has no key for the least step, which is the same in all published models.
+        // GGUF has no key for the least step, which is the same in all published models. Like
+        // transformers, and unlike llama.cpp, which limits no step from below.
         let limits = [LEAST_STEP, f32::INFINITY];
         let mixer = granitemoehybrid::stated_mamba2(metadata, first, numbers.norm_epsilon, limits)?;
         numbers.recurrent = Some(mixer);

@@ -698,7 +698,7 @@ fn calls_that_wait_or_allocate_invalidate_a_capture() {
         let (code, graph) = end(s);
         assert_eq!(code, OK);
         assert_eq!(cuGraphDestroy(graph), OK);
-        // It may not wait for the whole context, in no mode.
+        // In no mode may it wait for the whole context.
         begin(s);
         let other = std::thread::spawn(move || {
             cuCtxSetCurrent(context);
