@@ -117,8 +117,9 @@ impl Hyperparameters {
         let layers = (0..self.layers).map(|layer| (architecture.layer)(&self, layer));
         let layers: Vec<LayerSpec> = layers.collect();
         if layers.iter().all(|layer| layer.heads().is_none()) {
-            let expected = "so many that one of them has attention, and none has";
-            return Err(self.refused(|keys| keys.layers, self.layers, expected));
+            let found = format!("such that none of {} layers has attention", self.layers);
+            let expected = "such that at least one has it";
+            return Err(self.refused(|keys| keys.mixers, found, expected));
         }
         let mut ropes = vec![self.rope];
         if self.sliding_rope != ropes[0] {
