@@ -42,7 +42,7 @@ mod table;
 mod transfer;
 
 pub use fence::Fence;
-pub use layout::{CacheGroup, CacheLayout, CachePlace, EmptyWindow, GroupKind, LayerCache};
+pub use layout::{CacheLayout, CachePlace, EmptyWindow, GroupKind, LayerCache};
 pub use pool::{BlockId, BlockState, Pool};
 pub use prefix::Miss;
 pub use reuse::PrefixHit;

@@ -101,36 +101,30 @@ impl ModelSource {
             return vec![fused];
         }
         let single = || (0..count).map(|expert| self.name(layer, part(expert)));
-        let stacked = match self.naming() {
-            Naming::Gguf => names::gguf_stacked(part(0)).map(|name| format!("{name}.weight")),
-            Naming::HuggingFace { .. } => {
-                let stacked = self.config().architecture.storage.stacked_experts;
-                let name = |stacked: StackedExperts| {
-                    if is_down {
-                        stacked.down
-                    } else {
-                        stacked.gate_up
-                    }
-                };
-                stacked.map(|stacked| name(stacked).to_owned())
-            }
+        let is_used = || {
+            let is_stored = self.stacked_name(layer, part(0)).is_some();
+            is_stored || self.stacked_experts(layer).is_some()
         };
-        // Those of a checkpoint that stacks transposed matrices are always read from them.
-        let are_transposed = self.naming() != Naming::Gguf
-            && self
-                .config()
-                .architecture
-                .storage
-                .stacked_experts
-                .is_some_and(|own| own.are_transposed);
-        let stacked = stacked.map(|name| self.layer_prefix(layer) + &name);
-        let is_stacked = |stacked: &String| {
-            are_transposed || self.holds(stacked) || !single().any(|name| self.holds(&name))
-        };
-        match stacked.filter(is_stacked) {
-            Some(stacked) => vec![stacked],
-            None => single().collect(),
+        match self.stack_of(layer, part(0)) {
+            Some(stack) if is_used() || !single().any(|name| self.holds(&name)) => vec![stack],
+            _ => single().collect(),
         }
+    }
+
+    /// Returns the name of the tensor in which the format or the architecture stacks a part of all
+    /// experts of a layer, if there is such a name.
+    fn stack_of(&self, layer: usize, part: Part) -> Option<String> {
+        let name = match (self.naming(), part) {
+            (Naming::Gguf, part) => names::gguf_stacked(part)?.to_owned() + ".weight",
+            (_, Part::ExpertDown(_)) => self.stacks()?.down.to_owned(),
+            _ => self.stacks()?.gate_up.to_owned(),
+        };
+        Some(self.layer_prefix(layer) + &name)
+    }
+
+    /// Returns how Hugging Face checkpoints of the architecture may stack experts.
+    fn stacks(&self) -> Option<StackedExperts> {
+        self.config().architecture.storage.stacked_experts
     }
 
     /// Returns the name of the bias that belongs to a tensor of experts.
@@ -145,7 +139,7 @@ impl ModelSource {
     fn stacked_experts(&self, layer: usize) -> Option<StackedExperts> {
         let stacked = match self.naming() {
             Naming::Gguf => None,
-            Naming::HuggingFace { .. } => self.config().architecture.storage.stacked_experts,
+            Naming::HuggingFace { .. } => self.stacks(),
         };
         stacked.filter(|stacked| {
             stacked.are_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
@@ -165,12 +159,10 @@ impl ModelSource {
     /// Returns the name of the tensor in which a GGUF file stacks a part of all experts of a layer,
     /// if the file holds it.
     fn stacked_name(&self, layer: usize, part: Part) -> Option<String> {
-        let name = match self.naming() {
-            Naming::Gguf => names::gguf_stacked(part)?,
-            Naming::HuggingFace { .. } => return None,
-        };
-        let name = format!("{}{name}.weight", self.layer_prefix(layer));
-        self.holds(&name).then_some(name)
+        let name = self
+            .stack_of(layer, part)
+            .filter(|_| self.naming() == Naming::Gguf);
+        name.filter(|name| self.holds(name))
     }
 
     /// Reads a linear layer from parts of one expert, with their biases if there are any. Each part
@@ -207,6 +199,28 @@ impl ModelSource {
             found: tensor.shape.to_vec(),
             expected: [&[index + 1][..], shape].concat(),
         })
+    }
+
+    /// Reads matrix `index` of a tensor that stacks matrices, `[count, rows, columns]`.
+    ///
+    /// # Errors
+    /// [`ModelError::WrongShape`] if the tensor does not have this shape.
+    pub(super) fn stacked_rows(
+        &self,
+        name: &str,
+        index: usize,
+        shape: [usize; 3],
+    ) -> Result<StoredRows<'_>, ModelError> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(ModelError::WrongShape {
+                name: name.to_owned(),
+                found: tensor.shape.to_vec(),
+                expected: shape.to_vec(),
+            });
+        }
+        let [_, rows, columns] = shape;
+        self.rows(&self.entry(name, index, &[rows, columns])?, rows, columns)
     }
 
     /// Reads the rows of one expert from a stacked tensor of a layer, with its bias if there is

@@ -3,6 +3,7 @@
 mod rope;
 
 use super::architectures::Architecture;
+use super::hyperparameters::MOST_LAYERS;
 use super::hyperparameters::{Hyperparameters, Variations};
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
@@ -369,7 +370,7 @@ impl<'a> Metadata<'a> {
             None => period,
         };
         let slides = |layer: usize| period == 0 || layer % period < period - 1;
-        let layers = 0..self.layers()?.min(1 << 16);
+        let layers = 0..self.layers()?.min(MOST_LAYERS);
         Ok(layers.map(|layer| of(slides(layer))).collect())
     }
 

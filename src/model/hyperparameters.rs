@@ -13,6 +13,10 @@ use crate::device::{
 };
 use std::collections::{HashMap, HashSet};
 
+/// Limit on the layers for which settings are collected, so that a wrong number of layers allocates
+/// no huge list before it is refused, when the hyperparameters are validated.
+pub(super) const MOST_LAYERS: usize = 1 << 16;
+
 /// Hyperparameters of a model, from `config.json` or GGUF metadata.
 #[derive(Clone, Debug)]
 pub(super) struct Hyperparameters {

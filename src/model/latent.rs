@@ -154,17 +154,8 @@ impl ModelSource {
     ) -> Result<Vec<StoredLinear<'_>>, ModelError> {
         let name = self.name(layer, part);
         let heads = latent.shape.heads;
-        let tensor = self.tensor(&name)?;
-        if tensor.shape != [heads, rows, columns] {
-            return Err(ModelError::WrongShape {
-                name,
-                found: tensor.shape.to_vec(),
-                expected: vec![heads, rows, columns],
-            });
-        }
         let entry = |head| {
-            let entry = self.entry(&name, head, &[rows, columns])?;
-            let rows = self.rows(&entry, rows, columns)?;
+            let rows = self.stacked_rows(&name, head, [heads, rows, columns])?;
             Ok(StoredLinear::new(vec![rows]))
         };
         (0..heads).map(entry).collect()

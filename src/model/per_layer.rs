@@ -3,7 +3,7 @@
 
 use super::layer::PerLayerInputs;
 use super::names::Part;
-use super::stored::{StoredLinear, StoredRows};
+use super::stored::StoredLinear;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::weights::TensorView;
@@ -101,27 +101,13 @@ impl ModelSource {
         let name = self.stream_projection_name(stream, is_begin);
         let rows = match self.naming() {
             Naming::HuggingFace { .. } => self.matrix(&name, hidden, hidden)?,
-            Naming::Gguf => self.stacked_projection(&name, stream)?,
+            // The first stream has no projection.
+            Naming::Gguf => {
+                let streams = self.config().streams.map_or(1, |streams| streams.count);
+                self.stacked_rows(&name, stream - 1, [streams - 1, hidden, hidden])?
+            }
         };
         Ok(StoredLinear::new(vec![rows]))
-    }
-
-    /// Reads the projection of residual stream `stream` from the tensor that stacks those of all
-    /// streams but the first, `[streams - 1, hidden, hidden]`.
-    fn stacked_projection(&self, name: &str, stream: usize) -> Result<StoredRows<'_>, ModelError> {
-        let hidden = self.config().hidden;
-        let streams = self.config().streams.map_or(1, |streams| streams.count);
-        let tensor = self.tensor(name)?;
-        let expected = [streams - 1, hidden, hidden];
-        if tensor.shape != expected {
-            return Err(ModelError::WrongShape {
-                name: name.to_owned(),
-                found: tensor.shape.to_vec(),
-                expected: expected.to_vec(),
-            });
-        }
-        let entry = self.entry(name, stream - 1, &expected[1..])?;
-        self.rows(&entry, hidden, hidden)
     }
 
     /// Reads the weights, `[rows, streams]`, that turn a router's outputs, one per stream, into

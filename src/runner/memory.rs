@@ -3,7 +3,7 @@
 use super::demand::Needs;
 use super::limits::context_tokens;
 use super::{LoadError, SwapInfo};
-use crate::cache::{CacheGroup, CacheLayout, EmptyWindow, GroupKind, LayerCache};
+use crate::cache::{CacheLayout, EmptyWindow, GroupKind, LayerCache};
 use crate::config::{EngineConfig, Preemption};
 use crate::device::{ATTENTION_SPAN, CacheShape, Device, DeviceLimits, StateShape};
 use crate::model::ModelConfig;
@@ -81,16 +81,12 @@ impl MemoryPlan {
         (shape, states): (&CacheShape, &StateShape),
         device: &D,
     ) -> Self {
-        let block_bytes = block_bytes(shape, device);
-        let groups = layout.groups().iter();
-        let bytes_per_token =
-            groups.map(|group| group_token_bytes(group, layout, block_bytes, shape.block_tokens));
         let Needs {
             weights,
             activations,
             steps,
         } = needs;
-        Self {
+        let mut plan = Self {
             weights,
             activations,
             scratch: steps.scratch,
@@ -98,16 +94,19 @@ impl MemoryPlan {
             graph_bytes: steps.graphs,
             pinned: steps.pinned,
             batch_tokens: limits.rows,
-            cache_per_token: bytes_per_token.sum(),
+            cache_per_token: 0,
             cache_blocks: shape.blocks,
-            block_bytes,
+            block_bytes: block_bytes(shape, device),
             block_tokens: shape.block_tokens,
             state_slots: states.slots,
             state_bytes: slot_bytes(states.elements, device),
             state_layers: model.recurrent_layers(),
             layout: layout.clone(),
             context_tokens: limits.sequence_tokens,
-        }
+        };
+        let groups = plan.groups();
+        plan.cache_per_token = groups.iter().map(|group| group.bytes_per_token).sum();
+        plan
     }
 
     /// Returns the size of the whole KV cache in bytes.
@@ -153,9 +152,10 @@ impl MemoryPlan {
 
     /// Returns the groups of layers that share blocks.
     pub fn groups(&self) -> Vec<GroupMemory> {
+        let (tokens, block_tokens) = (self.context_tokens, self.block_tokens);
+        let of_place = self.block_bytes / (self.layout.layers_per_block() * block_tokens);
         let groups = self.layout.groups().iter().enumerate();
         let groups = groups.map(|(index, group)| {
-            let (tokens, block_tokens) = (self.context_tokens, self.block_tokens);
             let blocks = self.layout.most_blocks(index, tokens, 1, block_tokens);
             GroupMemory {
                 window: match group.kind {
@@ -163,26 +163,11 @@ impl MemoryPlan {
                     GroupKind::Window(window) => Some(window),
                 },
                 layers: group.layers.clone(),
-                bytes_per_token: group_token_bytes(
-                    group,
-                    &self.layout,
-                    self.block_bytes,
-                    block_tokens,
-                ),
+                bytes_per_token: group.layers.len() * of_place / group.layers_per_place,
                 bytes_per_sequence: blocks.saturating_mul(self.block_bytes),
             }
         });
         groups.collect()
-    }
-
-    /// Describes the groups, for example `4 layers keep all tokens; 22 layers keep the last 512
-    /// tokens, in 6 groups`. Layers without a cache of their own come last.
-    pub fn describe_groups(&self) -> String {
-        let groups = self.groups();
-        let kinds = groups.chunk_by(same_window).map(describe);
-        let rest = self.describe_sharing().into_iter();
-        let rest = rest.chain(self.describe_states());
-        kinds.chain(rest).collect::<Vec<_>>().join("; ")
     }
 
     /// Describes the memory of each kind of layer, for example `4 layers keep all tokens: 4096
@@ -196,26 +181,18 @@ impl MemoryPlan {
             let (kind, of_sequence) = (describe(same), mib(of_sequence));
             format!("{kind}: {of_token} bytes per token, {of_sequence} per sequence")
         });
-        let states = self.describe_states();
-        let states = states.map(|kind| format!("{kind}: {} per sequence", mib(self.state_bytes)));
-        let rest = self.describe_sharing().into_iter().chain(states);
-        kinds.chain(rest).collect()
-    }
-
-    fn describe_sharing(&self) -> Option<String> {
-        match self.layout.sharing_layers() {
+        let sharing = match self.layout.sharing_layers() {
             0 => None,
             1 => Some("1 layer uses the cache of another".to_owned()),
             layers => Some(format!("{layers} layers use the cache of another")),
-        }
-    }
-
-    fn describe_states(&self) -> Option<String> {
-        match self.state_layers {
+        };
+        let states = match self.state_layers {
             0 => None,
             1 => Some("1 layer keeps a state".to_owned()),
             layers => Some(format!("{layers} layers keep a state")),
-        }
+        };
+        let states = states.map(|kind| format!("{kind}: {} per sequence", mib(self.state_bytes)));
+        kinds.chain(sharing).chain(states).collect()
     }
 }
 
@@ -238,17 +215,6 @@ fn describe(same: &[GroupMemory]) -> String {
         1 => format!("{layers} {tokens}"),
         count => format!("{layers} {tokens}, in {count} groups"),
     }
-}
-
-/// Returns the size in bytes of the keys and values of a token in the layers of a group.
-fn group_token_bytes(
-    group: &CacheGroup,
-    layout: &CacheLayout,
-    block_bytes: usize,
-    block_tokens: usize,
-) -> usize {
-    let of_place = block_bytes / (layout.layers_per_block() * block_tokens);
-    group.layers.len() * of_place / group.layers_per_place
 }
 
 /// Returns how the layers of a model share blocks under the settings.
@@ -478,18 +444,13 @@ mod tests {
             let bytes = plan.sequence_bytes(tokens);
             assert_eq!(bytes, plan.sequence_bytes_without_windows(tokens));
         }
-        assert_eq!(plan.describe_groups(), "26 layers keep all tokens");
+        let expected = "26 layers keep all tokens: 26624 bytes per token, 832.0 MiB per sequence";
+        assert_eq!(plan.describe_memory(), [expected]);
     }
 
     #[test]
     fn a_cache_has_a_block_for_each_group_and_none_that_would_never_be_used() {
-        let path = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/tests/fixtures/golden/tiny/gemma3/config.json"
-        );
-        let settings = std::fs::read_to_string(path).unwrap();
-        let settings = serde_json::from_str(&settings).unwrap();
-        let source = ModelSource::random(&settings, DType::BF16).unwrap();
+        let source = source_of("gemma3");
         let (model, config) = (source.config(), EngineConfig::default());
         let device = CpuDevice::new(&CpuOptions {
             threads: Some(1),
@@ -521,12 +482,17 @@ mod tests {
         assert!(error.contains(&least), "{error}");
     }
 
-    /// Returns the plan for a tiny checkpoint on the CPU.
-    fn plan_of(name: &str) -> MemoryPlan {
+    /// Returns a model of the size of a tiny checkpoint.
+    fn source_of(name: &str) -> ModelSource {
         let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny");
         let settings = std::fs::read_to_string(format!("{tiny}/{name}/config.json")).unwrap();
         let settings = serde_json::from_str(&settings).unwrap();
-        let source = ModelSource::random(&settings, DType::BF16).unwrap();
+        ModelSource::random(&settings, DType::BF16).unwrap()
+    }
+
+    /// Returns the plan for a tiny checkpoint on the CPU.
+    fn plan_of(name: &str) -> MemoryPlan {
+        let source = source_of(name);
         let options = CpuOptions {
             threads: Some(1),
             kv: KvType::F16,
@@ -541,10 +507,11 @@ mod tests {
     #[test]
     fn every_second_layer_of_gpt_oss_keeps_its_window() {
         let plan = plan_of("gpt-oss");
-        assert_eq!(
-            plan.describe_groups(),
-            "2 layers keep all tokens; 2 layers keep the last 24 tokens"
-        );
+        let expected = [
+            "2 layers keep all tokens: 512 bytes per token, 0.2 MiB per sequence",
+            "2 layers keep the last 24 tokens: 512 bytes per token, 0.1 MiB per sequence",
+        ];
+        assert_eq!(plan.describe_memory(), expected);
         let bytes = plan.sequence_bytes(512);
         let all = plan.sequence_bytes_without_windows(512);
         assert!(10 * bytes < 8 * all, "{bytes} of {all}");
@@ -556,27 +523,22 @@ mod tests {
         // Of six layers, two with a window and two without own keys and values, of two heads of
         // 32 and of 64 elements.
         assert_eq!(plan.cache_per_token, 2 * 2 * 2 * (2 * 32 + 2 * 64));
-        assert_eq!(
-            plan.describe_groups(),
-            "2 layers keep all tokens, in 2 groups; 2 layers keep the last 24 tokens; \
-             2 layers use the cache of another"
-        );
-        let memory = plan.describe_memory();
-        assert_eq!(memory[2], "2 layers use the cache of another", "{memory:?}");
+        let expected = [
+            "2 layers keep all tokens, in 2 groups: 1024 bytes per token, 0.5 MiB per sequence",
+            "2 layers keep the last 24 tokens: 512 bytes per token, 0.1 MiB per sequence",
+            "2 layers use the cache of another",
+        ];
+        assert_eq!(plan.describe_memory(), expected);
         // Both layers with a window share the one place of a block.
         assert_eq!(plan.block_bytes, 16 * 2 * 2 * 2 * 64);
     }
 
     #[test]
     fn groups_are_described_by_what_their_layers_keep() {
-        let described = plan(4).describe_groups();
-        let expected = "4 layers keep all tokens; 22 layers keep the last 512 tokens, in 6 groups";
-        assert_eq!(described, expected);
-        let described = plan(25).describe_groups();
-        assert!(
-            described.ends_with("; 1 layer keeps the last 512 tokens"),
-            "{described}"
-        );
+        let described = plan(25).describe_memory();
+        let last = "1 layer keeps the last 512 tokens: 1024 bytes per token, ";
+        assert!(described[1].starts_with(last), "{described:?}");
+        assert_eq!(described.len(), 2);
         let mib = 6.0 * 44.0 * 4.0 * 16.0 / 1024.0;
         let expected = [
             "4 layers keep all tokens: 4096 bytes per token, 128.0 MiB per sequence".to_owned(),

@@ -151,15 +151,53 @@ fn names_a_tensor(error: &ModelError) -> bool {
 }
 
 /// Whether an error names a tensor or the architecture instead of a setting.
-pub fn is_named_otherwise(error: &LoadError) -> bool {
+fn is_named_otherwise(error: &LoadError) -> bool {
     let is_unknown = |error: &ModelError| matches!(error, ModelError::UnknownArchitecture { .. });
     matches!(error, LoadError::Model(error) if names_a_tensor(error) || is_unknown(error))
 }
 
+/// What became of models that were changed.
+#[derive(Default)]
+pub struct Outcomes {
+    pub refused: usize,
+    complaints: Vec<String>,
+}
+
+impl Outcomes {
+    /// Tries a changed model, which is computed or refused: by an error that `is_named` accepts, or
+    /// by the name of a tensor or of the architecture. It must not panic.
+    pub fn add(
+        &mut self,
+        shown: impl std::fmt::Display,
+        attempt: impl FnOnce() -> Result<(), LoadError>,
+        is_named: impl Fn(&str) -> bool,
+    ) {
+        let error = match catch_unwind(AssertUnwindSafe(attempt)) {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error,
+            Err(_) => return self.complaints.push(format!("{shown}: a panic")),
+        };
+        self.refused += 1;
+        let message = error.to_string();
+        if !is_named(&message) && !is_named_otherwise(&error) {
+            self.complaints.push(format!("{shown}: {message}"));
+        }
+    }
+
+    /// Fails if a model was neither computed nor refused by a name.
+    pub fn check(&self) {
+        for complaint in &self.complaints {
+            println!("{complaint}");
+        }
+        let count = self.complaints.len();
+        assert!(self.complaints.is_empty(), "{count} of them");
+    }
+}
+
 #[test]
 fn every_changed_setting_is_refused_by_its_name_or_computed() {
-    let mut complaints = Vec::new();
-    let (mut refused, mut computed) = (0, 0);
+    let mut outcomes = Outcomes::default();
+    let mut computed = 0;
     for path in checkpoints().iter().filter(|path| path.is_dir()) {
         let name = path.file_name().unwrap().to_str().unwrap();
         let config = ModelFolder::open(path).unwrap().config().clone();
@@ -184,31 +222,15 @@ fn every_changed_setting_is_refused_by_its_name_or_computed() {
                 }
                 Ok(())
             };
-            let error = match catch_unwind(AssertUnwindSafe(attempt)) {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => error,
-                Err(_) => {
-                    complaints.push(format!("{name}, {change}: a panic"));
-                    continue;
-                }
-            };
-            refused += 1;
-            let message = error.to_string();
             // If two settings contradict each other, the error may begin with the other one.
-            let is_named = message.contains(change.key())
-                || known
-                    .iter()
-                    .any(|key| key.contains('_') && message.contains(key.as_str()))
-                || is_named_otherwise(&error);
-            if !is_named {
-                complaints.push(format!("{name}, {change}: {message}"));
-            }
+            let is_named = |message: &str| {
+                let mut others = known.iter().filter(|key| key.contains('_'));
+                message.contains(change.key()) || others.any(|key| message.contains(key.as_str()))
+            };
+            outcomes.add(format!("{name}, {change}"), attempt, is_named);
         }
     }
-    println!("{refused} refused, {computed} computed");
-    for complaint in &complaints {
-        println!("{complaint}");
-    }
-    assert!(refused > 5000 && computed > 200);
-    assert!(complaints.is_empty(), "{} of them", complaints.len());
+    println!("{} refused, {computed} computed", outcomes.refused);
+    outcomes.check();
+    assert!(outcomes.refused > 5000 && computed > 200);
 }

@@ -97,18 +97,11 @@ impl Folder {
 /// Opens a GGUF file with another name for one tensor, if any.
 fn open_gguf(path: &Path, changed: Option<&str>) -> Result<ModelSource, ModelError> {
     let file = Gguf::open(path).unwrap();
-    let copied = file.metadata_keys().fold(GgufWriter::new(), |copy, key| {
-        copy.metadata(key, file.metadata(key).unwrap().clone())
-    });
-    let copied = file.names().into_iter().fold(copied, |copy, name| {
-        let tensor = file.tensor(name).unwrap();
-        let data = file.read(&tensor).unwrap().into_owned();
-        let own = match changed {
-            Some(changed) if changed == name => renamed(name),
-            _ => name.to_owned(),
-        };
-        copy.tensor(&own, tensor.dtype, tensor.shape, data)
-    });
+    let own = |name: &str| match changed {
+        Some(changed) if changed == name => renamed(name),
+        _ => name.to_owned(),
+    };
+    let copied = GgufWriter::copy_renamed(&file, |_| true, own);
     ModelSource::from_gguf(Gguf::from_bytes(copied.build(), path).unwrap())
 }
 

@@ -1,7 +1,9 @@
 //! Writes GGUF files for tests: valid ones, and invalid ones on request.
 
-use quell::internals::weights::DType;
 use quell::internals::weights::gguf::{Array, Value};
+use quell::internals::weights::{DType, Gguf, WeightSource};
+use std::path::PathBuf;
+use tempfile::TempDir;
 
 /// A GGUF file under construction.
 #[derive(Clone, Debug)]
@@ -52,6 +54,36 @@ impl Default for GgufWriter {
 impl GgufWriter {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Copies a file, without the metadata whose keys `keeps` does not accept.
+    pub fn copy(file: &Gguf, keeps: impl Fn(&str) -> bool) -> Self {
+        Self::copy_renamed(file, keeps, str::to_owned)
+    }
+
+    /// Like [`GgufWriter::copy`], with the names that `renamed` gives to tensors.
+    pub fn copy_renamed(
+        file: &Gguf,
+        keeps: impl Fn(&str) -> bool,
+        renamed: impl Fn(&str) -> String,
+    ) -> Self {
+        let kept = file.metadata_keys().filter(|key| keeps(key));
+        let copied = kept.fold(Self::new(), |copy, key| {
+            copy.metadata(key, file.metadata(key).unwrap().clone())
+        });
+        file.names().into_iter().fold(copied, |copy, name| {
+            let tensor = file.tensor(name).unwrap();
+            let data = file.read(&tensor).unwrap().into_owned();
+            copy.tensor(&renamed(name), tensor.dtype, tensor.shape, data)
+        })
+    }
+
+    /// Writes the file to a folder of its own.
+    pub fn written(&self) -> (TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, self.build()).unwrap();
+        (folder, path)
     }
 
     pub fn version(mut self, version: u32) -> Self {

@@ -86,6 +86,10 @@ impl Matrix {
     }
 }
 
+fn specs(matrices: &[Matrix]) -> Vec<LinearSpec<'_>> {
+    matrices.iter().map(Matrix::spec).collect()
+}
+
 /// A layer of experts, with the matrices that it consists of.
 struct Layer {
     activations: CudaActivations,
@@ -119,9 +123,6 @@ impl Layer {
     }
 
     fn load(&self, device: &mut CudaDevice) -> CudaExperts {
-        fn specs(matrices: &[Matrix]) -> Vec<LinearSpec<'_>> {
-            matrices.iter().map(Matrix::spec).collect()
-        }
         let (gate_up, down) = (specs(&self.gate_up), specs(&self.down));
         let scales = self.scales.as_deref();
         device.load_experts(&gate_up, &down, None, scales).unwrap()
@@ -502,23 +503,6 @@ fn routers_with_hundreds_of_experts_agree_with_the_cpu_device() {
         let shape = (experts, hidden, columns);
         let layer = Layer::new(&mut random, activations, DType::F32, shape);
         let corrections: Vec<f32> = random.numbers(experts);
-        let specs = |matrices: &'_ [Matrix]| -> Vec<LinearSpec<'static>> {
-            let owned = matrices.iter().map(|matrix| {
-                let data: &'static [u8] = Box::leak(matrix.data.clone().into_boxed_slice());
-                let rows = matrix.weights.len() / matrix.columns;
-                LinearSpec {
-                    parts: vec![WeightRows {
-                        dtype: matrix.dtype,
-                        rows,
-                        columns: matrix.columns,
-                        data,
-                        order: RowOrder::AsStored,
-                    }],
-                    bias: None,
-                }
-            });
-            owned.collect()
-        };
         let (gate_up, down) = (specs(&layer.gate_up), specs(&layer.down));
         let sigmoid = SigmoidRouting {
             scale: 2.5,

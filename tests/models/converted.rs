@@ -2,7 +2,7 @@
 //! llama.cpp's converter.
 
 use crate::delta_files::{Tensor, checkpoint, folder, logprobs};
-use crate::golden_gguf::{Conversion, agrees};
+use crate::golden_gguf::{Conversion, agrees, interleave};
 use common::gguf_writer::GgufWriter;
 use common::golden::tiny;
 use quell::internals::model::ModelSource;
@@ -11,7 +11,7 @@ use quell::internals::weights::{Gguf, ModelFolder, WeightSource, quant};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tempfile::TempDir;
 
 /// The settings of a file, without the architecture's name. Architectures replace some of the
@@ -85,15 +85,9 @@ impl Numbers {
 
     /// Puts rows `i` and `i + head / 2` of each head next to each other.
     fn interleaved(self, head: usize) -> Self {
-        let columns = self.shape[1];
-        let row = |row: usize| {
-            let (first, within) = (row / head * head, row % head);
-            let from = first + within % 2 * (head / 2) + within / 2;
-            &self.values[from * columns..(from + 1) * columns]
-        };
         Self {
-            values: (0..self.shape[0]).flat_map(row).copied().collect(),
-            shape: self.shape,
+            values: interleave(&self.values, self.shape[0], head),
+            ..self
         }
     }
 }
@@ -288,14 +282,6 @@ fn finished(mut checkpoint: Conversion, settings: Settings) -> GgufWriter {
         checkpoint.put(key, value);
     }
     checkpoint.file
-}
-
-/// Writes a file to a folder of its own.
-pub(crate) fn written(file: &GgufWriter) -> (TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.gguf");
-    std::fs::write(&path, file.build()).unwrap();
-    (folder, path)
 }
 
 const NEMOTRON_H: Names = &[
@@ -659,7 +645,7 @@ fn deepseek2_tensors(
 
 /// Checks a converted checkpoint against its folder, and against its reference.
 fn check(name: &str, convert: fn(&Path) -> GgufWriter) {
-    let (_folder, path) = written(&convert(&tiny(name)));
+    let (_folder, path) = convert(&tiny(name)).written();
     let file = ModelSource::from_gguf(Gguf::open(&path).unwrap()).unwrap();
     let folder = ModelSource::from_folder(ModelFolder::open(&tiny(name)).unwrap()).unwrap();
     assert_eq!(file.config().layers, folder.config().layers);
@@ -738,7 +724,7 @@ fn with_experts(tensor: Tensor) -> Vec<Tensor> {
 #[test]
 fn nemotron_h_with_experts_computes_the_same_from_both_formats() {
     let source = nemotron_with_experts();
-    let (_folder, path) = written(&nemotron_h_moe(source.path()));
+    let (_folder, path) = nemotron_h_moe(source.path()).written();
     let expected = logprobs(source.path(), "nemotron-h");
     let found = logprobs(&path, "nemotron-h");
     assert_eq!(found.len(), expected.len());

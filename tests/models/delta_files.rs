@@ -163,31 +163,15 @@ fn missing_and_unknown_tensors_of_a_gated_delta_net_are_named() {
 /// A copy of a GGUF file of the fixtures, with some settings changed and without one of them.
 fn copy(name: &str, changes: &[(&str, Metadata)], without: Option<&str>) -> GgufWriter {
     let file = Gguf::open(&gguf(name)).unwrap();
-    let mut writer = GgufWriter::new();
-    for key in file.metadata_keys() {
+    let is_kept = |key: &str| {
         let own = key.rsplit_once("35.").map_or(key, |(_, own)| own);
         let is_changed = changes.iter().any(|(changed, _)| *changed == own);
-        if !is_changed && Some(own) != without {
-            writer = writer.metadata(key, file.metadata(key).unwrap().clone());
-        }
-    }
-    for (key, value) in changes {
-        writer = writer.metadata(&format!("qwen35.{key}"), value.clone());
-    }
-    for name in file.names() {
-        let tensor = file.tensor(name).unwrap();
-        let data = file.read(&tensor).unwrap().into_owned();
-        writer = writer.tensor(name, tensor.dtype, tensor.shape, data);
-    }
-    writer
-}
-
-/// Writes a GGUF file.
-fn written(writer: GgufWriter) -> (TempDir, std::path::PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.gguf");
-    std::fs::write(&path, writer.build()).unwrap();
-    (folder, path)
+        !is_changed && Some(own) != without
+    };
+    let copied = GgufWriter::copy(&file, is_kept);
+    changes.iter().fold(copied, |copy, (key, value)| {
+        copy.metadata(&format!("qwen35.{key}"), value.clone())
+    })
 }
 
 #[test]
@@ -206,7 +190,7 @@ fn gguf_layers_that_predict_further_tokens_are_skipped() {
     ] {
         let writer = copy("qwen3.5", changes, without);
         let writer = writer.f32_tensor("blk.4.nextn.enorm.weight", &[64], &[1.0; 64]);
-        let (_folder, path) = written(writer);
+        let (_folder, path) = writer.written();
         assert_eq!(logprobs(&path, "qwen3.5"), expected);
     }
 }
@@ -223,7 +207,7 @@ fn gguf_settings_of_a_gated_delta_net_are_named() {
         ("ssm.conv_kernel", 1),
         ("ssm.conv_kernel", 9),
     ] {
-        let (_folder, path) = written(copy("qwen3.5", &[(key, Metadata::U32(value))], None));
+        let (_folder, path) = copy("qwen3.5", &[(key, Metadata::U32(value))], None).written();
         let error = ModelSource::from_gguf(Gguf::open(&path).unwrap()).unwrap_err();
         let error = error.to_string();
         let named = match (key, value) {
@@ -235,12 +219,12 @@ fn gguf_settings_of_a_gated_delta_net_are_named() {
     }
     let all = Metadata::Array(Array::Bool(vec![true; 4]));
     let changes = [("attention.recurrent_layers", all)];
-    let (_folder, path) = written(copy("qwen3.5", &changes, None));
+    let (_folder, path) = copy("qwen3.5", &changes, None).written();
     let error = ModelSource::from_gguf(Gguf::open(&path).unwrap()).unwrap_err();
     assert!(error.to_string().contains("attention"), "{error}");
     let interval = [("full_attention_interval", Metadata::U32(0))];
     let writer = copy("qwen3.5", &interval, Some("attention.recurrent_layers"));
-    let (_folder, path) = written(writer);
+    let (_folder, path) = writer.written();
     let error = ModelSource::from_gguf(Gguf::open(&path).unwrap()).unwrap_err();
     let error = error.to_string();
     assert!(error.contains("full_attention_interval is 0"), "{error}");

@@ -4,7 +4,7 @@ use common::gguf_writer::GgufWriter;
 use common::golden::{gguf, tiny};
 use quell::internals::model::ModelSource;
 use quell::internals::weights::gguf::Value as Metadata;
-use quell::internals::weights::{DType, Gguf, WeightSource};
+use quell::internals::weights::{DType, Gguf};
 use quell::{CpuOptions, Engine, EngineConfig, KvType, LoadOptions};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -37,21 +37,11 @@ fn the_cache_holds_a_latent_and_one_rotated_key_per_token_and_layer() {
 fn bytes(left_out: &str, more: &[(&str, Metadata)]) -> Vec<u8> {
     let bytes = std::fs::read(gguf("deepseek-v3")).unwrap();
     let file = Gguf::from_bytes(bytes, Path::new("fixture.gguf")).unwrap();
-    let mut writer = GgufWriter::new();
-    let mut keys: Vec<&str> = file.metadata_keys().collect();
-    keys.sort_unstable();
-    for key in keys.into_iter().filter(|key| *key != left_out) {
-        writer = writer.metadata(key, file.metadata(key).unwrap().clone());
-    }
-    for (key, value) in more {
-        writer = writer.metadata(key, value.clone());
-    }
-    for name in file.names() {
-        let tensor = file.tensor(name).unwrap();
-        let data = file.read(&tensor).unwrap().into_owned();
-        writer = writer.tensor(name, tensor.dtype, tensor.shape, data);
-    }
-    writer.build()
+    let copied = GgufWriter::copy(&file, |key| key != left_out);
+    let changed = more.iter().fold(copied, |copy, (key, value)| {
+        copy.metadata(key, value.clone())
+    });
+    changed.build()
 }
 
 /// The model of such a file.

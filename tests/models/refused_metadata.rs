@@ -18,7 +18,7 @@ fn model(file: &GgufWriter) -> Result<ModelSource, String> {
 
 /// Checks that a file with any one of these changes is refused, with the changed key in the error.
 fn check(file: &GgufWriter, architecture: &str, changes: &[(&str, Option<Metadata>)]) {
-    let (_folder, path) = converted::written(file);
+    let (_folder, path) = file.written();
     model(file).unwrap();
     for (key, value) in changes {
         let full = format!("{architecture}.{key}");
@@ -171,7 +171,7 @@ fn wrong_settings_of_old_files_with_latent_attention_are_named() {
 #[test]
 fn layers_of_nemotron_h_that_predict_further_tokens_are_skipped() {
     let source = converted::nemotron_with_experts();
-    let (_folder, path) = converted::written(&converted::nemotron_h_moe(source.path()));
+    let (_folder, path) = converted::nemotron_h_moe(source.path()).written();
     let longer = [
         ("nemotron_h_moe.block_count", size(5)),
         ("nemotron_h_moe.nextn_predict_layers", size(1)),
@@ -196,7 +196,7 @@ fn layers_of_nemotron_h_that_predict_further_tokens_are_skipped() {
 
 #[test]
 fn llama4_with_as_many_experts_as_maverick_does_not_normalise_queries() {
-    let (_folder, path) = converted::written(&converted::llama4(&tiny("llama4")));
+    let (_folder, path) = converted::llama4(&tiny("llama4")).written();
     let norms = |experts: u32| {
         let file = changed(&path, &[("llama4.expert_count", size(experts))]);
         let layers = model(&file).unwrap().config().layers.clone();
@@ -209,7 +209,7 @@ fn llama4_with_as_many_experts_as_maverick_does_not_normalise_queries() {
 
 #[test]
 fn llama4_without_chunks_rotates_every_layer() {
-    let (_folder, path) = converted::written(&converted::llama4(&tiny("llama4")));
+    let (_folder, path) = converted::llama4(&tiny("llama4")).written();
     let file = changed(&path, &[("llama4.attention.sliding_window", size(0))]);
     for layer in &model(&file).unwrap().config().layers {
         let attention = layer.attention().unwrap();
@@ -224,7 +224,7 @@ fn llama4_without_chunks_rotates_every_layer() {
 
 #[test]
 fn sparse_gates_of_gemma3n_are_read_from_both_formats() {
-    let (_folder, path) = converted::written(&converted::gemma3n(&tiny("gemma3n")));
+    let (_folder, path) = converted::gemma3n(&tiny("gemma3n")).written();
     let cut = 1.644_853_6;
     let cuts = numbers(&[cut, cut, f32::NEG_INFINITY, cut, f32::NEG_INFINITY]);
     let file = changed(&path, &[("gemma3n.activation_sparsity_scale", cuts)]);

@@ -9,6 +9,7 @@ use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llam
 use crate::device::{LatentShape, RouterScore, RoutingSpec, SoftmaxRouting};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, Settings};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, Latent};
 use crate::model::{RopeConfig, RopeScaling};
 
@@ -143,7 +144,7 @@ pub(super) fn shared(width: usize, count: usize) -> Option<usize> {
 
 /// Returns the indices of the first `count` layers.
 pub(super) fn leading(count: usize, numbers: &Hyperparameters) -> std::collections::HashSet<usize> {
-    (0..count.min(numbers.layers).min(1 << 16)).collect()
+    (0..count.min(numbers.layers).min(MOST_LAYERS)).collect()
 }
 
 /// Reads the hyperparameters that all models with latent attention share, without the experts.

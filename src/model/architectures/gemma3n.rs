@@ -5,6 +5,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, gemma2};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::hyperparameters::Variations;
 use crate::model::layer::{Attention, LayerSpec, Mixer, PerLayerInputs, QkNormKind, Streams};
 use crate::model::names::{self, Part};
@@ -66,9 +67,6 @@ const SIDE_RANK: usize = 64;
 const MOST_SIDE_RANK: usize = 1 << 16;
 /// Number of leading layers with KV caches of their own in GGUF files that do not give it.
 const OWN_CACHES: usize = 20;
-/// Limit on the layers for which settings are collected. Models with more layers are refused
-/// later, when the hyperparameters are validated.
-const MOST_LAYERS: usize = 1 << 16;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;

@@ -9,6 +9,7 @@ use super::{
 use crate::device::{HeadShape, RouterScore, RoutingSpec};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::hyperparameters::Variations;
 use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, PerLayerInputs, QkNormKind};
 use crate::model::names::{self, Part};
@@ -66,9 +67,6 @@ const FULL_ROPE: RopeScaling = RopeScaling::Proportional {
     share: 0.25,
     factor: 1.0,
 };
-/// Limit on the layers for which settings are collected. Models with more layers are refused
-/// later, when the hyperparameters are validated.
-const MOST_LAYERS: usize = 1 << 16;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let common = config.hyperparameters()?;

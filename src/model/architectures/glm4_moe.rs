@@ -9,6 +9,7 @@ use super::{
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, LayerSpec};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -67,7 +68,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
+        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
         experts: Some(experts),
         has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(false),
         prediction_layers: settings.size_or("num_nextn_predict_layers", 1)?.min(64),
@@ -83,7 +84,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let common = without_prediction_layers(metadata, metadata.hyperparameters()?)?;
     let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(1 << 16)).collect(),
+        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
         experts: metadata.sigmoid_experts()?,
         has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
         ..common

@@ -4,6 +4,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "granite",
@@ -68,7 +69,7 @@ pub(super) fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, 
     numbers.names.keys.attention_scale = "attention.scale";
     // In these files, `false` means that the model has no RoPE.
     if metadata.flag("rope.scaling.finetuned")? == Some(false) {
-        numbers.unrotated.extend(0..numbers.layers.min(1 << 16));
+        numbers.unrotated.extend(0..numbers.layers.min(MOST_LAYERS));
     }
     let residual = factor("residual_scale")?.unwrap_or(1.0);
     Ok(scale_residual(numbers, residual))

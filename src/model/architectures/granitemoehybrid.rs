@@ -10,6 +10,7 @@ use crate::device::{Mamba2Spec, RouterScore, RoutingSpec};
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, Mamba2, Mixer};
 use crate::model::names::{self, Part};
 use serde_json::Value;
@@ -61,7 +62,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         Some(other) => return Err(settings.refused(key, other, "rope or nope")),
     };
     let shared = settings.size_or("shared_intermediate_size", 1024)?;
-    let all = 0..common.layers.min(1 << 16);
+    let all = 0..common.layers.min(MOST_LAYERS);
     let (mixer, has_bias) = mamba2(config, common.hidden)?;
     let mut numbers = Hyperparameters {
         unrotated: match is_rotated {

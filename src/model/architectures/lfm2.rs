@@ -7,6 +7,7 @@ use super::{
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Mixer, ShortConv};
 use crate::model::names::{self, Part};
 use std::collections::HashSet;
@@ -85,15 +86,11 @@ pub(super) fn with_convolutions(config: &Config<'_>) -> Result<Hyperparameters, 
 /// layers have attention.
 fn others(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
     let key = "full_attn_idxs";
-    let listed = config.settings.optional(key, "a list of layers", |value| {
-        let layers = value.as_array()?.iter();
-        let layers = layers.map(|layer| layer.as_u64().map(|layer| layer as usize));
-        layers.collect::<Option<HashSet<usize>>>()
-    })?;
+    let listed = config.settings.layers(key)?;
     let Some(listed) = listed else {
         return Ok(HashSet::new());
     };
-    let others = (0..layers.min(1 << 16)).filter(|layer| !listed.contains(layer));
+    let others = (0..layers.min(MOST_LAYERS)).filter(|layer| !listed.contains(layer));
     Ok(others.collect())
 }
 

@@ -2,7 +2,7 @@
 //! with a factor on queries that grows with their position; and, in some layers, a mixture of
 //! experts with one expert per token and a shared expert.
 
-use super::smollm3::{every, unrotated_layers};
+use super::smollm3::{all_but_each, every, unrotated_layers};
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, StackedExperts, Storage, llama,
 };
@@ -10,6 +10,7 @@ use crate::device::{QueryScale, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::RopeConfig;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, QkNormKind};
 use crate::model::names::{self, Part};
 use serde_json::Value;
@@ -106,7 +107,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(true),
         query_scale: query_scale(config)?,
         experts: Some(experts),
-        dense_layers: (0..common.layers.min(1 << 16))
+        dense_layers: (0..common.layers.min(MOST_LAYERS))
             .filter(|layer| !sparse.contains(layer))
             .collect(),
         biases: config.attention_biases()?,
@@ -124,11 +125,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
 /// `interleave_moe_layer_step` layers.
 fn sparse_layers(config: &Config<'_>, layers: usize) -> Result<HashSet<usize>, ModelError> {
     let settings = config.settings;
-    let listed = settings.optional("moe_layers", "a list of layers", |value| {
-        let layers = value.as_array()?.iter();
-        let layers = layers.map(|layer| layer.as_u64().map(|layer| layer as usize));
-        layers.collect::<Option<HashSet<usize>>>()
-    })?;
+    let listed = settings.layers("moe_layers")?;
     if let Some(listed) = listed {
         return Ok(listed);
     }
@@ -226,9 +223,7 @@ fn stated_dense_layers(
     if step == 0 {
         return Err(metadata.refused(key, step, "at least 1"));
     }
-    let sparse = every(step, layers);
-    let layers = 0..layers.min(1 << 16);
-    Ok(layers.filter(|layer| !sparse.contains(layer)).collect())
+    Ok(all_but_each(step, layers))
 }
 
 fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {

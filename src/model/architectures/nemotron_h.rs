@@ -10,6 +10,7 @@ use super::{
 use crate::device::{Activation, Mamba2Spec};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, Mamba2, Mixer};
 use crate::model::names::{self, Part};
 use crate::model::{Biases, RopeConfig, RopeScaling};
@@ -62,9 +63,6 @@ const CLASS: ConfigClass = ConfigClass {
 
 /// Default of `time_step_min`.
 const LEAST_STEP: f32 = 0.001;
-/// Limit on the layers for which settings are collected. Models with more layers are refused
-/// later, when the hyperparameters are validated.
-const MOST_LAYERS: usize = 1 << 16;
 
 /// Kind of a layer, by its only part.
 #[derive(Clone, Copy, PartialEq, Eq)]

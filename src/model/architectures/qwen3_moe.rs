@@ -1,5 +1,6 @@
 //! Qwen 3 with a mixture of experts. Some layers may be dense.
 
+use super::smollm3::all_but_each;
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, qwen2, qwen3};
 use crate::device::{RouterScore, RoutingSpec};
 use crate::model::gguf::Metadata;
@@ -66,13 +67,9 @@ pub(super) fn dense_layers(
         return Err(config.settings.refused(key, step, "at least 1"));
     }
     let key = "mlp_only_layers";
-    let listed = config.settings.optional(key, "a list of layers", |value| {
-        let layers = value.as_array()?.iter();
-        let layers = layers.map(|layer| layer.as_u64().map(|layer| layer as usize));
-        layers.collect::<Option<HashSet<usize>>>()
-    })?;
+    let listed = config.settings.layers(key)?;
     let mut dense = listed.unwrap_or_default();
-    dense.extend((0..layers.min(1 << 16)).filter(|layer| (layer + 1) % step != 0));
+    dense.extend(all_but_each(step, layers));
     Ok(dense)
 }
 

@@ -1,6 +1,7 @@
 //! Qwen 3 Next: gated delta nets in most layers, gated attention in the others, and a mixture of
 //! experts with a gated shared expert.
 
+use super::smollm3::all_but_each;
 use super::{
     Architecture, GgufFormat, Hyperparameters, ModelError, StackedExperts, Storage, qwen2,
     qwen3_moe, seed_oss,
@@ -10,7 +11,6 @@ use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
 use crate::model::layer::{Attention, Experts, GatedDelta, LayerSpec, Mixer, QkNormKind};
 use crate::model::names::{self, Part};
-use std::collections::HashSet;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
     name: "qwen3_next",
@@ -204,12 +204,6 @@ pub(super) fn with_experts(
     let mut numbers = Hyperparameters { experts, ..common };
     numbers.names.keys.shared_experts = shared_key;
     Ok(numbers)
-}
-
-/// Returns all layers but the last of every `interval`.
-fn all_but_each(interval: usize, layers: usize) -> HashSet<usize> {
-    let layers = 0..layers.min(1 << 16);
-    layers.filter(|layer| (layer + 1) % interval != 0).collect()
 }
 
 pub(super) fn layer(numbers: &Hyperparameters, index: usize) -> LayerSpec {

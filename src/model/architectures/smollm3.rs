@@ -3,6 +3,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, RopeRows, Storage, llama};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
+use crate::model::hyperparameters::MOST_LAYERS;
 use std::collections::HashSet;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -90,8 +91,14 @@ pub(super) fn unrotated_layers(
 
 /// Returns the last of every `period` layers.
 pub(super) fn every(period: usize, layers: usize) -> HashSet<usize> {
-    let layers = 0..layers.min(1 << 16);
+    let layers = 0..layers.min(MOST_LAYERS);
     layers.filter(|layer| (layer + 1) % period == 0).collect()
+}
+
+/// Returns all layers but the last of every `period`.
+pub(super) fn all_but_each(period: usize, layers: usize) -> HashSet<usize> {
+    let layers = 0..layers.min(MOST_LAYERS);
+    layers.filter(|layer| (layer + 1) % period != 0).collect()
 }
 
 fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError> {

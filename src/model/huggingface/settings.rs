@@ -2,6 +2,7 @@
 
 use crate::model::ModelError;
 use serde_json::Value;
+use std::collections::HashSet;
 
 /// An object of settings, and where it is in the file.
 #[derive(Clone, Copy)]
@@ -144,6 +145,15 @@ impl<'a> Settings<'a> {
 
     pub(in crate::model) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
         self.optional(key, "true or false", Value::as_bool)
+    }
+
+    /// Reads a list of the indices of layers.
+    pub(in crate::model) fn layers(&self, key: &str) -> Result<Option<HashSet<usize>>, ModelError> {
+        self.optional(key, "a list of layers", |value| {
+            let layers = value.as_array()?.iter();
+            let layers = layers.map(|layer| layer.as_u64().map(|layer| layer as usize));
+            layers.collect()
+        })
     }
 
     pub(in crate::model) fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {

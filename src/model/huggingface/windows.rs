@@ -2,12 +2,9 @@
 
 use super::Config;
 use crate::model::ModelError;
+use crate::model::hyperparameters::MOST_LAYERS;
 use serde_json::Value;
 use std::collections::HashSet;
-
-/// Maximum length of lists with one entry per layer. No model has more layers. A larger number is
-/// refused later, and must not allocate a huge list before that.
-const MOST_LAYERS: usize = 1 << 16;
 
 /// Name of an entry of `layer_types` in errors.
 const ENTRY: &str = "layer_types entry";
