@@ -9,7 +9,7 @@
 //   sample_best       the largest logit of each slice
 //   sample_histogram  rows with top-k or top-p: a histogram of the scores
 //   sample_compact    those rows: a list of the tokens that may be kept
-//   sample_filter     those rows: the tokens that are kept, and the draw among them
+//   sample_filter     those rows: the tokens that are kept, and the draw among them if they are listed
 //   sample_draw       other rows with a temperature: the draw within each slice
 //   sample_finish     the token; also restores the logits that sample_edit changed
 //
@@ -35,7 +35,8 @@ constexpr u32 SLICE_THREADS = 256;
 constexpr u32 PER_THREAD = SLICE / SLICE_THREADS;
 // Bins of a row's histogram, 1/16 wide; the last holds all lower scores.
 constexpr u32 BINS = 512;
-// Maximum length of the list that sample_compact makes. A row that needs more is read as a whole.
+// Maximum length of the list that sample_compact makes. A row that may keep more tokens is long: only the
+// bin in which the first limit falls is listed, if even that fits, and all slices draw.
 constexpr u32 LIST = 4096;
 constexpr u32 MAX_TOP = 1024;
 // Set in the token of a slice's best if a logit of the slice is not finite, and in the token of a result
@@ -59,13 +60,17 @@ struct Row {
     u32 unused;                        // padding, because pairs of words follow the rows
 };
 
-// State of a row with top-k or top-p: 8 words. sample_best resets `length`; sample_compact sets the rest.
+// State of a row with top-k or top-p: 8 words. sample_best resets `length`; sample_filter sets `lowest`;
+// sample_compact sets the rest.
 struct Filter {
     u64 mass;     // of all tokens; 0 without top-p
+    u64 lowest;   // long rows: the lowest rank that is kept
     u32 tokens;   // number of tokens that can be chosen
     u32 listed;   // number of tokens that may be kept
     u32 length;   // current length of the list, while it is made
-    u32 unused[3];
+    u32 unused;
+
+    INLINE bool is_long() const { return listed > LIST; }
 };
 
 // A token, and the value by which it is compared.
@@ -246,45 +251,68 @@ KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 
     if (threadIdx.x == 0) sums[u64(blockIdx.y) * gridDim.x + blockIdx.x] = make_float2(max, sum);
 }
 
+// The scores above `below` that are at most `up_to`.
+struct Range {
+    float below, up_to;
+};
+
 // The source of a row's ranks: a list of them, or its logits.
 struct Ranks {
     const u64* list;  // null: ranks of the logits
     Logits logits;
     float largest, inverse;
-    bool infinite;  // whether a score of −∞ counts
+    const Range* range;  // which scores count; null: all, −∞ included
     u32 count;
 
     INLINE u64 at(u32 i) const {
         if (list) return list[i];
         float score = score_of(logits[i], largest, inverse);
-        bool counts = infinite ? score == score : score > NEVER;
+        bool counts = range == nullptr ? score == score : score > range->below && score <= range->up_to;
         return counts ? rank_of(score, i) : 0;
     }
 };
 
-struct SelectScratch {
-    u64 masses[256];
-    u32 counts[256];
-    u64 mass;
+// Number and mass of a row's tokens.
+struct Amount {
     u32 count;
-    u32 digit;
-    u32 done;
+    u64 mass;
 };
 
-// Returns the lower bound of the highest ranks that number `need` or, with BY_MASS, of the fewest highest
-// ranks whose mass is at least `target`; `lowest` if all ranks from `lowest` on are not enough. Finds
-// the bound digit by digit, the highest first. For a block of at least 256 threads.
+// A 64-bit addition to shared memory is a retry loop, so masses, of at most 2³⁶, are added in parts of
+// DIGIT_PART_BITS. A part's sum over fewer than 2²⁰ tokens fits into 32 bits.
+constexpr u32 DIGIT_PARTS = 3, DIGIT_PART_BITS = 12;
+
+struct SelectScratch {
+    u32 masses[DIGIT_PARTS][256];
+    u32 counts[256];
+    Amount above;  // of what is above the ranks that are searched
+    u64 mass;
+    u32 digit;
+    u32 done;
+
+    INLINE u64 mass_at(u32 digit) const {
+        u64 mass = 0;
+#pragma unroll
+        for (u32 part = 0; part < DIGIT_PARTS; part++) mass += u64(masses[part][digit]) << (DIGIT_PART_BITS * part);
+        return mass;
+    }
+};
+
+// Returns the lower bound of the highest ranks that, with `scratch.above`, number `need` or, with BY_MASS, of
+// the fewest highest ranks that, with `scratch.above`, have a mass of at least `target`; `lowest` if all
+// ranks from `lowest` on are not enough. Finds the bound digit by digit, the highest first. For a
+// block of at least 256 threads, after thread 0 has written `scratch.above`.
 template <bool BY_MASS>
 INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, SelectScratch& scratch) {
     u64 prefix = 0;
-    // Number and mass of the ranks above the digits found so far.
-    u32 count = 0;
-    u64 mass = 0;
 #pragma unroll 1
     for (int shift = 48; shift >= 0; shift -= 8) {
         if (threadIdx.x < 256) {
             scratch.counts[threadIdx.x] = 0;
-            if (BY_MASS) scratch.masses[threadIdx.x] = 0;
+            if (BY_MASS) {
+#pragma unroll
+                for (u32 part = 0; part < DIGIT_PARTS; part++) scratch.masses[part][threadIdx.x] = 0;
+            }
         }
         if (threadIdx.x == 0) scratch.done = 2;
         __syncthreads();
@@ -293,7 +321,15 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
             if (rank >= lowest && (rank ^ prefix) >> (shift + 8) == 0) {
                 u32 digit = u32(rank >> shift) & 255;
                 atomicAdd(&scratch.counts[digit], 1);
-                if (BY_MASS) atomicAdd(&scratch.masses[digit], mass_of(score_at(rank)));
+                if (BY_MASS) {
+                    u64 mass = mass_of(score_at(rank));
+#pragma unroll
+                    for (u32 part = 0; part < DIGIT_PARTS; part++) {
+                        u32 own = u32(mass >> (DIGIT_PART_BITS * part));
+                        if (part + 1 < DIGIT_PARTS) own &= (1u << DIGIT_PART_BITS) - 1;
+                        if (own != 0) atomicAdd(&scratch.masses[part][digit], own);
+                    }
+                }
             }
         }
         __syncthreads();
@@ -305,7 +341,7 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 own_count += scratch.counts[top - i];
-                if (BY_MASS) own_mass += scratch.masses[top - i];
+                if (BY_MASS) own_mass += scratch.mass_at(top - i);
             }
             u32 upto_count = own_count;
             u64 upto_mass = own_mass;
@@ -318,19 +354,20 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
                     if (lane_id() >= offset) upto_mass += other_mass;
                 }
             }
-            u32 above_count = count + upto_count - own_count;
-            u64 above_mass = mass + upto_mass - own_mass;
+            u32 above_count = scratch.above.count + upto_count - own_count;
+            u64 above_mass = scratch.above.mass + upto_mass - own_mass;
             bool before = BY_MASS ? double(above_mass) >= target : above_count >= need;
+            // One lane writes what all have read.
+            __syncwarp();
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 u32 here = scratch.counts[top - i];
-                u64 here_mass = BY_MASS ? scratch.masses[top - i] : 0;
+                u64 here_mass = BY_MASS ? scratch.mass_at(top - i) : 0;
                 bool reached = BY_MASS ? double(above_mass + here_mass) >= target : above_count + here >= need;
                 // True for at most one digit of one lane.
                 if (reached && !before) {
                     scratch.digit = top - i;
-                    scratch.count = above_count;
-                    scratch.mass = above_mass;
+                    scratch.above = {above_count, above_mass};
                     scratch.done = BY_MASS ? here == 1 : above_count + here == need;
                 }
                 before = reached;
@@ -342,8 +379,6 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
         u32 done = scratch.done;
         if (done == 2) return lowest;
         prefix |= u64(scratch.digit) << shift;
-        count = scratch.count;
-        mass = scratch.mass;
         if (done) break;
         __syncthreads();
     }
@@ -387,7 +422,8 @@ KERNEL(1024) sample_top(u32* result, const float* logits, const float2* sums, co
     if (wanted == 0) return;
     sorted[threadIdx.x] = 0;
     if (threadIdx.x == 0) length = 0;
-    Ranks ranks = {nullptr, Logits(logits), 0.0f, 1.0f, true, columns};
+    Ranks ranks = {nullptr, Logits(logits), 0.0f, 1.0f, nullptr, columns};
+    if (threadIdx.x == 0) scratch.above = {0, 0};
     u64 lowest = select<false>(ranks, 1, wanted, 0.0, scratch);
     __syncthreads();
     for (u32 i = threadIdx.x; i < columns; i += blockDim.x) {
@@ -607,86 +643,109 @@ KERNEL(256) sample_histogram(u32* counts, u64* masses, const float* logits, cons
 
 INLINE bool limits_count(const Row& row, u32 tokens) { return row.top_k != 0 && row.top_k < tokens; }
 
-// Lists the ranks of the tokens in the bins from which top-k or top-p may keep tokens, in any order.
-// Makes no list if there are more than LIST of them. Grid (slices, rows), 256 threads.
+// The scores in the bins up to `bin` are those above this. NONE stands for all bins.
+INLINE float below_bin(u32 bin) { return bin < BINS - 1 ? float(bin + 1) * (-1.0f / 16.0f) : NEVER; }
+// The scores in the bins from `bin` on are at most this.
+INLINE float top_of_bin(u32 bin) { return bin > 0 ? below_bin(bin - 1) : INFINITE; }
+
+// Where a limit falls in a row's histogram.
+struct Cut {
+    u32 bin;       // the first bin with which there is enough; NONE if there never is
+    u32 tokens;    // number of tokens in that bin
+    Amount above;  // of the bins before it
+};
+
+// A row's histogram, divided among the lanes of a warp.
+struct Histogram {
+    static constexpr u32 LANE_BINS = BINS / 32;
+    // Of the lane's bins.
+    const u32* counts;
+    const u64* masses;
+    // Of the bins before the lane's, and of all bins.
+    Amount before, all;
+
+    INLINE Histogram(const u32* row_counts, const u64* row_masses)
+        : counts(row_counts + lane_id() * LANE_BINS), masses(row_masses + lane_id() * LANE_BINS) {
+        Amount own = {0, 0};
+        for (u32 i = 0; i < LANE_BINS; i++) {
+            own.count += counts[i];
+            own.mass += masses[i];
+        }
+        Amount up_to = own;
+#pragma unroll
+        for (u32 offset = 1; offset < 32; offset <<= 1) {
+            u32 other_count = __shfl_up_sync(FULL_WARP, up_to.count, offset);
+            u64 other_mass = __shfl_up_sync(FULL_WARP, up_to.mass, offset);
+            if (lane_id() >= offset) {
+                up_to.count += other_count;
+                up_to.mass += other_mass;
+            }
+        }
+        before = {up_to.count - own.count, up_to.mass - own.mass};
+        all = {__shfl_sync(FULL_WARP, up_to.count, 31), __shfl_sync(FULL_WARP, up_to.mass, 31)};
+    }
+
+    // Finds where the highest scores number `need` or, with `by_mass`, have a mass of at least `target`.
+    // Every lane gets the same.
+    INLINE Cut cut(bool by_mass, u32 need, double target) const {
+        Cut found = {NONE, 0, all};
+        Amount up_to = before;
+        for (u32 i = 0; i < LANE_BINS && found.bin == NONE; i++) {
+            Amount above = up_to;
+            up_to.count += counts[i];
+            up_to.mass += masses[i];
+            bool enough = by_mass ? double(up_to.mass) >= target : up_to.count >= need;
+            if (enough) found = {lane_id() * LANE_BINS + i, counts[i], above};
+        }
+        u32 lanes = __ballot_sync(FULL_WARP, found.bin != NONE);
+        int first = lanes != 0 ? __ffs(lanes) - 1 : 0;
+        return {__shfl_sync(FULL_WARP, found.bin, first),
+                __shfl_sync(FULL_WARP, found.tokens, first),
+                {__shfl_sync(FULL_WARP, found.above.count, first), __shfl_sync(FULL_WARP, found.above.mass, first)}};
+    }
+};
+
+// Lists the ranks of the tokens that may be kept, in any order: those in the bins up to the one in which
+// top-k or, without it, top-p falls. Of a long row, lists only those in that bin, unless it alone has more
+// than LIST. Grid (slices, rows), 256 threads.
 KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
     wait_for_kernels_before();
-    constexpr u32 LANE_BINS = BINS / 32;
-    __shared__ u32 last_bin;
-    __shared__ u32 listed;
+    // The listed scores are above `below` and at most `up_to`.
+    __shared__ float below, up_to;
     const Row& row = rows[blockIdx.y];
     if (!is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
     if (!is_finite(largest)) return;
     Filter& filter = filters[blockIdx.y];
     if (warp_id() == 0) {
-        counts += blockIdx.y * BINS + lane_id() * LANE_BINS;
-        masses += blockIdx.y * BINS + lane_id() * LANE_BINS;
-        u32 count = 0;
-        u64 mass = 0;
-        for (u32 i = 0; i < LANE_BINS; i++) {
-            count += counts[i];
-            mass += masses[i];
-        }
-        u32 own_count = count;
-        u64 own_mass = mass;
-#pragma unroll
-        for (u32 offset = 1; offset < 32; offset <<= 1) {
-            u32 other_count = __shfl_up_sync(FULL_WARP, count, offset);
-            u64 other_mass = __shfl_up_sync(FULL_WARP, mass, offset);
-            if (lane_id() >= offset) {
-                count += other_count;
-                mass += other_mass;
-            }
-        }
-        u32 tokens = __shfl_sync(FULL_WARP, count, 31);
-        u64 all_mass = __shfl_sync(FULL_WARP, mass, 31);
-        bool by_count = limits_count(row, tokens);
-        bool by_mass = !by_count && row.top_p < 1.0f;
-        double target = double(row.top_p) * double(all_mass);
-        count -= own_count;
-        mass -= own_mass;
-        // The first bin with which there are enough tokens or mass; NONE, for all bins, if there never are.
-        u32 enough = NONE, enough_count = tokens;
-        for (u32 i = 0; i < LANE_BINS; i++) {
-            count += counts[i];
-            mass += masses[i];
-            bool reached = (by_count && count >= row.top_k) || (by_mass && double(mass) >= target);
-            if (reached && enough == NONE) {
-                enough = lane_id() * LANE_BINS + i;
-                enough_count = count;
-            }
-        }
-#pragma unroll
-        for (int offset = 16; offset > 0; offset >>= 1) {
-            u32 bin = __shfl_xor_sync(FULL_WARP, enough, offset);
-            u32 bin_count = __shfl_xor_sync(FULL_WARP, enough_count, offset);
-            if (bin < enough) {
-                enough = bin;
-                enough_count = bin_count;
-            }
-        }
+        const Histogram histogram(counts + blockIdx.y * BINS, masses + blockIdx.y * BINS);
+        const Amount all = histogram.all;
+        bool by_count = limits_count(row, all.count);
+        Cut cut = {NONE, 0, all};
+        if (by_count || row.top_p < 1.0f)
+            cut = histogram.cut(!by_count, row.top_k, double(row.top_p) * double(all.mass));
+        u32 listed = cut.above.count + cut.tokens;
         if (lane_id() == 0) {
-            last_bin = enough;
-            listed = enough_count;
+            below = below_bin(cut.bin);
+            up_to = INFINITE;
+            if (listed > LIST) up_to = cut.tokens <= LIST ? top_of_bin(cut.bin) : NEVER;
             if (blockIdx.x == 0) {
-                filter.mass = all_mass;
-                filter.tokens = tokens;
-                filter.listed = enough_count;
+                filter.mass = all.mass;
+                filter.tokens = all.count;
+                filter.listed = listed;
             }
         }
     }
     __syncthreads();
-    if (listed > LIST) return;
-    // Scores above `below` are listed: those whose bin is at most `last_bin`.
-    float below = last_bin < BINS - 1 ? float(last_bin + 1) * (-1.0f / 16.0f) : NEVER;
+    if (!(below < up_to)) return;
+    const float above = below, most = up_to;
     float inverse = row.inverse_temperature;
     Logits own(logits, rows, blockIdx.y, columns);
     lists += u64(blockIdx.y) * LIST;
     visit_slice(own, columns, [&](float logit, u32 token) {
         float score = score_of(logit, largest, inverse);
-        bool wanted = score > below;
+        bool wanted = score > above && score <= most;
         u32 ballot = __ballot_sync(FULL_WARP, wanted);
         if (ballot == 0) return;
         u32 start = 0;
@@ -696,30 +755,52 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
     });
 }
 
-// Applies top-k and top-p exactly, then min-p, and draws a token. Grid (rows), 1024 threads.
-KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filters, const float* logits,
-                           const uint2* best, const Row* rows, u32 columns, u32 slices) {
+// Applies top-k and top-p exactly. Then applies min-p and draws a token, except for long rows. Grid (rows),
+// 512 threads, since more would have too few registers.
+KERNEL(512, 1) sample_filter(uint2* winners, const u64* lists, Filter* filters, const u32* counts, const u64* masses,
+                             const float* logits, const uint2* best, const Row* rows, u32 columns, u32 slices) {
     wait_for_kernels_before();
     __shared__ SelectScratch scratch;
+    __shared__ Cut cut;
+    __shared__ Range range;
+    __shared__ u32 first_bin;
     const Row& row = rows[blockIdx.x];
     if (!is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.x) * slices, slices).value;
     if (!is_finite(largest)) return;
-    const Filter& filter = filters[blockIdx.x];
-    bool is_listed = filter.listed <= LIST;
-    Ranks ranks = {is_listed ? lists + u64(blockIdx.x) * LIST : nullptr,
-                   Logits(logits, rows, blockIdx.x, columns),
-                   largest,
-                   row.inverse_temperature,
-                   false,
-                   is_listed ? filter.listed : columns};
+    Filter& filter = filters[blockIdx.x];
+    const u64* list = lists + u64(blockIdx.x) * LIST;
+    const bool is_long = filter.is_long(), by_count = limits_count(row, filter.tokens);
+    Ranks ranks = {list, Logits(logits, rows, blockIdx.x, columns), largest, row.inverse_temperature, &range, filter.listed};
+    if (threadIdx.x == 0) first_bin = NONE;
+    // Begins a search. In a long row, restricts the ranks to the bin in which the limit falls, since all
+    // before it are kept.
+    auto begin = [&](bool by_mass, double target) {
+        __syncthreads();
+        if (warp_id() == 0) {
+            Cut found = {NONE, 0, {0, 0}};
+            if (is_long)
+                found = Histogram(counts + blockIdx.x * BINS, masses + blockIdx.x * BINS).cut(by_mass, row.top_k, target);
+            if (lane_id() == 0) {
+                cut = found;
+                range = {below_bin(found.bin), top_of_bin(found.bin)};
+                if (first_bin == NONE) first_bin = found.bin;
+                scratch.above = found.above;
+            }
+        }
+        __syncthreads();
+        if (!is_long) return;
+        const bool is_listed = cut.bin == first_bin && cut.tokens <= LIST;
+        ranks.list = is_listed ? list : nullptr;
+        ranks.count = is_listed ? cut.tokens : columns;
+    };
     u64 lowest = 1;
-    u64 mass = filter.mass;
-    if (limits_count(row, filter.tokens)) {
+    if (by_count) {
+        begin(false, 0.0);
         lowest = select<false>(ranks, lowest, row.top_k, 0.0, scratch);
         __syncthreads();
         if (row.top_p < 1.0f) {
-            if (threadIdx.x == 0) scratch.mass = 0;
+            if (threadIdx.x == 0) scratch.mass = cut.above.mass;
             __syncthreads();
             u64 own = 0;
             for (u32 i = threadIdx.x; i < ranks.count; i += blockDim.x) {
@@ -728,28 +809,41 @@ KERNEL(1024) sample_filter(uint2* winners, const u64* lists, const Filter* filte
             }
             if (own) atomicAdd(&scratch.mass, own);
             __syncthreads();
-            mass = scratch.mass;
-            __syncthreads();
         }
     }
-    if (row.top_p < 1.0f) lowest = select<true>(ranks, lowest, 0, double(row.top_p) * double(mass), scratch);
+    if (row.top_p < 1.0f) {
+        const double target = double(row.top_p) * double(by_count ? scratch.mass : filter.mass);
+        begin(true, target);
+        lowest = select<true>(ranks, lowest, 0, target, scratch);
+    }
+    if (is_long) {
+        if (threadIdx.x == 0) filter.lowest = lowest;
+        return;
+    }
     Candidate winner = NOTHING_DRAWN;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < ranks.count; i += blockDim.x) {
-        u64 rank = ranks.at(i);
+        u64 rank = list[i];
         if (rank >= lowest) draw(winner, row, score_at(rank), token_of(rank));
     }
     winner = block_best(winner);
     if (threadIdx.x == 0) winners[u64(blockIdx.x) * slices] = packed(winner);
 }
 
-// Draws among all tokens of each slice. Grid (slices, rows), 256 threads.
-KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, const Row* rows, u32 columns) {
+// Draws among all tokens of each slice or, in long rows, among those that are kept. Grid (slices, rows), 256 threads.
+KERNEL(256) sample_draw(uint2* winners, const Filter* filters, const float* logits, const uint2* best, const Row* rows,
+                        u32 columns) {
     wait_for_kernels_before();
     Row row = rows[blockIdx.y];
-    if (row.inverse_temperature == 0.0f || is_filtered(row)) return;
+    if (row.inverse_temperature == 0.0f) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
     if (!is_finite(largest)) return;
+    // Ranks from this on are kept; 0 for all.
+    u64 lowest = 0;
+    if (is_filtered(row)) {
+        if (!filters[blockIdx.y].is_long()) return;
+        lowest = filters[blockIdx.y].lowest;
+    }
     Logits own(logits, rows, blockIdx.y, columns);
     u32 token = blockIdx.x * SLICE + threadIdx.x;
     u32 end = min(columns, (blockIdx.x + 1) * SLICE);
@@ -760,7 +854,8 @@ KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, 
         // The next logit is loaded in the meantime.
         u32 next = token + SLICE_THREADS;
         float next_logit = next < end ? own[next] : NEVER;
-        draw(winner, row, score_of(logit, largest, row.inverse_temperature), token);
+        float score = score_of(logit, largest, row.inverse_temperature);
+        if (lowest == 0 || rank_of(score, token) >= lowest) draw(winner, row, score, token);
         logit = next_logit;
     }
     winner = block_best(winner);
@@ -770,7 +865,8 @@ KERNEL(256) sample_draw(uint2* winners, const float* logits, const uint2* best, 
 // Writes the tokens, for the next step and for the host (rows of `result` as in sample_top), and
 // restores the logits that sample_edit changed. Grid (rows), 256 threads.
 KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float* saved, const uint2* entries,
-                     const uint2* best, const uint2* winners, const Row* rows, u32 columns, u32 slices, u32 top_stride) {
+                     const uint2* best, const uint2* winners, const Filter* filters, const Row* rows, u32 columns,
+                     u32 slices, u32 top_stride) {
     wait_for_kernels_before();
     __shared__ u32 broken;
     const Row& row = rows[blockIdx.x];
@@ -802,7 +898,8 @@ KERNEL(256) sample_finish(u32* sampled, u32* result, float* logits, const float*
     if (warp_id() != 0) return;
     Candidate chosen = best_of(best, slices);
     if (row.inverse_temperature != 0.0f && is_finite(chosen.value))
-        chosen = best_of(winners + u64(blockIdx.x) * slices, is_filtered(row) ? 1 : slices);
+        chosen = best_of(winners + u64(blockIdx.x) * slices,
+                         is_filtered(row) && !filters[blockIdx.x].is_long() ? 1 : slices);
     if (lane_id() != 0) return;
     // If no token can be chosen, the token is 0.
     u32 token = chosen.token < columns ? chosen.token : 0;

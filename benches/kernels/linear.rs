@@ -152,6 +152,7 @@ pub fn experts(bench: &mut Bench, shape: &ExpertShape, rows: &[usize]) -> Result
         width,
         count,
         top_k,
+        score,
     } = shape;
     let gate_up = weights(2 * width, hidden, DType::BF16)?;
     let down = weights(hidden, width, DType::BF16)?;
@@ -160,7 +161,7 @@ pub fn experts(bench: &mut Bench, shape: &ExpertShape, rows: &[usize]) -> Result
     let layer = bench.device.load_experts(&gate_ups, &downs, None, None)?;
     let routing = RoutingSpec {
         top_k,
-        score: RouterScore::Softmax,
+        score,
         normalize: true,
         activation: Activation::Silu,
     };

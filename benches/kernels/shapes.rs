@@ -1,6 +1,6 @@
 //! Model shapes whose operations are measured.
 
-use quell::internals::device::{HeadShape, Values};
+use quell::internals::device::{HeadShape, RouterScore, Values};
 
 /// Tokens per KV cache block.
 pub const BLOCK: usize = 16;
@@ -92,6 +92,8 @@ pub struct ExpertShape {
     pub count: usize,
     /// Number of experts per row.
     pub top_k: usize,
+    /// How experts are weighted.
+    pub score: RouterScore,
 }
 
 pub const EXPERTS: ExpertShape = ExpertShape {
@@ -100,6 +102,7 @@ pub const EXPERTS: ExpertShape = ExpertShape {
     width: 768,
     count: 128,
     top_k: 8,
+    score: RouterScore::Softmax,
 };
 
 pub const SMALL_EXPERTS: ExpertShape = ExpertShape {
@@ -108,4 +111,5 @@ pub const SMALL_EXPERTS: ExpertShape = ExpertShape {
     width: 32,
     count: 4,
     top_k: 2,
+    score: RouterScore::Softmax,
 };

@@ -4,7 +4,7 @@
 use crate::bench::Bench;
 use crate::shapes::{EXPERTS, ExpertShape, MODELS, Shape};
 use crate::{attention, linear, recurrent, rows};
-use quell::internals::device::DeviceError;
+use quell::internals::device::{DeviceError, RouterScore, SigmoidRouting};
 use quell::internals::weights::DType;
 
 const LLAMA: Shape = Shape {
@@ -33,6 +33,31 @@ const FEWER_EXPERTS: ExpertShape = ExpertShape {
     ..EXPERTS
 };
 
+/// Routers with many experts, which are so small that choosing them takes most of the time.
+const MANY_EXPERTS: [ExpertShape; 2] = [
+    ExpertShape {
+        name: "qwen3-next, small experts,",
+        hidden: 64,
+        width: 32,
+        count: 512,
+        top_k: 10,
+        score: RouterScore::Softmax,
+    },
+    ExpertShape {
+        name: "deepseek-v3, small experts,",
+        hidden: 64,
+        width: 32,
+        count: 256,
+        top_k: 8,
+        score: RouterScore::Sigmoid(SigmoidRouting {
+            scale: 2.5,
+            groups: 8,
+            top_groups: 4,
+            scales_input: false,
+        }),
+    },
+];
+
 pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     let name = "attention out";
     let size = (LLAMA.hidden, LLAMA.heads.q_columns());
@@ -51,5 +76,8 @@ pub fn run(bench: &mut Bench) -> Result<(), DeviceError> {
     attention::run(bench, &LLAMA)?;
     rows::sampling(bench, &LLAMA, &[1, 4])?;
     linear::experts(bench, &FEWER_EXPERTS, &[1])?;
+    for shape in &MANY_EXPERTS {
+        linear::experts(bench, shape, &[1])?;
+    }
     recurrent::run(bench)
 }

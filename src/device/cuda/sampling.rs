@@ -41,13 +41,15 @@ kernels! {
             rows: Ptr, columns: u32
         );
         sample_filter(
-            winners: Ptr, lists: Ptr, filters: Ptr, logits: Ptr, best: Ptr, rows: Ptr,
-            columns: u32, slices: u32
+            winners: Ptr, lists: Ptr, filters: Ptr, counts: Ptr, masses: Ptr, logits: Ptr,
+            best: Ptr, rows: Ptr, columns: u32, slices: u32
         );
-        sample_draw(winners: Ptr, logits: Ptr, best: Ptr, rows: Ptr, columns: u32);
+        sample_draw(
+            winners: Ptr, filters: Ptr, logits: Ptr, best: Ptr, rows: Ptr, columns: u32
+        );
         sample_finish(
             sampled: Ptr, result: Ptr, logits: Ptr, saved: Ptr, entries: Ptr, best: Ptr,
-            winners: Ptr, rows: Ptr, columns: u32, slices: u32, top_stride: u32
+            winners: Ptr, filters: Ptr, rows: Ptr, columns: u32, slices: u32, top_stride: u32
         );
     }
 }
@@ -508,7 +510,8 @@ impl CudaDevice {
         } = addresses;
         let by_slice = Grid::new([slices as u32, rows as u32, 1], [256, 1, 1]);
         let by_row = Grid::new([rows as u32, 1, 1], [256, 1, 1]);
-        let by_large_row = Grid::new([rows as u32, 1, 1], [1024, 1, 1]);
+        let by_row_to_filter = Grid::new([rows as u32, 1, 1], [512, 1, 1]);
+        let by_row_to_rank = Grid::new([rows as u32, 1, 1], [1024, 1, 1]);
         let (columns, slices) = (logits.columns() as u32, slices as u32);
         let row_parameters = &self.sampler.row_parameters;
         let top_stride = row_parameters.top_stride as u32;
@@ -518,7 +521,7 @@ impl CudaDevice {
             kernels.sample_sums(context, by_slice, sums, logits, parameters, columns)?;
             kernels.sample_top(
                 context,
-                by_large_row,
+                by_row_to_rank,
                 result,
                 logits,
                 sums,
@@ -557,10 +560,12 @@ impl CudaDevice {
             )?;
             kernels.sample_filter(
                 context,
-                by_large_row,
+                by_row_to_filter,
                 winners,
                 lists,
                 filters,
+                counts,
+                masses,
                 logits,
                 best,
                 parameters,
@@ -568,9 +573,10 @@ impl CudaDevice {
                 slices,
             )?;
         }
-        if row_parameters.draws {
+        // Rows that may keep more tokens than a list holds are drawn from here as well.
+        if row_parameters.draws || row_parameters.filters {
             kernels.sample_draw(
-                context, by_slice, winners, logits, best, parameters, columns,
+                context, by_slice, winners, filters, logits, best, parameters, columns,
             )?;
         }
         kernels.sample_finish(
@@ -583,6 +589,7 @@ impl CudaDevice {
             entries,
             best,
             winners,
+            filters,
             parameters,
             columns,
             slices,
