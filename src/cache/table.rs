@@ -3,6 +3,7 @@
 use super::BlockId;
 use super::prefix::NodeId;
 use super::states::{StateSlot, TableStates};
+use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -40,8 +41,9 @@ impl Group {
 /// Only the cache creates and changes tables, so that its accounting covers every holder.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct BlockTable {
-    /// One entry per group, or none in a table that was never used.
-    pub(super) groups: Vec<Group>,
+    /// One entry per group, or none in a table that was never used. Most models have one group;
+    /// it is in the table itself, because every decode step reads it for every sequence.
+    pub(super) groups: SmallVec<[Group; 1]>,
     /// The number of blocks from the start of the sequence that were published in the prefix
     /// cache. As far as the table still holds them, it holds the published ones and no others.
     pub(super) published: usize,
