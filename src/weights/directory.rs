@@ -210,8 +210,10 @@ fn in_chunks(data: &mut [u8], block: usize, fill: &Fill<'_>) -> Result<(), Weigh
         filled.try_for_each(|outcome| outcome)
     };
     let chunks = data.len().div_ceil(chunk);
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = processors.min(MOST_THREADS).min(chunks / 2);
+    let most = MOST_THREADS.min(chunks / 2);
+    // Asking the system for its processors takes longer than reading a small tensor.
+    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if most < 2 { 1 } else { most.min(processors()) };
     if threads < 2 {
         return in_turn(0, data);
     }

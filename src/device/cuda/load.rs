@@ -207,11 +207,13 @@ fn in_parallel(
     convert: &Convert<'_>,
 ) -> Result<(), DeviceError> {
     const SMALL: usize = 1 << 16;
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
-    let share = units.len().div_ceil(threads).max(1);
-    if threads == 1 || out.len() <= SMALL {
+    // Asking the system for its processors takes longer than converting a small tensor.
+    let processors = || std::thread::available_parallelism().map_or(1, |count| count.get());
+    let threads = if out.len() <= SMALL { 1 } else { processors() };
+    if threads == 1 {
         return convert(units, out);
     }
+    let share = units.len().div_ceil(threads).max(1);
     std::thread::scope(|scope| {
         let mut running = Vec::new();
         for (index, out) in out.chunks_mut(share * unit_bytes).enumerate() {
