@@ -16,14 +16,25 @@ thread_local! {
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
+fn count(bytes: usize) {
+    let held = HELD.get() + bytes as isize;
+    HELD.set(held);
+    PEAK.set(PEAK.get().max(held));
+}
+
 // SAFETY: every call is passed on to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.get() + layout.size() as isize;
-        HELD.set(held);
-        PEAK.set(PEAK.get().max(held));
+        count(layout.size());
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
+    }
+
+    // By default, zeros would be written, and most of them are in pages that are never used.
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+        unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {

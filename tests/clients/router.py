@@ -250,7 +250,7 @@ class Stream:
         self.connection.close()
 
 
-def streams_in_flight(router, replicas, count, lengths=(1200, 3600)):
+def streams_in_flight(router, replicas, count, lengths=(600, 1800, 3600)):
     """Returns `count` streams that have all begun, none of which has ended, and which the
     replicas count as running; they must run nothing else. Tries longer answers if needed."""
 
