@@ -10,7 +10,7 @@
 //   sample_histogram  rows with top-k or top-p: a histogram of the scores
 //   sample_compact    those rows: a list of the tokens that may be kept
 //   sample_filter     those rows: the tokens that are kept, and the draw among them if they are listed
-//   sample_draw       other rows with a temperature: the draw within each slice
+//   sample_draw       other rows with a temperature, and rows that are not listed: the draw within each slice
 //   sample_finish     the token; also restores the logits that sample_edit changed
 //
 // A row whose unmodified logits are not all finite is reported. sample_best marks the slices that
@@ -254,6 +254,8 @@ KERNEL(256) sample_sums(float2* sums, const float* logits, const Row* rows, u32 
 // The scores above `below` that are at most `up_to`.
 struct Range {
     float below, up_to;
+
+    INLINE bool holds(float score) const { return score > below && score <= up_to; }
 };
 
 // The source of a row's ranks: a list of them, or its logits.
@@ -267,7 +269,7 @@ struct Ranks {
     INLINE u64 at(u32 i) const {
         if (list) return list[i];
         float score = score_of(logits[i], largest, inverse);
-        bool counts = range == nullptr ? score == score : score > range->below && score <= range->up_to;
+        bool counts = range == nullptr ? score == score : range->holds(score);
         return counts ? rank_of(score, i) : 0;
     }
 };
@@ -277,6 +279,21 @@ struct Amount {
     u32 count;
     u64 mass;
 };
+
+// Returns the sum over the lanes up to the caller's. Without WITH_MASS, only counts are added up.
+template <bool WITH_MASS>
+INLINE Amount sum_up_to_lane(Amount sum) {
+#pragma unroll
+    for (u32 offset = 1; offset < 32; offset <<= 1) {
+        u32 count = __shfl_up_sync(FULL_WARP, sum.count, offset);
+        if (lane_id() >= offset) sum.count += count;
+        if (WITH_MASS) {
+            u64 mass = __shfl_up_sync(FULL_WARP, sum.mass, offset);
+            if (lane_id() >= offset) sum.mass += mass;
+        }
+    }
+    return sum;
+}
 
 // A 64-bit addition to shared memory is a retry loop, so masses, of at most 2³⁶, are added in parts of
 // DIGIT_PART_BITS. A part's sum over fewer than 2²⁰ tokens fits into 32 bits.
@@ -336,43 +353,31 @@ INLINE u64 select(const Ranks& ranks, u64 lowest, u32 need, double target, Selec
         // Lane i of the first warp handles the digits 255 − 8i … 248 − 8i.
         if (warp_id() == 0) {
             u32 top = 255 - 8 * lane_id();
-            u32 own_count = 0;
-            u64 own_mass = 0;
+            Amount own = {0, 0};
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                own_count += scratch.counts[top - i];
-                if (BY_MASS) own_mass += scratch.mass_at(top - i);
+                own.count += scratch.counts[top - i];
+                if (BY_MASS) own.mass += scratch.mass_at(top - i);
             }
-            u32 upto_count = own_count;
-            u64 upto_mass = own_mass;
-#pragma unroll
-            for (u32 offset = 1; offset < 32; offset <<= 1) {
-                u32 other_count = __shfl_up_sync(FULL_WARP, upto_count, offset);
-                if (lane_id() >= offset) upto_count += other_count;
-                if (BY_MASS) {
-                    u64 other_mass = __shfl_up_sync(FULL_WARP, upto_mass, offset);
-                    if (lane_id() >= offset) upto_mass += other_mass;
-                }
-            }
-            u32 above_count = scratch.above.count + upto_count - own_count;
-            u64 above_mass = scratch.above.mass + upto_mass - own_mass;
-            bool before = BY_MASS ? double(above_mass) >= target : above_count >= need;
+            const Amount up_to = sum_up_to_lane<BY_MASS>(own);
+            Amount above = {scratch.above.count + up_to.count - own.count, scratch.above.mass + up_to.mass - own.mass};
+            bool before = BY_MASS ? double(above.mass) >= target : above.count >= need;
             // One lane writes what all have read.
             __syncwarp();
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 u32 here = scratch.counts[top - i];
                 u64 here_mass = BY_MASS ? scratch.mass_at(top - i) : 0;
-                bool reached = BY_MASS ? double(above_mass + here_mass) >= target : above_count + here >= need;
+                bool reached = BY_MASS ? double(above.mass + here_mass) >= target : above.count + here >= need;
                 // True for at most one digit of one lane.
                 if (reached && !before) {
                     scratch.digit = top - i;
-                    scratch.above = {above_count, above_mass};
-                    scratch.done = BY_MASS ? here == 1 : above_count + here == need;
+                    scratch.above = above;
+                    scratch.done = BY_MASS ? here == 1 : above.count + here == need;
                 }
                 before = reached;
-                above_count += here;
-                above_mass += here_mass;
+                above.count += here;
+                above.mass += here_mass;
             }
         }
         __syncthreads();
@@ -671,16 +676,7 @@ struct Histogram {
             own.count += counts[i];
             own.mass += masses[i];
         }
-        Amount up_to = own;
-#pragma unroll
-        for (u32 offset = 1; offset < 32; offset <<= 1) {
-            u32 other_count = __shfl_up_sync(FULL_WARP, up_to.count, offset);
-            u64 other_mass = __shfl_up_sync(FULL_WARP, up_to.mass, offset);
-            if (lane_id() >= offset) {
-                up_to.count += other_count;
-                up_to.mass += other_mass;
-            }
-        }
+        const Amount up_to = sum_up_to_lane<true>(own);
         before = {up_to.count - own.count, up_to.mass - own.mass};
         all = {__shfl_sync(FULL_WARP, up_to.count, 31), __shfl_sync(FULL_WARP, up_to.mass, 31)};
     }
@@ -711,8 +707,7 @@ struct Histogram {
 KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, const u64* masses, const float* logits,
                       const uint2* best, const Row* rows, u32 columns) {
     wait_for_kernels_before();
-    // The listed scores are above `below` and at most `up_to`.
-    __shared__ float below, up_to;
+    __shared__ Range wanted_range;
     const Row& row = rows[blockIdx.y];
     if (!is_filtered(row)) return;
     float largest = best_of(best + u64(blockIdx.y) * gridDim.x, gridDim.x).value;
@@ -727,9 +722,8 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
             cut = histogram.cut(!by_count, row.top_k, double(row.top_p) * double(all.mass));
         u32 listed = cut.above.count + cut.tokens;
         if (lane_id() == 0) {
-            below = below_bin(cut.bin);
-            up_to = INFINITE;
-            if (listed > LIST) up_to = cut.tokens <= LIST ? top_of_bin(cut.bin) : NEVER;
+            wanted_range = {below_bin(cut.bin), INFINITE};
+            if (listed > LIST) wanted_range.up_to = cut.tokens <= LIST ? top_of_bin(cut.bin) : NEVER;
             if (blockIdx.x == 0) {
                 filter.mass = all.mass;
                 filter.tokens = all.count;
@@ -738,14 +732,14 @@ KERNEL(256, 2) sample_compact(u64* lists, Filter* filters, const u32* counts, co
         }
     }
     __syncthreads();
-    if (!(below < up_to)) return;
-    const float above = below, most = up_to;
+    const Range range = wanted_range;
+    if (!(range.below < range.up_to)) return;
     float inverse = row.inverse_temperature;
     Logits own(logits, rows, blockIdx.y, columns);
     lists += u64(blockIdx.y) * LIST;
     visit_slice(own, columns, [&](float logit, u32 token) {
         float score = score_of(logit, largest, inverse);
-        bool wanted = score > above && score <= most;
+        bool wanted = range.holds(score);
         u32 ballot = __ballot_sync(FULL_WARP, wanted);
         if (ballot == 0) return;
         u32 start = 0;
