@@ -3,8 +3,7 @@
 mod rope;
 
 use super::architectures::Architecture;
-use super::hyperparameters::MOST_LAYERS;
-use super::hyperparameters::{Hyperparameters, Variations};
+use super::hyperparameters::{Hyperparameters, MOST_LAYERS, Variations};
 use super::key_names::{self, KeyNames};
 use super::layer::{Experts, NormKind};
 use super::{Biases, ModelConfig, ModelError};

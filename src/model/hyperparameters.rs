@@ -108,6 +108,11 @@ pub(super) struct Variations {
 }
 
 impl Hyperparameters {
+    /// Returns the indices of the first `count` layers.
+    pub(super) fn leading_layers(&self, count: usize) -> HashSet<usize> {
+        (0..count.min(self.layers).min(MOST_LAYERS)).collect()
+    }
+
     /// Builds the model's configuration, with the layers that the architecture derives from the
     /// numbers.
     ///

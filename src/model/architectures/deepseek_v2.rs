@@ -9,7 +9,6 @@ use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llam
 use crate::device::{LatentShape, RouterScore, RoutingSpec, SoftmaxRouting};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, Settings};
-use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, Latent};
 use crate::model::{RopeConfig, RopeScaling};
 
@@ -101,7 +100,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
         shared: shared(width, settings.size_or("n_shared_experts", 2)?),
     };
     Ok(Hyperparameters {
-        dense_layers: leading(settings.size_or("first_k_dense_replace", 0)?, &numbers),
+        dense_layers: numbers.leading_layers(settings.size_or("first_k_dense_replace", 0)?),
         experts: Some(experts),
         ..numbers
     })
@@ -140,11 +139,6 @@ fn softmax(scale: f32, groups: usize, top_groups: usize) -> RouterScore {
 /// Returns the total width of `count` shared experts of the given width; `None` if there are none.
 pub(super) fn shared(width: usize, count: usize) -> Option<usize> {
     (count > 0).then_some(width.saturating_mul(count))
-}
-
-/// Returns the indices of the first `count` layers.
-pub(super) fn leading(count: usize, numbers: &Hyperparameters) -> std::collections::HashSet<usize> {
-    (0..count.min(numbers.layers).min(MOST_LAYERS)).collect()
 }
 
 /// Reads the hyperparameters that all models with latent attention share, without the experts.
@@ -279,7 +273,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
         _ => metadata.sigmoid_experts()?,
     };
     Ok(Hyperparameters {
-        dense_layers: leading(dense, &numbers),
+        dense_layers: numbers.leading_layers(dense),
         experts,
         ..numbers
     })

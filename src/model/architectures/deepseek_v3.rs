@@ -1,7 +1,7 @@
 //! DeepSeek V3 and R1: latent attention, and, after some dense layers, a mixture of experts with
 //! expert groups, a sigmoid router and a shared expert.
 
-use super::deepseek_v2::{LATENT, LatentClass, leading, read_latent, require_text, shared};
+use super::deepseek_v2::{LATENT, LatentClass, read_latent, require_text, shared};
 use super::{Architecture, Hyperparameters, ModelError, Storage, llama};
 use crate::device::{Activation, RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::huggingface::{Config, ConfigClass};
@@ -84,7 +84,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     let numbers = read_sigmoid(config, &LATENT, &class)?;
     let dense = config.settings.size_or("first_k_dense_replace", 3)?;
     Ok(Hyperparameters {
-        dense_layers: leading(dense, &numbers),
+        dense_layers: numbers.leading_layers(dense),
         ..numbers
     })
 }

@@ -5,8 +5,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, gemma2};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
-use crate::model::hyperparameters::MOST_LAYERS;
-use crate::model::hyperparameters::Variations;
+use crate::model::hyperparameters::{MOST_LAYERS, Variations};
 use crate::model::layer::{Attention, LayerSpec, Mixer, PerLayerInputs, QkNormKind, Streams};
 use crate::model::names::{self, Part};
 use crate::model::{RopeConfig, RopeScaling};

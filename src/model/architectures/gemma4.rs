@@ -9,8 +9,7 @@ use super::{
 use crate::device::{HeadShape, RouterScore, RoutingSpec};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
-use crate::model::hyperparameters::MOST_LAYERS;
-use crate::model::hyperparameters::Variations;
+use crate::model::hyperparameters::{MOST_LAYERS, Variations};
 use crate::model::layer::{Attention, Experts, LayerSpec, Mixer, PerLayerInputs, QkNormKind};
 use crate::model::names::{self, Part};
 use crate::model::{RopeConfig, RopeScaling};

@@ -9,7 +9,6 @@ use super::{
 use crate::model::Biases;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass, RopeRules};
-use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::{Experts, LayerSpec};
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -68,7 +67,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     };
     let dense = settings.size_or("first_k_dense_replace", 1)?;
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
+        dense_layers: common.leading_layers(dense),
         experts: Some(experts),
         has_qk_norm: settings.flag("use_qk_norm")?.unwrap_or(false),
         prediction_layers: settings.size_or("num_nextn_predict_layers", 1)?.min(64),
@@ -84,7 +83,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
     let common = without_prediction_layers(metadata, metadata.hyperparameters()?)?;
     let dense = metadata.size("leading_dense_block_count")?.unwrap_or(0);
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
+        dense_layers: common.leading_layers(dense),
         experts: metadata.sigmoid_experts()?,
         has_qk_norm: metadata.holds("blk.0.attn_q_norm.weight"),
         ..common

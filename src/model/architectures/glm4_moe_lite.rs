@@ -1,7 +1,7 @@
 //! GLM-4.7-Flash: a small DeepSeek V3, with a list of the layers that are dense. GGUF files use the
 //! name of DeepSeek V2 for it, as for every model with latent attention.
 
-use super::deepseek_v2::{LatentClass, leading};
+use super::deepseek_v2::LatentClass;
 use super::deepseek_v3::{ExpertClass, read_sigmoid};
 use super::{Architecture, Hyperparameters, ModelError, Storage, llama};
 use crate::model::huggingface::{Config, ConfigClass};
@@ -60,7 +60,7 @@ fn dense_layers(
     let (settings, key) = (config.settings, "mlp_layer_types");
     let Some(types) = settings.optional(key, "a list of layer types", Value::as_array)? else {
         let dense = settings.size_or("first_k_dense_replace", 1)?;
-        return Ok(leading(dense, numbers));
+        return Ok(numbers.leading_layers(dense));
     };
     if types.len() != numbers.layers {
         let found = format!("{} entries long", types.len());

@@ -4,7 +4,6 @@ use super::{Architecture, GgufFormat, Hyperparameters, ModelError, lfm2, qwen3};
 use crate::device::{RouterScore, RoutingSpec, SigmoidRouting};
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
-use crate::model::hyperparameters::MOST_LAYERS;
 use crate::model::layer::Experts;
 
 pub(super) static ARCHITECTURE: Architecture = Architecture {
@@ -50,7 +49,7 @@ fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
     };
     let dense = settings.size_or("num_dense_layers", 2)?;
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
+        dense_layers: common.leading_layers(dense),
         experts: Some(experts),
         ..common
     })
@@ -69,7 +68,7 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
         ..experts
     });
     Ok(Hyperparameters {
-        dense_layers: (0..dense.min(common.layers).min(MOST_LAYERS)).collect(),
+        dense_layers: common.leading_layers(dense),
         experts,
         ..common
     })
