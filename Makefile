@@ -27,8 +27,7 @@ check:
 ## The tests of the CUDA device keep one core busy, because they share one virtual GPU, so the
 ## other tests run beside them, and after them what also needs the virtual GPU. The unit tests do
 ## not optimise the crate, which would take longer than running them: most of what is slow is in
-## the integration tests, whose copy of the crate is optimised. The tests of `make check` are
-## among them, and `make lint` checks that these compile without the default features.
+## the integration tests, whose copy of the crate is optimised.
 test: model clients templates
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
@@ -53,6 +52,7 @@ test-others:
 	$(CARGO) test $(ALL) --doc
 	$(MAKE) models
 	$(CARGO) test $(ALL) --lib $(NOT_OPTIMISED)
+	$(MAKE) check
 
 ## Runs the engine's threads under model checkers: loom explores every interleaving of a few
 ## threads, shuttle random interleavings of many. QUELL_SCHEDULES sets the number of the latter.

@@ -451,6 +451,12 @@ fn modules_within(folder: &str) -> BTreeMap<String, BTreeSet<String>> {
             if let Some(child) = declared.and_then(|rest| rest.strip_suffix(';')) {
                 used.insert(format!("{module}::{child}"));
             }
+            let grouped = [absolute.as_str(), "super::"].map(|path| path.to_owned() + "{");
+            let is_grouped = grouped.iter().any(|path| line.contains(path));
+            assert!(
+                !is_grouped,
+                "{module}: name each module that is used: {line}"
+            );
             let paths = line.split(&absolute).skip(1).map(|rest| ("", rest));
             let above = line.split_once("super::").map(|(_, rest)| {
                 let mut parent = module.rsplit_once("::").map_or("", |(parent, _)| parent);

@@ -296,7 +296,6 @@ fn no_request_takes_much_more_than_four_times_its_body() {
     let loaded = Loaded::start(model.path());
     let config = ProptestConfig {
         failure_persistence: None,
-        cases: 128,
         ..ProptestConfig::default()
     };
     let served = Cell::new(0);
@@ -341,7 +340,7 @@ fn burst(loaded: &Loaded, path: &str, body: &Value) {
 #[test]
 fn memory_is_released_after_many_large_concurrent_requests() {
     let loaded = Loaded::start(&model::smollm2());
-    let size = 6 << 20;
+    let size = 13 << 20;
     let message = json!([{"role": "user", "content": words(size)}]);
     let bursts = [
         (
@@ -365,6 +364,6 @@ fn memory_is_released_after_many_large_concurrent_requests() {
 fn the_tokenizer_of_a_folder_takes_no_more_memory() {
     let model = small_model();
     let loaded = Loaded::start(model.path());
-    burst(&loaded, "/tokenize", &json!({"prompt": words(6 << 20)}));
+    burst(&loaded, "/tokenize", &json!({"prompt": words(13 << 20)}));
     loaded.assert_memory_is_released();
 }
