@@ -66,6 +66,19 @@ struct Node {
     salt: Option<Arc<str>>,
 }
 
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            chain: 0,
+            parent: NONE,
+            children: 0,
+            generation: 0,
+            had_state: false,
+            salt: None,
+        }
+    }
+}
+
 impl Node {
     fn follows(&self, after: Predecessor<'_>) -> bool {
         match after {
@@ -165,15 +178,16 @@ impl PrefixCache {
             true => blocks,
             false => blocks.saturating_mul(NODES_PER_BLOCK),
         };
+        // The nodes exist from the start, so that no step waits for the system to map their memory.
         Self {
             by_chain: HashMap::with_capacity_and_hasher(blocks, RandomState::default()),
-            nodes: Vec::with_capacity(blocks),
-            unused: Vec::with_capacity(blocks),
+            nodes: vec![Node::default(); blocks],
+            unused: (0..blocks as u32).rev().collect(),
             most_nodes: most_nodes.min(NONE as usize),
-            tokens: Vec::with_capacity(blocks * block_tokens),
-            blocks: Vec::with_capacity(blocks * full.len()),
+            tokens: vec![0; blocks * block_tokens],
+            blocks: vec![NONE; blocks * full.len()],
             node_of: vec![NONE; blocks],
-            states: Vec::with_capacity(blocks),
+            states: vec![NONE; blocks],
             node_of_state: Vec::new(),
             useless_states: Vec::new(),
             beginnings: HashMap::default(),
@@ -230,9 +244,12 @@ impl PrefixCache {
         if self.forgotten.contains(link.chain) {
             return Miss::Evicted;
         }
-        let elsewhere = self.chain(Predecessor::Salt(None), link.tokens);
-        let begins = matches!(link.after, Predecessor::Salt(_));
-        match begins && self.beginnings.contains_key(&elsewhere) {
+        let elsewhere = match link.after {
+            Predecessor::Node(_) => return Miss::Unknown,
+            Predecessor::Salt(None) => link.chain,
+            Predecessor::Salt(Some(_)) => self.chain(Predecessor::Salt(None), link.tokens),
+        };
+        match self.beginnings.contains_key(&elsewhere) {
             true => Miss::OtherSalt,
             false => Miss::Unknown,
         }
@@ -335,7 +352,10 @@ impl PrefixCache {
             Predecessor::Salt(salt) => (NONE, salt.cloned()),
         };
         if parent == NONE {
-            let beginning = self.chain(Predecessor::Salt(None), tokens);
+            let beginning = match salt {
+                None => chain,
+                Some(_) => self.chain(Predecessor::Salt(None), tokens),
+            };
             *self.beginnings.entry(beginning).or_default() += 1;
         }
         if let Some(parent) = self.nodes.get_mut(parent as usize) {
@@ -355,14 +375,7 @@ impl PrefixCache {
         if self.nodes.len() >= self.most_nodes {
             return None;
         }
-        self.nodes.push(Node {
-            chain: 0,
-            parent: NONE,
-            children: 0,
-            generation: 0,
-            had_state: false,
-            salt: None,
-        });
+        self.nodes.push(Node::default());
         let nodes = self.nodes.len();
         self.tokens.resize(nodes * self.block_tokens, 0);
         self.blocks.resize(nodes * self.full.len(), NONE);

@@ -26,6 +26,8 @@ pub struct PrefixHit {
     pub lost_state: bool,
     /// Why no more blocks are known, if there are more tokens.
     pub miss: Miss,
+    /// Node of the last block.
+    node: Option<NodeId>,
 }
 
 /// From which block on a group is needed to begin with known blocks.
@@ -100,6 +102,7 @@ impl BlockCache {
             matched: matched * self.block_tokens,
             lost_state,
             miss,
+            node,
             ..PrefixHit::default()
         };
         if let Some(slot) = self.known_state(node, needed) {
@@ -207,37 +210,24 @@ impl BlockCache {
         }
     }
 
-    /// Lets an empty `table` hold the known blocks of `tokens`, within the first `limit`
-    /// tokens. Returns the number of tokens that need not be computed.
-    pub fn attach(&mut self, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
-        self.attach_needed(table, tokens, limit, Needed::Window)
+    /// Lets an empty `table` hold the blocks that [`BlockCache::lookup`] has found. No block may
+    /// have been allocated or released since.
+    pub fn attach(&mut self, table: &mut BlockTable, hit: &PrefixHit) {
+        self.attach_needed(table, hit, Needed::Window);
     }
 
-    /// Like [`BlockCache::attach`], for a sequence that has the later blocks already, each group
-    /// from the block with the index in `first` on. The table then begins there.
-    pub fn attach_before(
-        &mut self,
-        table: &mut BlockTable,
-        tokens: &[u32],
-        limit: usize,
-        first: &[usize],
-    ) -> usize {
-        self.attach_needed(table, tokens, limit, Needed::From(first))
+    /// Like [`BlockCache::attach`], for what [`BlockCache::lookup_before`] has found. The table
+    /// then begins, in each group, with the block with the index in `first`.
+    pub fn attach_before(&mut self, table: &mut BlockTable, hit: &PrefixHit, first: &[usize]) {
+        self.attach_needed(table, hit, Needed::From(first));
     }
 
-    fn attach_needed(
-        &mut self,
-        table: &mut BlockTable,
-        tokens: &[u32],
-        limit: usize,
-        needed: Needed<'_>,
-    ) -> usize {
+    fn attach_needed(&mut self, table: &mut BlockTable, hit: &PrefixHit, needed: Needed<'_>) {
         debug_assert!(table.is_empty(), "the table must be empty");
         self.open(table);
-        let salt = table.salt.clone();
-        let Longest { end, node, .. } = self.longest(salt.as_ref(), tokens, limit, needed);
+        let (end, node) = (hit.tokens / self.block_tokens, hit.node);
         if let Some(slot) = self.known_state(node, needed) {
-            self.attach_state(table, end * self.block_tokens, slot);
+            self.attach_state(table, hit.tokens, slot);
         }
         for (index, group) in table.groups.iter_mut().enumerate() {
             group.first = needed.first(&self.layout, index, end, self.block_tokens);
@@ -253,7 +243,6 @@ impl BlockCache {
             }
         }
         (table.published, table.last) = (end, node);
-        end * self.block_tokens
     }
 
     /// Publishes the complete blocks of `table`, which holds `tokens`. The first `written` of

@@ -96,7 +96,7 @@ fn an_outdated_release_frees_nothing() {
     cache.publish(&mut table, &all, 16, StepId(0));
     cache.release(&mut table, StepId(3));
     // The block is known, so it is found although it is deferred.
-    assert_eq!(cache.attach(&mut table, &all, 16), 16);
+    assert_eq!(attach(&mut cache, &mut table, &all, 16), 16);
     cache.release(&mut table, StepId(5));
     cache.step_completed(StepId(3));
     assert_eq!(cache.counts().deferred, 1);
@@ -128,10 +128,18 @@ fn an_audit_finds_a_table_that_was_not_accounted_for() {
     assert!(cache.audit(std::iter::empty()).is_err());
 }
 
+/// Lets an empty table hold the known blocks of `tokens`, within the first `limit` tokens.
+/// Returns the number of tokens that need not be computed.
+fn attach(cache: &mut BlockCache, table: &mut BlockTable, tokens: &[u32], limit: usize) -> usize {
+    let hit = cache.lookup(table.salt(), tokens, limit);
+    cache.attach(table, &hit);
+    hit.tokens
+}
+
 /// Allocates a table for `tokens`, publishes its blocks and releases them.
 fn leave_behind(cache: &mut BlockCache, tokens: &[u32]) {
     let mut table = BlockTable::default();
-    cache.attach(&mut table, tokens, tokens.len());
+    attach(cache, &mut table, tokens, tokens.len());
     grow(cache, &mut table, tokens.len()).unwrap();
     cache.publish(&mut table, tokens, tokens.len(), StepId(0));
     cache.release(&mut table, StepId(0));
@@ -313,7 +321,7 @@ fn a_forgotten_prefix_is_found_by_nobody_and_blocks_of_others_stay() {
     let (mut broken, mut other) = (BlockTable::default(), BlockTable::default());
     let all = tokens(48, 1);
     for table in [&mut broken, &mut other] {
-        assert_eq!(cache.attach(table, &all, 16), 16);
+        assert_eq!(attach(&mut cache, table, &all, 16), 16);
     }
     grow(&mut cache, &mut broken, 48).unwrap();
     cache.publish(&mut broken, &all, 48, StepId(0));
@@ -333,7 +341,7 @@ fn tables_with_different_salts_share_nothing() {
     let mut tables = salts.clone().map(BlockTable::salted);
     for (table, salt) in tables.iter_mut().zip(&salts) {
         assert_eq!(known_blocks(&cache, salt.as_ref(), &all, 40), 0, "{salt:?}");
-        assert_eq!(cache.attach(table, &all, 40), 0);
+        assert_eq!(attach(&mut cache, table, &all, 40), 0);
         grow(&mut cache, table, 40).unwrap();
         cache.publish(table, &all, 40, StepId(0));
         assert_eq!(known_blocks(&cache, salt.as_ref(), &all, 40), 2, "{salt:?}");
@@ -346,7 +354,7 @@ fn tables_with_different_salts_share_nothing() {
     cache.release(&mut none, StepId(0));
     cache.release(&mut one, StepId(0));
     let mut again = BlockTable::salted(salts[1].clone());
-    assert_eq!(cache.attach(&mut again, &all, 40), 32);
+    assert_eq!(attach(&mut cache, &mut again, &all, 40), 32);
     assert_eq!(blocks(&again), &blocks(&fork)[..2]);
     cache.audit([&fork, &two, &again].into_iter()).unwrap();
     // An audit finds a table with blocks that were published with another salt.
@@ -436,7 +444,7 @@ fn a_hit_ends_where_every_group_can_continue() {
         "all tokens up to 128 are known to one group, but the other could not continue there"
     );
     let mut again = BlockTable::default();
-    assert_eq!(cache.attach(&mut again, &all, 159), 144);
+    assert_eq!(attach(&mut cache, &mut again, &all, 159), 144);
     assert_eq!(again.group(0).blocks.len(), 9);
     assert_eq!((again.group(1).first, again.group(1).blocks.len()), (7, 2));
     cache.audit([&other, &again].into_iter()).unwrap();
@@ -534,7 +542,7 @@ proptest! {
                 0 | 1 if table.is_empty() => {
                     *held = tokens(count, seed);
                     let limit = held.len() - 1;
-                    let start = cache.attach(table, held, limit);
+                    let start = attach(&mut cache, table, held, limit);
                     prop_assert!(cache.can_continue(table, start));
                     let extent = Extent::all(count);
                     if cache.prepare(table, start, extent, launched, &mut transfers).is_err() {

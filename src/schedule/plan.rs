@@ -112,11 +112,13 @@ impl StepPlan {
     }
 
     /// Returns the number of samples of all items, including scores.
+    #[cfg(test)]
     pub fn sample_count(&self) -> usize {
         self.items.iter().map(PlanItem::sample_count).sum()
     }
 
     /// Returns the items that report a sum, in order, each with the tokens of the sum.
+    #[cfg(any(test, feature = "internals"))]
     pub fn sums(&self) -> impl Iterator<Item = (&PlanItem, &Range<usize>)> {
         self.items.iter().filter_map(|item| match &item.report {
             Report::Sum(tokens) => Some((item, tokens)),

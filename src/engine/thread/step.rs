@@ -186,8 +186,12 @@ impl SchedulerThread {
             if let Some(report) = report {
                 self.ledger.report(item.key, report);
             }
-            if length > 0 {
-                let run = tokens.by_ref().take(length).collect();
+            let run = match length {
+                // Nearly all runs. Collecting one token takes longer.
+                1 => tokens.next().map(TokenRun::from),
+                _ => (length > 0).then(|| tokens.by_ref().take(length).collect()),
+            };
+            if let Some(run) = run {
                 self.commit(plan.step, item, run);
             }
             if item.end {
@@ -273,7 +277,9 @@ impl SchedulerThread {
         let prompts = plan.items.iter().filter(|item| item.count > 1);
         self.measured_prompt_tokens += prompts.map(|item| item.count).sum::<usize>();
         self.measured_tokens += plan.tokens();
-        if plan.sample_count() == 0 && plan.sums().next().is_none() {
+        let has_results =
+            |item: &PlanItem| item.sample_count() > 0 || matches!(item.report, Report::Sum(_));
+        if !plan.items.iter().any(has_results) {
             return;
         }
         let took = now.saturating_duration_since(self.step_began);
@@ -366,22 +372,24 @@ fn complete(plan: &StepPlan, output: &StepOutput, last: bool) -> Result<(), Devi
             ));
         }
     }
+    // One pass, because every step is checked.
+    let (mut wanted, mut wanted_sums, mut several) = (0, 0, false);
+    for (item, length) in plan.items.iter().zip(run_lengths(plan, runs)) {
+        wanted += item.report.scored().len() + length;
+        wanted_sums += usize::from(matches!(item.report, Report::Sum(_)));
+        several |= item.sampled.len() > 1 || length > 1;
+    }
     // The step after this one continues after one token.
-    let several =
-        plan.samples().any(|item| item.sampled.len() > 1) || runs.iter().any(|run| *run > 1);
     if several && !last {
         return failed(format!(
             "the step returned runs of {runs:?} tokens, but the step after it is in flight and continues after one token"
         ));
     }
-    let scores = plan.sample_count() - plan.samples().map(|item| item.sampled.len()).sum::<usize>();
-    let wanted = scores + run_lengths(plan, runs).sum::<usize>();
     let (samples, sums) = (output.samples.tokens.len(), output.sums.len());
-    if (samples, sums) == (wanted, plan.sums().count()) {
+    if (samples, sums) == (wanted, wanted_sums) {
         return Ok(());
     }
     failed(format!(
-        "the step returned {samples} samples and {sums} sums, but its plan asks for {wanted} and {}",
-        plan.sums().count()
+        "the step returned {samples} samples and {sums} sums, but its plan asks for {wanted} and {wanted_sums}"
     ))
 }

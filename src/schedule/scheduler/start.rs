@@ -107,7 +107,7 @@ impl Scheduler {
                 reused_cached_blocks: known.cached,
                 reused_cached_states: 0,
                 has_state: true,
-                known: PrefixHit::default(),
+                known,
             });
         }
         if let Some((session, retained)) = sequence.spec.session.and_then(retained) {
@@ -200,15 +200,12 @@ impl Scheduler {
             sequence.table = retained.table;
             sequence.last_step = sequence.last_step.max(retained.last_step);
         } else {
-            let most = sequence.tokens.len() - 1;
-            let limit = cost.computed.min(most);
-            let (table, tokens) = (&mut sequence.table, &sequence.tokens);
-            known = match &sequence.swapped {
-                Some(swapped) => self
-                    .cache
-                    .attach_before(table, tokens, limit, &swapped.first),
-                None => self.cache.attach(table, tokens, limit),
-            };
+            let (table, hit) = (&mut sequence.table, &cost.known);
+            match &sequence.swapped {
+                Some(swapped) => self.cache.attach_before(table, hit, &swapped.first),
+                None => self.cache.attach(table, hit),
+            }
+            known = hit.tokens;
         }
         sequence.reserve(&self.cache, self.policy.max_batch_tokens);
         sequence.written_tokens = match cost.source {
