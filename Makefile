@@ -6,7 +6,7 @@ LESS_OPTIMISED := --config profile.test.package.quell.opt-level=1
 # The model checkers' tests need features that exclude each other.
 ALL := --locked --workspace --exclude interleavings
 
-.PHONY: demo check test test-cuda test-cuda-all test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients templates
+.PHONY: demo check test test-cuda test-cuda-all test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients references
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -28,7 +28,7 @@ check:
 ## other tests run beside them, and after them what also needs the virtual GPU. The unit tests do
 ## not optimise the crate, which would take longer than running them: most of what is slow is in
 ## the integration tests, whose copy of the crate is optimised.
-test: model clients templates
+test: model clients references
 	$(CARGO) build $(ALL) --profile test --examples
 	$(CARGO) test $(ALL) --test '*' --bench kernels --no-run
 	@# Cargo decides for itself how many jobs it runs.
@@ -75,7 +75,7 @@ mutations:
 ## find what only works on a fast machine. QUELL_STALLS and QUELL_STALL_BITS set how often and
 ## how long threads are stalled.
 STALLED := --locked --lib --test '[!cm]*' --test memory
-stalls: model clients templates
+stalls: model clients references
 	$(CARGO) test $(STALLED) --no-run
 	$(CARGO) build --locked --profile test --examples
 	$(CC) -std=gnu11 -Wall -Werror -O2 -shared -fPIC -o target/stalls.so tests/stalls/stalls.c
@@ -140,6 +140,6 @@ clients:
 	@$(PYTHON) scripts/setup-clients
 	@$(PYTHON) scripts/setup-browser
 
-## Fetches the chat templates of other models, for comparing our rendering with jinja2's.
-templates:
-	@$(PYTHON) scripts/fetch-templates
+## Fetches vocabularies and chat templates of other models, to compare with llama.cpp and jinja2.
+references:
+	@$(PYTHON) scripts/fetch-references

@@ -160,9 +160,13 @@ pub use sampling::{
     TokenRun,
 };
 pub use schedule::{PrefixMisses, RetainedCache};
+pub use text::harmony::{HarmonyEvent, HarmonyParser};
 pub use text::reasoning::{ReasoningFormat, ReasoningSplit, ReasoningSplitter};
-pub use text::tools::{ToolEvent, ToolFormat, ToolParser, UnknownToolFormat};
+pub use text::tools::{ToolDeclaration, ToolEvent, ToolFormat, ToolParser, UnknownToolFormat};
 pub use text::{ChatTemplate, EncodeOptions, Message, RenderOptions, TextError, Tokenizer};
 #[cfg(feature = "grammar")]
-pub use text::{Grammar, GrammarCalls, GrammarError, GrammarForm, GrammarKind, SchemaKeywords};
+pub use text::{
+    Grammar, GrammarAnswer, GrammarCalls, GrammarError, GrammarForm, GrammarKind, GrammarReasoning,
+    SchemaKeywords,
+};
 pub use weights::WeightsError;

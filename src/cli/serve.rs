@@ -50,8 +50,9 @@ struct HttpArgs {
     /// [default: the name of the file or folder].
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     served_model_name: Vec<String>,
-    /// Format of the model's tool calls: hermes, llama, mistral, pythonic, deepseek or
-    /// granite [default: the format of its chat template].
+    /// Format of the model's tool calls: hermes, llama, mistral, pythonic, deepseek, granite,
+    /// nemotron, qwen_coder, seed, glm, minimax, kimi, lfm2, gemma, command_r or harmony [default: the
+    /// format of its chat template].
     #[arg(long, value_name = "FORMAT")]
     tool_format: Option<ToolFormat>,
     /// Refuse JSON schemas with keywords that cannot be enforced, instead of ignoring those

@@ -135,7 +135,7 @@ pub enum TextError {
         name: &'static str,
     },
     /// The tokenizer model is unknown.
-    #[error("tokenizer model is {found:?}, expected gpt2, llama, gemma4 or t5")]
+    #[error("tokenizer model is {found:?}, expected gpt2, llama, gemma4, t5 or bert")]
     UnknownModel {
         /// Model that the file names.
         found: String,

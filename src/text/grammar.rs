@@ -5,6 +5,7 @@
 //! derivatives of regular expressions. In each step it walks a trie of all tokens to
 //! compute the token mask.
 
+mod answer;
 mod pattern;
 mod schema;
 mod vocabulary;
@@ -12,6 +13,7 @@ mod vocabulary;
 use super::Tokenizer;
 use super::tools::ToolFormat;
 use crate::sampling::{Constraint, ConstraintError};
+pub use answer::{GrammarAnswer, GrammarReasoning};
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::TokEnv;
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
@@ -195,6 +197,9 @@ fn limits() -> ParserLimits {
     }
 }
 
+/// A compiled grammar, with the compiler's warnings.
+type Compiled = (Matcher, Vec<String>);
+
 /// Compiles grammars for one tokenizer.
 pub(super) struct Compiler(ParserFactory);
 
@@ -221,7 +226,7 @@ impl Compiler {
         &self,
         kind: GrammarKind,
         source: TopLevelGrammar,
-    ) -> Result<(Matcher, Vec<String>), GrammarError> {
+    ) -> Result<Compiled, GrammarError> {
         let schemas = source.grammars.iter();
         let mut schemas = schemas.filter_map(|grammar| grammar.json_schema.as_ref());
         let large = schemas.any(|schema| most_properties(schema) > Some(LARGE_OBJECT));
@@ -290,9 +295,6 @@ fn look_ahead(matcher: &Matcher) -> Result<(), String> {
     Ok(())
 }
 
-/// Name of the grammar for an answer that is not a call.
-const ANSWER: &str = "answer";
-
 /// A form, prepared for compilation.
 struct Source {
     kind: GrammarKind,
@@ -332,6 +334,15 @@ impl Source {
             grammar,
             unenforced,
         })
+    }
+
+    /// Returns the source of an answer without a form.
+    fn empty() -> Self {
+        Self {
+            kind: GrammarKind::JsonSchema,
+            grammar: GrammarWithLexer::default(),
+            unenforced: BTreeSet::new(),
+        }
     }
 
     /// Drops patterns that the compiler cannot follow, after compilation failed with
@@ -447,77 +458,7 @@ impl Grammar {
         Ok(Self::of(source, compiled?))
     }
 
-    /// Compiles a grammar for answers that have this form or consist of tool calls instead.
-    ///
-    /// The arguments of a call conform to the schema of its tool, as far as the format
-    /// writes them as JSON and the schema can be enforced.
-    ///
-    /// # Errors
-    /// Returns an error for the same reasons as [`Grammar::new`].
-    pub fn or_calls(
-        tokenizer: &Arc<Tokenizer>,
-        form: GrammarForm<'_>,
-        keywords: SchemaKeywords,
-        calls: GrammarCalls<'_>,
-    ) -> Result<Self, GrammarError> {
-        let mut source = Source::new(form, keywords)?;
-        let compiler = Compiler::of(tokenizer)?;
-        let compile = |source: &Source, calls: GrammarCalls<'_>| {
-            let mut unenforced = BTreeSet::new();
-            let mark = |text: &str| mark(tokenizer, text);
-            let rules = calls.format.call_rules(calls.tools, calls.several, mark);
-            let lark = format!("start: @{ANSWER} | calls\n{}", rules.lark);
-            let answer = GrammarWithLexer {
-                name: Some(ANSWER.to_owned()),
-                ..source.grammar.clone()
-            };
-            let mut grammars = vec![GrammarWithLexer::from_lark(lark), answer];
-            for (name, schema) in rules.schemas {
-                let (schema, left_out) = prepare_schema(&schema, keywords)?;
-                unenforced.extend(left_out);
-                grammars.push(GrammarWithLexer {
-                    name: Some(name),
-                    json_schema: Some(schema),
-                    ..GrammarWithLexer::default()
-                });
-            }
-            let max_tokens = None;
-            let grammar = TopLevelGrammar {
-                grammars,
-                max_tokens,
-            };
-            let compiled = compiler.compile(source.kind, grammar)?;
-            Ok((compiled, unenforced))
-        };
-        let mut compiled = compile(&source, calls);
-        if let Err(error) = &compiled
-            && keywords == SchemaKeywords::Lenient
-            && source.relax(compiler, error)
-        {
-            compiled = compile(&source, calls);
-        }
-        if compiled.is_err() && keywords == SchemaKeywords::Lenient {
-            // The schemas of the tools may be what fails, so try again with arguments of
-            // any kind.
-            let any = json!({"type": "object"});
-            let tools: Vec<_> = calls
-                .tools
-                .iter()
-                .map(|(name, _)| (*name, Some(&any)))
-                .collect();
-            let calls = GrammarCalls {
-                tools: &tools,
-                ..calls
-            };
-            source.unenforced.insert("parameters".to_owned());
-            compiled = compile(&source, calls);
-        }
-        let (compiled, unenforced) = compiled?;
-        source.unenforced.extend(unenforced);
-        Ok(Self::of(source, compiled))
-    }
-
-    fn of(source: Source, (matcher, warnings): (Matcher, Vec<String>)) -> Self {
+    fn of(source: Source, (matcher, warnings): Compiled) -> Self {
         let warned = warnings.iter().flat_map(|warning| keywords_of(warning));
         // One warning covers `minProperties` and `maxProperties`, so report only those that
         // the schema uses. The schemas of the tools are not available here.
@@ -694,15 +635,6 @@ impl Constraint for GrammarState {
             start: Arc::clone(&self.start),
             state: self.state.as_ref().map(Matcher::deep_clone),
         })
-    }
-}
-
-/// Returns the grammar terminal for a mark of a call: a special token, which text cannot
-/// contain, or else the text of the mark.
-fn mark(tokenizer: &Tokenizer, text: &str) -> String {
-    match tokenizer.id_of(text).filter(|id| tokenizer.is_special(*id)) {
-        Some(id) => format!("<[{id}]>"),
-        None => Value::from(text).to_string(),
     }
 }
 

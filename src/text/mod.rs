@@ -20,9 +20,12 @@ mod grammar;
 mod stop;
 mod tokenizer;
 
-pub use chat::{ChatTemplate, Message, RenderOptions, reasoning, tools};
+pub use chat::{ChatTemplate, Message, RenderOptions, harmony, reasoning, tools};
 pub use error::TextError;
 #[cfg(feature = "grammar")]
-pub use grammar::{Grammar, GrammarCalls, GrammarError, GrammarForm, GrammarKind, SchemaKeywords};
+pub use grammar::{
+    Grammar, GrammarAnswer, GrammarCalls, GrammarError, GrammarForm, GrammarKind, GrammarReasoning,
+    SchemaKeywords,
+};
 pub use stop::{StopMatcher, StopStep, StopStrings};
 pub use tokenizer::{Detokenizer, EncodeOptions, GgufVocabulary, Tokenizer};

@@ -1,5 +1,5 @@
-//! Third-party clients against the real server with a real model: the official `openai` client,
-//! `async-openai`, curl and schemathesis.
+//! Third-party clients against the real server: the official `openai` client, langchain,
+//! pydantic-ai, `async-openai`, curl and schemathesis.
 
 #![cfg(unix)]
 
@@ -11,7 +11,9 @@ use async_openai::types::chat::{
 };
 use common::clients::{installed, script, succeeds};
 use common::model;
+use common::parrot;
 use common::serve::Serve;
+use common::server::{TestServer, options};
 use common::small_model::small_model;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
@@ -28,6 +30,46 @@ fn the_official_python_client_gets_what_it_expects() {
     let mut client = installed("python");
     succeeds(client.arg(script("openai_client.py")).arg(server.url()));
     server.terminate_when_idle();
+}
+
+/// The call has an argument with characters that need quotes in some formats, and a number. The
+/// formats are such that no client changes their marks in what a user says, as pydantic-ai does
+/// with `<|tool_call>`.
+#[test]
+fn clients_get_tool_calls_in_the_formats_of_three_templates() {
+    let folder = common::root().join("target/references/templates");
+    for (template, before, call) in [
+        (
+            "Qwen3.5-4B",
+            "It asks for the weather.\n</think>\n\n",
+            "<tool_call>\n<function=weather>\n<parameter=city>\nSão Paulo <1>\n</parameter>\n\
+             <parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (
+            "GLM-4.6",
+            "\n<think>It asks for the weather.</think>\n",
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>São Paulo <1></arg_value>\n\
+             <arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        ),
+        (
+            "MiniMax-M2",
+            "It asks for the weather.\n</think>\n\n",
+            "<minimax:tool_call>\n<invoke name=\"weather\">\n\
+             <parameter name=\"city\">São Paulo <1></parameter>\n\
+             <parameter name=\"days\">3</parameter>\n</invoke>\n</minimax:tool_call>",
+        ),
+    ] {
+        let path = folder.join(format!("{template}.jinja"));
+        let source = std::fs::read_to_string(path).expect("run scripts/fetch-references");
+        let server = TestServer::start(parrot::engine(&source), options());
+        let mut client = installed("python");
+        let url = format!("http://{}", server.address);
+        succeeds(
+            client
+                .arg(script("tool_clients.py"))
+                .args([&*url, before, call]),
+        );
+    }
 }
 
 #[test]

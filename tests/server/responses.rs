@@ -425,7 +425,7 @@ fn unsupported_tools_are_skipped_and_reported() {
     let allowed = json!({
         "type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "shell"}],
     });
-    let call = "{\"name\":\"shell\",\"arguments\":{\"command\":[]}}";
+    let call = "<tool_call>{\"name\":\"shell\",\"arguments\":{\"command\":[]}}</tool_call>";
     let response =
         create(json!({"input": say(call), "tools": [tool(), shell], "tool_choice": allowed}));
     assert_eq!(response["output"][0]["name"], "shell");

@@ -327,19 +327,113 @@ fn reasoning_is_separated_from_the_answer() {
 }
 
 #[test]
-fn a_forced_call_has_no_reasoning_and_no_markers() {
-    // The prompt has already ended the reasoning and begun the call.
-    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
-    let extra = json!({
-        "tools": [tool("f")], "tool_choice": "required",
-        "chat_template_kwargs": {"open_thinking": true},
-    });
-    let answer = ask(PARROT.address, CHAT, &parrot_body(call, extra));
+fn a_forced_call_comes_after_the_reasoning_if_there_is_any() {
+    let call = "{\"name\": \"f\", \"arguments\": {\"city\": \"Rome\"}}";
+    for (thinking, said, reasoning) in [
+        // The prompt has already ended the reasoning and begun the call.
+        (json!({"enable_thinking": false}), call.to_owned(), None),
+        (
+            json!({"open_thinking": true}),
+            format!("Hm.\n</think>\n\n<tool_call>\n{call}\n</tool_call>"),
+            Some("Hm."),
+        ),
+        (
+            json!({}),
+            format!("<think>\nHm.\n</think>\n\n<tool_call>\n{call}\n</tool_call>"),
+            Some("Hm."),
+        ),
+        (json!({}), format!("<tool_call>{call}</tool_call>"), None),
+    ] {
+        let extra = json!({
+            "tools": [tool("f")], "tool_choice": "required", "chat_template_kwargs": thinking,
+        });
+        let answer = ask(PARROT.address, CHAT, &parrot_body(&said, extra));
+        let message = &answer["choices"][0]["message"];
+        assert_eq!(message["reasoning_content"].as_str(), reasoning, "{said}");
+        assert_eq!(message["reasoning"].as_str(), reasoning, "{said}");
+        assert_eq!(message["content"], Value::Null, "{said}");
+        let function = json!({"name": "f", "arguments": "{\"city\": \"Rome\"}"});
+        assert_eq!(message["tool_calls"][0]["function"], function, "{said}");
+    }
+}
+
+#[test]
+fn a_form_applies_after_the_reasoning() {
+    let form = json!({"response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "schema": {"type": "integer"},
+    }}});
+    let answer = ask(
+        PARROT.address,
+        CHAT,
+        &parrot_body("<think>\nTwo?\n</think>\n\n12", form.clone()),
+    );
     let message = &answer["choices"][0]["message"];
-    assert_eq!(message.get("reasoning_content"), None);
-    assert_eq!(message["content"], Value::Null);
-    let function = json!({"name": "f", "arguments": "{\"city\":\"Rome\"}"});
-    assert_eq!(message["tool_calls"][0]["function"], function);
+    assert_eq!(message["reasoning_content"], "Two?");
+    assert_eq!(message["content"], "12");
+}
+
+/// The template of gpt-oss, as llama.cpp is tested with it.
+static HARMONY: LazyLock<TestServer> = LazyLock::new(|| {
+    let path = common::root().join("target/references/templates/openai-gpt-oss-120b.jinja");
+    let template = std::fs::read_to_string(path).expect("run scripts/fetch-references");
+    TestServer::start(parrot::engine(&template), options())
+});
+
+#[test]
+fn an_answer_in_harmony_is_taken_apart_whole_and_streamed() {
+    let thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant";
+    let call =
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"city\":\"Rome\"}";
+    let tools = json!({"tools": [tool("f")]});
+    let required = json!({"tools": [tool("f")], "tool_choice": "required"});
+    let json = json!({"response_format": {"type": "json_object"}});
+    for (said, extra, content, has_call) in [
+        (
+            format!("{thought}<|channel|>final<|message|>Yes."),
+            json!({}),
+            Some("Yes."),
+            false,
+        ),
+        (format!("{thought}{call}"), tools.clone(), None, true),
+        (format!("{thought}{call}"), required, None, true),
+        (
+            format!("{thought}<|channel|>final<|message|>{{\"a\":1}}"),
+            json,
+            Some("{\"a\":1}"),
+            false,
+        ),
+        // The reasoning breaks off, and the rest has no channel.
+        (format!("{thought}Well."), tools, Some("Well."), false),
+    ] {
+        let body = parrot_body(&said, extra.clone());
+        let answer = ask(HARMONY.address, CHAT, &body);
+        let message = &answer["choices"][0]["message"];
+        assert_eq!(message["reasoning_content"], "Hm.", "{said}");
+        assert_eq!(message["content"].as_str(), content, "{said}");
+        let function = json!({"name": "f", "arguments": "{\"city\":\"Rome\"}"});
+        let called = &message["tool_calls"][0]["function"];
+        assert_eq!(*called == function, has_call, "{said}: {called}");
+        let finish = if has_call { "tool_calls" } else { "stop" };
+        assert_eq!(answer["choices"][0]["finish_reason"], finish, "{said}");
+
+        let [mut reasoning, mut streamed, mut arguments] = [const { String::new() }; 3];
+        for event in events(HARMONY.address, CHAT, &body) {
+            let delta = &event["choices"][0]["delta"];
+            let add = |text: &mut String, more: &Value| *text += more.as_str().unwrap_or("");
+            add(&mut reasoning, &delta["reasoning_content"]);
+            add(&mut streamed, &delta["content"]);
+            add(
+                &mut arguments,
+                &delta["tool_calls"][0]["function"]["arguments"],
+            );
+        }
+        assert_eq!(reasoning, "Hm.", "{said}");
+        assert_eq!(streamed, content.unwrap_or(""), "{said}");
+        assert_eq!(arguments.is_empty(), !has_call, "{said}");
+    }
+    let builtin = json!({"chat_template_kwargs": {"builtin_tools": ["python"]}});
+    let error = refused(HARMONY.address, CHAT, &parrot_body("", builtin), 400);
+    assert!(error.to_string().contains("builtin_tools"), "{error}");
 }
 
 #[test]
@@ -569,7 +663,7 @@ fn an_answer_with_a_response_format_may_be_a_tool_call() {
         assert_eq!(choice["message"].get("tool_calls"), None);
     }
     // A required call is not constrained by the format of text.
-    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let call = "<tool_call>{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}</tool_call>";
     let answer = ask(PARROT.address, CHAT, &with(call, "required"));
     assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
     // The constraint rules out anything that is neither a call nor of the format.
@@ -660,7 +754,7 @@ fn only_allowed_tools_can_be_called() {
         tokens(allowed("auto")),
         tokens(json!({"tools": [tool("g")]}))
     );
-    let call = "{\"name\":\"g\",\"arguments\":{\"city\":\"Rome\"}}";
+    let call = "<tool_call>{\"name\":\"g\",\"arguments\":{\"city\":\"Rome\"}}</tool_call>";
     let answer = ask(
         PARROT.address,
         CHAT,
@@ -727,7 +821,7 @@ fn the_legacy_functions_api_works() {
     assert_eq!(tokens(&legacy), tokens(&newer));
 
     let forced = json!({"functions": [function], "function_call": {"name": "f"}});
-    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let call = "<tool_call>{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}</tool_call>";
     let answer = ask(PARROT.address, CHAT, &parrot_body(call, forced));
     let called = &answer["choices"][0]["message"]["function_call"];
     assert_eq!(called["arguments"], "{\"city\":\"Rome\"}");
@@ -750,7 +844,7 @@ fn unenforced_schema_keywords_are_reported_or_refused() {
     }
     let mut parameters = tool("f");
     parameters["function"]["parameters"]["properties"]["city"]["not"] = json!({"const": "Rome"});
-    let call = "{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}";
+    let call = "<tool_call>{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}</tool_call>";
     let forced = json!({"tools": [parameters], "tool_choice": "required"});
     let reply = send(PARROT.address, CHAT, &parrot_body(call, forced));
     assert_eq!(reply.header("x-quell-unenforced"), Some("not"));

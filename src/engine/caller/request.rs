@@ -111,6 +111,9 @@ pub struct Request {
     /// Whether special tokens are part of the answer's text, except the one that ends it. Some
     /// models mark tool calls and reasoning with such tokens.
     pub keep_special: bool,
+    /// Special tokens that are part of the answer's text although
+    /// [`Request::keep_special`] is not set, such as the marks of tool calls.
+    pub kept_tokens: Vec<u32>,
     /// Whether the stop string or stop token that ends the answer is part of its text.
     pub include_stop: bool,
     /// Which tokens the answer may contain, and how many it must have.
@@ -162,6 +165,7 @@ impl Request {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             keep_special: false,
+            kept_tokens: Vec::new(),
             include_stop: false,
             limits: TokenLimits::default(),
             first_token_within: None,

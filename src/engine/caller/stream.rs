@@ -42,7 +42,8 @@ impl TextState {
     ) -> Self {
         let stop = StopMatcher::new(stop);
         Self {
-            detokenizer: Detokenizer::after(prompt, tokenizer, !request.keep_special),
+            detokenizer: Detokenizer::after(prompt, tokenizer, !request.keep_special)
+                .keeping(&request.kept_tokens),
             stop: stop.include_stop(request.include_stop),
             include_stop: request.include_stop,
             min_tokens: request.limits.min_tokens,

@@ -12,8 +12,10 @@ use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::workers::{Job, Work};
 use crate::server::submit::{Length, Tokenization};
+use crate::text::harmony;
 use crate::text::reasoning::ReasoningFormat;
-use crate::text::{Grammar, GrammarCalls};
+use crate::text::tools::ToolDeclaration;
+use crate::text::{Grammar, GrammarAnswer, GrammarCalls, GrammarReasoning};
 use crate::text::{Message, RenderOptions, TextError, Tokenizer};
 use std::sync::Arc;
 
@@ -42,9 +44,8 @@ pub(crate) enum Fit {
 pub(crate) struct Prepared {
     pub prompt: Arc<[u32]>,
     pub constraint: Option<Box<dyn Constraint>>,
-    /// Whether special tokens stay in the answer's text, because marks to look for are among
-    /// them.
-    pub keep_special: bool,
+    /// Special tokens that stay in the answer's text, because they are marks to look for.
+    pub kept_tokens: Vec<u32>,
     pub reading: Reading,
     /// Parts of the request that are not honoured.
     pub notices: Notices,
@@ -91,43 +92,27 @@ impl Conversation {
         let format = app.options.tool_format;
         let format = format.unwrap_or_else(|| template.tool_format());
         let keywords = app.options.schema_keywords;
-        let forced = self.tools.forced_schema(format);
-        let constraint = match (&forced, &self.structure) {
-            (Some(schema), _) => {
-                let calls = Structure::of_schema(schema.clone(), "tools");
-                Some(calls.grammar(tokenizer, keywords, None)?)
-            }
-            (None, Some(structure)) => {
-                // The form applies to the answer; the model may call a tool instead.
-                let tools: Vec<_> = self.tools.schemas().collect();
-                let calls = self.tools.offered().then_some(GrammarCalls {
-                    format,
-                    tools: &tools,
-                    several: self.tools.parallel,
-                });
-                Some(structure.grammar(tokenizer, keywords, calls)?)
-            }
-            (None, None) => None,
-        };
-
-        job.check()?;
         require_roles_known(&self.messages, source)?;
         let messages = legacy_functions::as_tools(self.messages);
-        let opening = forced.as_ref().map_or("", |_| format.forced_opening());
         let options = RenderOptions {
             tools: described,
             tool_format: Some(format),
-            // A constrained answer must begin at once, with no reasoning before it.
-            close_reasoning: constraint.is_some(),
-            answer_prefix: opening.to_owned(),
             ..self.rendering.options
         };
+        let is_continued = options.continue_final_message;
         let marks = ReasoningFormat::detect(source);
-        let mut inside_reasoning = false;
+        let is_harmony = marks == Some(ReasoningFormat::HARMONY);
+        let is_forced = self.tools.forced();
+        // Whether the prompt has opened the reasoning, and whether the answer cannot have any.
+        let (mut is_open, mut is_closed) = (false, marks.is_none());
         let mut render = |messages: &[Message]| -> Result<Prompt, ApiError> {
             job.check()?;
-            let text = template.render(messages, &options).map_err(of_rendering)?;
-            inside_reasoning = marks.is_some_and(|marks| marks.is_open(&text));
+            let mut text = template.render(messages, &options).map_err(of_rendering)?;
+            is_open = marks.is_some_and(|marks| marks.is_open(&text));
+            is_closed = is_continued || marks.is_none_or(|marks| marks.is_closed(&text));
+            if is_forced && is_closed {
+                text.push_str(format.forced_opening());
+            }
             Ok(Prompt::Text(text))
         };
         let encode = |prompt| app.encode(job, prompt, tokenization).map_err(of_messages);
@@ -143,24 +128,64 @@ impl Conversation {
                 fitting(&messages, room, &mut write)?
             }
         };
+
+        let tools: Vec<_> = self.tools.schemas().collect();
+        let calls = GrammarCalls {
+            format,
+            tools: &tools,
+            several: self.tools.several(),
+        };
+        // Reasoning that may precede a constrained answer, which begins after it.
+        let reasoning = marks.filter(|_| !is_closed);
+        let reasoning = reasoning.map(|marks| GrammarReasoning::new(marks, is_open));
+        let constraint = match (&self.structure, self.tools.forced_schema(format)) {
+            (_, Some(schema)) if reasoning.is_none() => {
+                let calls = Structure::of_schema(schema, "tools");
+                Some(calls.grammar(tokenizer, keywords, None, None)?)
+            }
+            (_, Some(_)) => {
+                let tools: Vec<_> = self.tools.forced_schemas().collect();
+                let answer = GrammarAnswer {
+                    reasoning,
+                    calls: Some(GrammarCalls {
+                        tools: &tools,
+                        ..calls
+                    }),
+                    ..GrammarAnswer::default()
+                };
+                let grammar = Grammar::answer(tokenizer, answer, keywords);
+                let refused = |error| ApiError::invalid(format!("tools: {error}")).param("tools");
+                Some(grammar.map_err(refused)?)
+            }
+            (Some(structure), None) => {
+                // The form applies to the answer; the model may call a tool instead.
+                let calls = self.tools.offered().then_some(calls);
+                Some(structure.grammar(tokenizer, keywords, reasoning, calls)?)
+            }
+            (None, None) => None,
+        };
+        let begins_at_once = constraint.is_some() && is_closed;
         let mut reading = Reading {
-            reasoning: marks.map(|marks| (marks, inside_reasoning)),
+            reasoning: marks
+                .filter(|_| !begins_at_once && !is_harmony)
+                .map(|marks| (marks, is_open)),
+            harmony: is_harmony.then_some(!is_continued),
             hide_reasoning: self.hide_reasoning,
             one_call: !self.tools.parallel,
             ..Reading::default()
         };
-        if constraint.is_some() {
-            reading.reasoning = None;
-        }
-        if forced.is_some() {
+        if is_forced && is_closed {
+            reading.harmony = None;
             reading.calls = Calls::Forced(format);
         } else if self.tools.offered() {
-            reading.calls = Calls::Allowed(format, self.tools.names().collect());
+            let tools = tools.iter();
+            let tools = tools.map(|(name, schema)| ToolDeclaration::new(*name, schema.cloned()));
+            reading.calls = Calls::Allowed(format, tools.collect());
         }
         Ok(Prepared {
             prompt,
             constraint: constraint.as_ref().map(Grammar::constraint),
-            keep_special: has_special_marks(&reading, tokenizer),
+            kept_tokens: special_marks(&reading, tokenizer),
             reading,
             notices: Notices {
                 skipped_tools: self.tools.skipped,
@@ -255,17 +280,52 @@ fn fitting(
     })
 }
 
-/// Returns whether a mark to look for is a special token, which answers usually leave out.
-fn has_special_marks(reading: &Reading, tokenizer: &Tokenizer) -> bool {
-    let special = |mark: &&str| {
-        let id = tokenizer.id_of(mark);
-        id.is_some_and(|id| tokenizer.is_special(id))
-    };
+/// Returns the marks to look for that are special tokens, which answers usually leave out.
+fn special_marks(reading: &Reading, tokenizer: &Tokenizer) -> Vec<u32> {
     let reasoning = reading.reasoning.iter();
-    let mut reasoning = reasoning.flat_map(|(marks, _)| [marks.open, marks.close]);
-    let calls = match &reading.calls {
-        Calls::Allowed(format, _) => format.tags(),
-        Calls::None | Calls::Forced(_) => &[],
+    let reasoning = reasoning.flat_map(|(marks, _)| [marks.open, marks.close]);
+    let harmony = reading.harmony.iter().flat_map(|_| harmony::MARKS);
+    let calls: Vec<&str> = match &reading.calls {
+        Calls::Allowed(format, _) => format.marks().collect(),
+        Calls::None | Calls::Forced(_) => Vec::new(),
     };
-    reasoning.any(|mark| special(&mark)) || calls.iter().any(special)
+    let mut tokens: Vec<u32> = (reasoning.chain(harmony).chain(calls))
+        .flat_map(bracketed)
+        .filter_map(|name| tokenizer.id_of(name))
+        .filter(|id| tokenizer.is_special(*id))
+        .collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens
+}
+
+/// Returns the parts of `text` in angle or square brackets, as all special tokens are that mark
+/// calls and reasoning. Looking them up costs less than tokenizing the text for each request.
+fn bracketed(text: &str) -> impl Iterator<Item = &str> {
+    let starts = text.match_indices(['<', '[']);
+    starts.flat_map(move |(start, open)| {
+        let close = if open == "<" { '>' } else { ']' };
+        let ends = text[start..].match_indices(close);
+        ends.map(move |(end, _)| &text[start..=start + end])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bracketed;
+
+    #[test]
+    fn special_tokens_are_found_inside_longer_marks() {
+        let found = |text, name| bracketed(text).any(|part| part == name);
+        let example = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n[TOOL_CALLS][ARGS]";
+        for name in [
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "[TOOL_CALLS]",
+            "[ARGS]",
+        ] {
+            assert!(found(example, name), "{name}");
+        }
+        assert_eq!(bracketed("a > b < c ] d [").count(), 0);
+    }
 }

@@ -1,7 +1,8 @@
 //! Splits an answer into reasoning, text and tool calls as it arrives.
 
+use crate::text::harmony::{HarmonyEvent, HarmonyParser};
 use crate::text::reasoning::{ReasoningFormat, ReasoningSplitter};
-use crate::text::tools::{ToolEvent, ToolFormat, ToolParser};
+use crate::text::tools::{ToolDeclaration, ToolEvent, ToolFormat, ToolParser};
 use uuid::Uuid;
 
 /// A part of an answer.
@@ -19,6 +20,8 @@ pub(crate) enum Part {
 pub(crate) struct Reading {
     /// The marks of reasoning, and whether the prompt has already opened it.
     pub reasoning: Option<(ReasoningFormat, bool)>,
+    /// Whether the answer is in Harmony, and whether it begins with a header.
+    pub harmony: Option<bool>,
     /// Whether to leave the reasoning out.
     pub hide_reasoning: bool,
     pub calls: Calls,
@@ -32,7 +35,7 @@ pub(crate) enum Calls {
     #[default]
     None,
     /// The answer may contain calls of these tools, in this format.
-    Allowed(ToolFormat, Vec<String>),
+    Allowed(ToolFormat, Vec<ToolDeclaration>),
     /// The answer consists of calls only.
     Forced(ToolFormat),
 }
@@ -41,6 +44,7 @@ pub(crate) enum Calls {
 #[derive(Debug)]
 pub(crate) struct Parts {
     splitter: Option<ReasoningSplitter>,
+    harmony: Option<HarmonyParser>,
     parser: Option<ToolParser>,
     hide_reasoning: bool,
     one_call: bool,
@@ -54,6 +58,11 @@ impl Reading {
             true => ReasoningSplitter::inside(format),
             false => ReasoningSplitter::new(format),
         });
+        let with_calls = !matches!(self.calls, Calls::None);
+        let harmony = self.harmony.map(|has_header| match has_header {
+            true => HarmonyParser::new(with_calls),
+            false => HarmonyParser::inside_final(with_calls),
+        });
         let parser = match &self.calls {
             Calls::None => None,
             Calls::Allowed(format, tools) => Some(ToolParser::new(*format, tools.iter().cloned())),
@@ -61,6 +70,7 @@ impl Reading {
         };
         Parts {
             splitter,
+            harmony,
             parser,
             hide_reasoning: self.hide_reasoning,
             one_call: self.one_call,
@@ -73,6 +83,11 @@ impl Parts {
     /// Takes the next piece of the answer and returns the parts in it.
     pub fn push(&mut self, text: &str) -> Vec<Part> {
         let mut parts = Vec::new();
+        if let Some(harmony) = &mut self.harmony {
+            let events = harmony.push(text);
+            self.harmony_events(events, &mut parts);
+            return parts;
+        }
         let content = match &mut self.splitter {
             None => text.to_owned(),
             Some(splitter) => {
@@ -88,6 +103,11 @@ impl Parts {
     /// Ends the answer and returns the text that was held back in case it began a mark.
     pub fn finish(&mut self) -> Vec<Part> {
         let mut parts = Vec::new();
+        if let Some(harmony) = &mut self.harmony {
+            let events = harmony.finish();
+            self.harmony_events(events, &mut parts);
+            return parts;
+        }
         if let Some(splitter) = &mut self.splitter {
             let split = splitter.finish();
             self.reasoning(split.reasoning, &mut parts);
@@ -109,8 +129,10 @@ impl Parts {
 
     /// Returns whether the model is reasoning.
     pub fn in_reasoning(&self) -> bool {
-        let splitter = self.splitter.as_ref();
-        splitter.is_some_and(ReasoningSplitter::in_reasoning)
+        match &self.harmony {
+            Some(harmony) => harmony.in_reasoning(),
+            None => (self.splitter.as_ref()).is_some_and(ReasoningSplitter::in_reasoning),
+        }
     }
 
     /// Returns how many calls have begun.
@@ -137,26 +159,38 @@ impl Parts {
         }
     }
 
+    fn harmony_events(&mut self, events: Vec<HarmonyEvent>, parts: &mut Vec<Part>) {
+        for event in events {
+            match event {
+                HarmonyEvent::Reasoning(text) => self.reasoning(text, parts),
+                HarmonyEvent::Answer(event) => self.event(event, parts),
+            }
+        }
+    }
+
     fn events(&mut self, events: Vec<ToolEvent>, parts: &mut Vec<Part>) {
         for event in events {
-            let part = match event {
-                ToolEvent::Text(text) => Part::Text(text),
-                ToolEvent::CallBegin { index, .. }
-                | ToolEvent::CallArguments { index, .. }
-                | ToolEvent::CallEnd { index }
-                    if self.one_call && index > 0 =>
-                {
-                    continue;
-                }
-                ToolEvent::CallBegin { index, name } => {
-                    self.calls += 1;
-                    Part::CallBegin { index, name }
-                }
-                ToolEvent::CallArguments { index, delta } => Part::CallArguments { index, delta },
-                ToolEvent::CallEnd { .. } => Part::CallEnd,
-            };
-            parts.push(part);
+            self.event(event, parts);
         }
+    }
+
+    fn event(&mut self, event: ToolEvent, parts: &mut Vec<Part>) {
+        parts.push(match event {
+            ToolEvent::Text(text) => Part::Text(text),
+            ToolEvent::CallBegin { index, .. }
+            | ToolEvent::CallArguments { index, .. }
+            | ToolEvent::CallEnd { index }
+                if self.one_call && index > 0 =>
+            {
+                return;
+            }
+            ToolEvent::CallBegin { index, name } => {
+                self.calls += 1;
+                Part::CallBegin { index, name }
+            }
+            ToolEvent::CallArguments { index, delta } => Part::CallArguments { index, delta },
+            ToolEvent::CallEnd { .. } => Part::CallEnd,
+        });
     }
 }
 
@@ -174,7 +208,7 @@ mod tests {
     fn reading() -> Reading {
         Reading {
             reasoning: Some((ReasoningFormat::THINK, false)),
-            calls: Calls::Allowed(ToolFormat::Hermes, vec!["f".to_owned()]),
+            calls: Calls::Allowed(ToolFormat::Hermes, vec![ToolDeclaration::new("f", None)]),
             ..Reading::default()
         }
     }

@@ -5,7 +5,10 @@ use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::body::object;
 use crate::server::http::workers::{Job, Work};
-use crate::text::{Grammar, GrammarCalls, GrammarError, GrammarForm, SchemaKeywords, Tokenizer};
+use crate::text::{
+    Grammar, GrammarAnswer, GrammarCalls, GrammarError, GrammarForm, GrammarReasoning,
+    SchemaKeywords, Tokenizer,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -164,17 +167,18 @@ impl Structure {
     pub async fn compiled(self, app: &App) -> Result<Grammar, ApiError> {
         let tokenizer = Arc::clone(app.require_tokenizer("a form of the answer")?);
         let keywords = app.options.schema_keywords;
-        let compile = move |_: &Job| self.grammar(&tokenizer, keywords, None);
+        let compile = move |_: &Job| self.grammar(&tokenizer, keywords, None, None);
         let work = Work::on(0).and_grammar(true);
         app.workers.run(work, compile).await
     }
 
-    /// Compiles the form, which may take long. With `calls`, the answer may be tool calls
-    /// instead.
+    /// Compiles the form, which may take long. The answer may have `reasoning` before it, and
+    /// with `calls`, it may be tool calls instead.
     pub fn grammar(
         &self,
         tokenizer: &Arc<Tokenizer>,
         keywords: SchemaKeywords,
+        reasoning: Option<GrammarReasoning>,
         calls: Option<GrammarCalls<'_>>,
     ) -> Result<Grammar, ApiError> {
         let any = json!({"type": "object"});
@@ -192,11 +196,16 @@ impl Structure {
             let grammar = Grammar::new(tokenizer, form, keywords);
             grammar.map_err(|error| refused(self.field, error))
         };
-        let Some(calls) = calls else {
+        if calls.is_none() && reasoning.is_none() {
             return alone();
+        }
+        let answer = GrammarAnswer {
+            reasoning,
+            form: Some(form),
+            calls,
         };
         // If the form alone compiles, the error lies in the tools.
-        Grammar::or_calls(tokenizer, form, keywords, calls)
+        Grammar::answer(tokenizer, answer, keywords)
             .or_else(|error| alone().and_then(|_| Err(refused("tools", error))))
     }
 }

@@ -321,12 +321,8 @@ impl Tools {
         self.usable().next().is_some()
     }
 
-    /// Returns the names of the tools that the model may call.
-    pub fn names(&self) -> impl Iterator<Item = String> {
-        self.usable().map(|tool| tool.name.clone())
-    }
-
-    /// Returns these names, each with the schema of the tool's parameters.
+    /// Returns the names of the tools that the model may call, each with the schema of the tool's
+    /// parameters.
     pub fn schemas(&self) -> impl Iterator<Item = (&str, Option<&Value>)> {
         self.usable()
             .map(|tool| (tool.name.as_str(), tool.parameters.as_ref()))
@@ -366,23 +362,33 @@ impl Tools {
 
     /// Returns the JSON schema of the answer, if it must be a call.
     pub fn forced_schema(&self, format: ToolFormat) -> Option<Value> {
-        if !self.forced() {
-            return None;
-        }
+        let forced = self.forced();
+        forced.then(|| format.forced_schema(self.forced_schemas(), self.several()))
+    }
+
+    /// Returns the tools of which one must be called, with the schemas of their parameters.
+    pub fn forced_schemas(&self) -> impl Iterator<Item = (&str, Option<&Value>)> {
         let wanted = |tool: &&Tool| match &self.choice {
             ToolChoice::Named(name) => tool.name == *name,
             _ => true,
         };
-        let several = self.parallel && !matches!(self.choice, ToolChoice::Named(_));
         let tools = self.usable().filter(wanted);
-        let tools = tools.map(|tool| (tool.name.as_str(), tool.parameters.as_ref()));
-        Some(format.forced_schema(tools, several))
+        tools.map(|tool| (tool.name.as_str(), tool.parameters.as_ref()))
+    }
+
+    /// Returns whether an answer may contain several calls.
+    pub fn several(&self) -> bool {
+        self.parallel && !matches!(self.choice, ToolChoice::Named(_))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn names(tools: &Tools) -> Vec<&str> {
+        tools.schemas().map(|(name, _)| name).collect()
+    }
 
     fn check(fields: Value) -> Result<Tools, String> {
         let fields: ToolFields =
@@ -497,7 +503,7 @@ mod tests {
             {"type": "web_search", "external_web_access": true},
         ]}))
         .unwrap();
-        assert_eq!(tools.names().collect::<Vec<_>>(), ["shell"]);
+        assert_eq!(names(&tools), ["shell"]);
         assert_eq!(tools.skipped, ["custom", "web_search"]);
         assert_eq!(tools.reported()[0]["strict"], true);
         assert_eq!(tools.reported().as_array().map(Vec::len), Some(1));
@@ -516,7 +522,7 @@ mod tests {
             }})
         };
         let auto = check(json!({"tools": list, "tool_choice": chat("auto")})).unwrap();
-        assert_eq!(auto.names().collect::<Vec<_>>(), ["f", "h"]);
+        assert_eq!(names(&auto), ["f", "h"]);
         assert_eq!(auto.described(), Some(json!([tool("f"), tool("h")])));
         assert_eq!(auto.forced_schema(ToolFormat::Granite), None);
         let must = check(json!({"tools": list, "tool_choice": chat("required")})).unwrap();
@@ -527,7 +533,7 @@ mod tests {
         });
         let fields = json!({"tools": list, "tool_choice": choice});
         let responses = check(fields).unwrap();
-        assert_eq!(responses.names().collect::<Vec<_>>(), ["g"]);
+        assert_eq!(names(&responses), ["g"]);
         assert_eq!(serde_json::to_value(responses.choice()).unwrap(), choice);
         assert_eq!(responses.reported().as_array().unwrap().len(), 3);
     }

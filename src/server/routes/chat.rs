@@ -70,6 +70,9 @@ struct AssistantMessage {
     refusal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
+    /// The same under the name that newer clients read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<ToolCall>,
     /// The call in an answer to a request that uses `functions` instead of `tools`.
@@ -140,6 +143,7 @@ impl AssistantMessage {
         }
         let silent = content.is_empty() && !message.tool_calls.is_empty();
         message.content = (!silent).then_some(content);
+        message.reasoning.clone_from(&message.reasoning_content);
         if legacy {
             let mut calls = std::mem::take(&mut message.tool_calls).into_iter();
             message.function_call = calls.next().map(|call| call.function);
@@ -165,6 +169,9 @@ struct Delta {
     content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
+    /// The same under the name that newer clients read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<[ToolCall; 1]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,7 +192,8 @@ impl Delta {
             Part::Text(text) => return Some(Self::text(text)),
             Part::Reasoning(text) => {
                 return Some(Self {
-                    reasoning_content: Some(text),
+                    reasoning_content: Some(text.clone()),
+                    reasoning: Some(text),
                     ..Self::default()
                 });
             }
@@ -289,7 +297,7 @@ pub(crate) async fn chat_completions(
     let prepared = conversation.prepare(&app, bytes).await?;
     let (reading, notices) = (prepared.reading, prepared.notices);
     constrain(&mut asked, prepared.constraint)?;
-    asked.keep_special |= prepared.keep_special;
+    asked.kept_tokens = prepared.kept_tokens;
     asked.prompt_logprobs = prompt_logprobs;
     let submission = Submission {
         request: asked,

@@ -163,7 +163,7 @@ pub(crate) async fn create(
         .map_err(renamed)?;
     let mut asked = asked.label(id.as_str());
     constrain(&mut asked, prepared.constraint)?;
-    asked.keep_special |= prepared.keep_special;
+    asked.kept_tokens = prepared.kept_tokens;
     let submission = Submission {
         request: asked,
         prompts: vec![Prompt::Tokens(prepared.prompt)],

@@ -1,6 +1,7 @@
 //! Turns conversations into prompts, and splits answers into reasoning, content and tool calls.
 
 mod clock;
+pub mod harmony;
 mod instructions;
 mod jinja;
 mod message;

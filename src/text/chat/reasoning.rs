@@ -22,17 +22,58 @@ impl ReasoningFormat {
         close: "[/THINK]",
     };
 
+    /// `<seed:think>…</seed:think>`, used by Seed-OSS.
+    pub const SEED: Self = Self {
+        open: "<seed:think>",
+        close: "</seed:think>",
+    };
+
+    /// `<|START_THINKING|>…<|END_THINKING|>`, used by Command R7B and Command A.
+    pub const COMMAND_R: Self = Self {
+        open: "<|START_THINKING|>",
+        close: "<|END_THINKING|>",
+    };
+
+    /// `<|channel>thought…<channel|>`, used by Gemma 4.
+    pub const GEMMA: Self = Self {
+        open: "<|channel>thought",
+        close: "<channel|>",
+    };
+
+    /// The channel `analysis` of Harmony, which gpt-oss uses. A [`ReasoningSplitter`] only
+    /// finds reasoning at the beginning of an answer; [`HarmonyParser`](crate::HarmonyParser)
+    /// reads all channels.
+    pub const HARMONY: Self = Self {
+        open: "<|channel|>analysis<|message|>",
+        close: "<|end|>",
+    };
+
     /// Detects the format from the marks in a chat template. Returns `None` if the model is
     /// not known to reason.
     pub fn detect(template_source: &str) -> Option<Self> {
-        [Self::THINK, Self::MISTRAL]
-            .into_iter()
-            .find(|format| template_source.contains(format.close))
+        if template_source.contains(Self::HARMONY.open) {
+            return Some(Self::HARMONY);
+        }
+        [
+            Self::THINK,
+            Self::MISTRAL,
+            Self::SEED,
+            Self::COMMAND_R,
+            Self::GEMMA,
+        ]
+        .into_iter()
+        .find(|format| template_source.contains(format.close))
     }
 
     /// Returns whether a prompt with this end has already opened the reasoning.
     pub fn is_open(self, prompt_end: &str) -> bool {
         prompt_end.trim_end().ends_with(self.open)
+    }
+
+    /// Returns whether a prompt with this end has already closed the reasoning, so that the
+    /// answer has none.
+    pub fn is_closed(self, prompt_end: &str) -> bool {
+        prompt_end.trim_end().ends_with(self.close)
     }
 }
 
@@ -176,6 +217,7 @@ impl ReasoningSplitter {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tools::tests::pieces;
     use super::*;
     use proptest::prelude::*;
 
@@ -263,6 +305,14 @@ mod tests {
             detect("'[THINK]' + t + '[/THINK]'"),
             Some(ReasoningFormat::MISTRAL)
         );
+        assert_eq!(
+            detect("'<|channel|>analysis<|message|>' + m.thinking"),
+            Some(ReasoningFormat::HARMONY)
+        );
+        assert_eq!(
+            detect("'<|channel>thought\\n<channel|>'"),
+            Some(ReasoningFormat::GEMMA)
+        );
         assert_eq!(detect("{{ messages }}"), None);
     }
 
@@ -284,13 +334,7 @@ mod tests {
                 false => think(),
             };
             let answer = words.concat();
-            let mut pieces = vec![String::new()];
-            for (c, cut) in answer.chars().zip(cuts) {
-                if cut {
-                    pieces.push(String::new());
-                }
-                pieces.last_mut().unwrap().push(c);
-            }
+            let pieces = pieces(&answer, &cuts);
             let (reasoning, content) = split(start(), [answer.as_str()]);
             let cut = split(start(), pieces.iter().map(String::as_str));
             prop_assert_eq!(&cut, &(reasoning.clone(), content.clone()));

@@ -1,6 +1,7 @@
 //! The one way from a conversation to a prompt, which the engine, the server and the program
 //! share.
 
+use super::harmony;
 use super::instructions::instructs;
 use super::message::Message;
 use super::reasoning::ReasoningFormat;
@@ -64,7 +65,8 @@ impl ChatTemplate {
     ///
     /// What the template does not support is written in a form that it does: the role
     /// `developer` as `system`, several or late system messages as one at the beginning, and
-    /// tools, calls and results as plain text. [`ChatTemplate::apply`] leaves all of this out.
+    /// tools, calls and results as plain text. For gpt-oss, the prompt is what OpenAI's library
+    /// for Harmony writes. [`ChatTemplate::apply`] leaves all of this out.
     /// The template is run once, unless it fails on tool calls with objects as arguments.
     ///
     /// # Errors
@@ -75,7 +77,7 @@ impl ChatTemplate {
         options: &RenderOptions,
     ) -> Result<String, TextError> {
         let template = self.variant(options.offered().is_some());
-        let (messages, tools) = template.with_tools(template.with_known_roles(messages), options);
+        let (messages, tools) = template.with_tools(template.with_known_fields(messages), options);
         let continued = options
             .continue_final_message
             .then(|| messages.last())
@@ -85,7 +87,12 @@ impl ChatTemplate {
             true => messages,
             false => template.instruction_support().merged(messages),
         };
-        let mut prompt = template.run(messages, tools, options)?;
+        let mut prompt = match template.is_harmony() {
+            true => Self::continued(messages, options, |messages| {
+                harmony::prompt(messages, tools, options)
+            })?,
+            false => template.run(messages, tools, options)?,
+        };
         let reasoning = ReasoningFormat::detect(template.source());
         if let Some(marks) = reasoning.filter(|marks| marks.is_open(&prompt))
             && options.close_reasoning
@@ -102,19 +109,31 @@ impl ChatTemplate {
     /// [`ToolFormat::Hermes`].
     pub fn tool_format(&self) -> ToolFormat {
         match self.knows_tools() || self.knows_calls() {
-            true => ToolFormat::detect(self.source()),
+            true => self.written_format(),
             false => ToolFormat::Hermes,
         }
     }
 
     /// Returns the messages with the role `developer` replaced by `system`, its older name, if
-    /// the template does not know it.
-    fn with_known_roles<'a>(&self, messages: &'a [Message]) -> Cow<'a, [Message]> {
+    /// the template does not know it. Reasoning in the field `reasoning`, which newer clients
+    /// send, is also put in `reasoning_content`, which templates read.
+    fn with_known_fields<'a>(&self, messages: &'a [Message]) -> Cow<'a, [Message]> {
         let mut messages = Cow::Borrowed(messages);
         let is_newer = |message: &Message| message.role == "developer";
         if messages.iter().any(is_newer) && !self.source().contains("developer") {
             for message in messages.to_mut().iter_mut().filter(|one| is_newer(one)) {
                 message.role = "system".to_owned();
+            }
+        }
+        let (newer, known) = ("reasoning", "reasoning_content");
+        let is_newer = |message: &Message| {
+            message.extra.contains_key(newer) && !message.extra.contains_key(known)
+        };
+        if messages.iter().any(is_newer) {
+            for message in messages.to_mut().iter_mut().filter(|one| is_newer(one)) {
+                let reasoning = message.extra.get(newer).cloned();
+                let field = reasoning.map(|reasoning| (known.to_owned(), reasoning));
+                message.extra.extend(field);
             }
         }
         messages
@@ -174,6 +193,20 @@ mod tests {
             format!("[user:Q]{closed}")
         );
         assert_eq!(render(PLAIN, &user, &options), "[user:Q]Well");
+    }
+
+    #[test]
+    fn reasoning_is_found_under_either_name() {
+        let source = "{% for m in messages %}[{{ m.reasoning_content }}]{% endfor %}";
+        let messages: Vec<Message> = serde_json::from_value(json!([
+            {"role": "assistant", "content": "", "reasoning": "a"},
+            {"role": "assistant", "content": "", "reasoning": "b", "reasoning_content": "c"},
+        ]))
+        .unwrap();
+        assert_eq!(
+            render(source, &messages, &RenderOptions::default()),
+            "[a][c]"
+        );
     }
 
     #[test]

@@ -6,11 +6,13 @@
 //! values printed as in Python.
 
 use super::clock::strftime;
+use super::harmony;
 use super::instructions::InstructionSupport;
 use super::jinja::{Raised, python_environment, translate};
 use super::message::{Message, MessageView};
 use super::render::RenderOptions;
 use super::tool_support::ToolSupport;
+use super::tools::ToolFormat;
 use crate::text::TextError;
 use minijinja::Value;
 use minijinja::{Environment, Error, ErrorKind};
@@ -49,6 +51,7 @@ pub struct ChatTemplate {
     is_for_tools: bool,
     tool_support: OnceLock<ToolSupport>,
     instruction_support: OnceLock<InstructionSupport>,
+    is_harmony: OnceLock<bool>,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -89,6 +92,7 @@ impl ChatTemplate {
             is_for_tools: false,
             tool_support: OnceLock::new(),
             instruction_support: OnceLock::new(),
+            is_harmony: OnceLock::new(),
         })
     }
 
@@ -139,25 +143,36 @@ impl ChatTemplate {
         options: &RenderOptions,
     ) -> Result<String, TextError> {
         let template = self.variant(options.offered().is_some());
-        template.run(Cow::Borrowed(messages), options.offered(), options)
+        template.run(messages.into(), options.offered(), options)
     }
 
     /// Runs this template itself, not its variant for tools.
     pub(super) fn run(
         &self,
-        mut messages: Cow<'_, [Message]>,
+        messages: Cow<'_, [Message]>,
         tools: Option<&serde_json::Value>,
         options: &RenderOptions,
     ) -> Result<String, TextError> {
         let null_content = self.tool_support().null_content;
+        let run = |messages: &[Message]| self.render_whole(messages, options, tools, null_content);
+        Self::continued(messages, options, run)
+    }
+
+    /// Writes a conversation with `write`. If its last message is to be continued, the prompt ends
+    /// with the text of that message.
+    pub(super) fn continued(
+        mut messages: Cow<'_, [Message]>,
+        options: &RenderOptions,
+        write: impl Fn(&[Message]) -> Result<String, TextError>,
+    ) -> Result<String, TextError> {
         if !options.continue_final_message {
-            return self.render_whole(&messages, options, tools, null_content);
+            return write(&messages);
         }
         let last = messages.to_mut().last_mut();
         let last = last.filter(|message| !message.content.trim().is_empty());
         let last = last.ok_or(TextError::NothingToContinue)?;
         last.content.push_str(CONTINUED);
-        let mut prompt = self.render_whole(&messages, options, tools, null_content)?;
+        let mut prompt = write(&messages)?;
         let mark = CONTINUED.trim_end();
         let end = prompt.rfind(mark).ok_or(TextError::NotContinued)?;
         let trimmed = !prompt[end..].starts_with(CONTINUED);
@@ -263,6 +278,18 @@ impl ChatTemplate {
     /// format, which it may do even if it does not write the tools.
     pub fn knows_calls(&self) -> bool {
         self.tool_support().calls
+    }
+
+    /// Returns the format in which the template writes calls or, if it does not write them in a
+    /// known one, the format that its marks tell.
+    pub(super) fn written_format(&self) -> ToolFormat {
+        let written = self.tool_support().format;
+        written.unwrap_or_else(|| ToolFormat::detect(&self.source))
+    }
+
+    /// Returns whether prompts are written in Harmony, by the engine and not by the template.
+    pub(super) fn is_harmony(&self) -> bool {
+        *self.is_harmony.get_or_init(|| harmony::is_harmony(self))
     }
 
     fn tool_support(&self) -> &ToolSupport {

@@ -3,12 +3,14 @@
 use super::message::Message;
 use super::render::RenderOptions;
 use super::template::ChatTemplate;
+use super::tools::ToolFormat;
 use serde_json::{Value, json};
 
 /// Names to look for in a rendered prompt. No template contains them itself.
 const TOOL: &str = "quell_probe_tool";
 const CALLED: &str = "quell_probe_call";
 const RESULT: &str = "quell_probe_result";
+const KEY: &str = "quell_probe_key";
 
 /// How a template handles tools.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +21,8 @@ pub(super) struct ToolSupport {
     pub(super) calls: bool,
     /// Whether it recognizes a message that consists only of tool calls by its null content.
     pub(super) null_content: bool,
+    /// The format in which it writes calls, if that is a known one.
+    pub(super) format: Option<ToolFormat>,
 }
 
 impl ToolSupport {
@@ -35,6 +39,7 @@ impl ToolSupport {
             tools,
             calls: empty.is_some() || null.is_some(),
             null_content,
+            format: empty.or(null).as_deref().and_then(written_format),
         }
     }
 }
@@ -78,7 +83,7 @@ fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
     };
     // Mistral's templates demand ids of this form. Arguments are text, as clients send them.
     let call = json!({"id": "probe0001", "type": "function", "function": {
-        "name": CALLED, "arguments": "{}",
+        "name": CALLED, "arguments": json!({KEY: "v"}).to_string(),
     }});
     let conversation = [
         Message::new("user", "u"),
@@ -94,6 +99,54 @@ fn with_call(template: &ChatTemplate, null_content: bool) -> Option<String> {
     prompt
         .ok()
         .filter(|prompt| prompt.contains(CALLED) && prompt.contains(RESULT))
+}
+
+/// Returns the format of the call in a prompt.
+fn written_format(prompt: &str) -> Option<ToolFormat> {
+    let (before, after) = prompt.split_at(prompt.find(CALLED)?);
+    let after = after[CALLED.len()..].trim_start();
+    let parameter = format!("<parameter={KEY}>");
+    if before.ends_with("<function=") && after.contains(&parameter) {
+        return Some(match before.contains("<seed:tool_call>") {
+            true => ToolFormat::Seed,
+            false => ToolFormat::QwenCoder,
+        });
+    }
+    if before.ends_with("<tool_call>") && after.starts_with("<arg_key>") {
+        return Some(ToolFormat::Glm);
+    }
+    // What comes before the name, from where the calls begin.
+    const BEGINNINGS: [(&str, &str, ToolFormat); 13] = [
+        (
+            "<minimax:tool_call>",
+            "<invoke name=\"",
+            ToolFormat::MiniMax,
+        ),
+        ("<|tool_call_begin|>", "functions.", ToolFormat::Kimi),
+        ("<|tool_call_start|>", "[", ToolFormat::Lfm2),
+        ("<|tool_call>", "call:", ToolFormat::Gemma),
+        (
+            "<|START_ACTION|>",
+            "\"tool_name\": \"",
+            ToolFormat::CommandR,
+        ),
+        (
+            "Action:\n```json",
+            "\"tool_name\": \"",
+            ToolFormat::CommandR,
+        ),
+        ("<|start|>", " to=functions.", ToolFormat::Harmony),
+        ("<｜tool▁call▁begin｜>", "", ToolFormat::DeepSeek),
+        ("[TOOL_CALLS]", "", ToolFormat::Mistral),
+        ("<|tool_call|>", "\"name\": \"", ToolFormat::Granite),
+        ("<TOOLCALL>", "\"name\": \"", ToolFormat::Nemotron),
+        ("<tool_call>", "\"name\": \"", ToolFormat::Hermes),
+        ("<|python_tag|>", "\"name\": \"", ToolFormat::Llama),
+    ];
+    let found = BEGINNINGS
+        .iter()
+        .find(|(mark, name, _)| before.contains(mark) && before.ends_with(name));
+    found.map(|(_, _, format)| *format)
 }
 
 #[cfg(test)]

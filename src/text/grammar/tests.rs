@@ -1,7 +1,10 @@
 //! Tests of grammars over small tokenizers: what they allow, and what is rejected.
 
+use super::answer::mark;
 use super::*;
 use crate::sampling::ConstraintState;
+use crate::text::reasoning::ReasoningFormat;
+use crate::text::tools::{ToolDeclaration, ToolParser};
 use crate::text::{EncodeOptions, GgufVocabulary};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -788,6 +791,21 @@ fn too_large_objects_are_rejected_when_compiled() {
     assert!(schema(object(0)).is_ok());
 }
 
+/// Compiles a grammar for JSON of this schema or calls.
+fn or_called(
+    tokenizer: &Arc<Tokenizer>,
+    form: &Value,
+    keywords: SchemaKeywords,
+    calls: GrammarCalls<'_>,
+) -> Result<Grammar, GrammarError> {
+    let wanted = GrammarAnswer {
+        form: Some(GrammarForm::JsonSchema(form)),
+        calls: Some(calls),
+        ..GrammarAnswer::default()
+    };
+    Grammar::answer(tokenizer, wanted, keywords)
+}
+
 fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
     let tokenizer = tokenizer();
     let form = json!({
@@ -795,7 +813,12 @@ fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
         "required": ["answer"], "additionalProperties": false,
     });
     let parameters = json!({
-        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer"}},
+        "type": "object",
+        "properties": {
+            "city": {"enum": ["Paris", "Rome"]},
+            "days": {"type": "integer"},
+            "note": {"type": "string"},
+        },
         "required": ["city"],
     });
     let calls = GrammarCalls {
@@ -803,13 +826,13 @@ fn or_calls(format: ToolFormat, several: bool) -> (Arc<Tokenizer>, Grammar) {
         tools: &[("weather", Some(&parameters)), ("now", None)],
         several,
     };
-    let form = GrammarForm::JsonSchema(&form);
-    let grammar = Grammar::or_calls(&tokenizer, form, SchemaKeywords::Strict, calls);
+    let grammar = or_called(&tokenizer, &form, SchemaKeywords::Strict, calls);
     (tokenizer, grammar.unwrap())
 }
 
 #[test]
 fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
+    let mut tested = Vec::new();
     for (format, calls, wrong) in [
         (
             ToolFormat::Hermes,
@@ -864,7 +887,88 @@ fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
             ],
             "[weather(town",
         ),
+        (
+            ToolFormat::Lfm2,
+            &[
+                "<|tool_call_start|>[weather(city=\"Rome\", days=2)]<|tool_call_end|>",
+                "<|tool_call_start|>[now(), now()]<|tool_call_end|>",
+            ],
+            "[now()]",
+        ),
+        (
+            ToolFormat::QwenCoder,
+            &[
+                "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=note>\n1 < 2\n</para\n</parameter>\n</function>\n</tool_call>",
+                "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+            ],
+            "<tool_call>\n<function=weather>\n<parameter=days>\ntwo",
+        ),
+        (
+            ToolFormat::Seed,
+            &[
+                "<seed:tool_call>\n<function=weather>\n<parameter=city>Paris</parameter>\n<parameter=days>2</parameter>\n</function>\n</seed:tool_call>",
+                "<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+            ],
+            "<seed:tool_call>\n<function=weather>\n<parameter=city>London",
+        ),
+        (
+            ToolFormat::Glm,
+            &[
+                "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>note</arg_key>\n<arg_value>\"a\" <b></arg_value>\n</tool_call>",
+                "<tool_call>now\n</tool_call>\n<tool_call>now\n</tool_call>",
+            ],
+            "<tool_call>weather\n<arg_key>town",
+        ),
+        (
+            ToolFormat::MiniMax,
+            &[
+                "<minimax:tool_call>\n<invoke name=\"weather\">\n<parameter name=\"city\">Rome</parameter>\n<parameter name=\"note\">a\nb</parameter>\n</invoke>\n</minimax:tool_call>",
+                "<minimax:tool_call>\n<invoke name=\"now\">\n</invoke>\n<invoke name=\"now\">\n</invoke>\n</minimax:tool_call>",
+            ],
+            "<minimax:tool_call>\n<invoke name=\"other",
+        ),
+        (
+            ToolFormat::Kimi,
+            &[
+                "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{\"city\": \"Rome\"}<|tool_call_end|><|tool_calls_section_end|>",
+                "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+            ],
+            "<|tool_calls_section_begin|><|tool_call_begin|>now",
+        ),
+        (
+            ToolFormat::Gemma,
+            &[
+                "<|tool_call>call:weather{city:<|\"|>Rome<|\"|>,days:2}<tool_call|>",
+                "<|tool_call>call:weather{note:<|\"|>a <| \"b\" <|\"|>}<tool_call|>",
+                "<|tool_call>call:now{}<tool_call|><|tool_call>call:now{}<tool_call|>",
+            ],
+            "<|tool_call>call:weather{town",
+        ),
+        (
+            ToolFormat::Harmony,
+            &[
+                "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": \"Rome\"}",
+                "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}",
+            ],
+            "<|channel|>commentary to=functions.other",
+        ),
+        (
+            ToolFormat::Nemotron,
+            &[
+                "<TOOLCALL>[{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}]</TOOLCALL>",
+            ],
+            "<TOOLCALL>[]",
+        ),
+        (
+            ToolFormat::CommandR,
+            &[
+                "<|START_ACTION|>[{\"tool_name\": \"weather\", \"parameters\": {\"city\": \"Rome\"}}]<|END_ACTION|>",
+                "<|START_ACTION|>[{\"tool_name\":\"now\",\"parameters\":{}}, {\"tool_name\":\"now\",\"parameters\":{}}]<|END_ACTION|>",
+            ],
+            "<|START_ACTION|>[]",
+        ),
     ] {
+        tested.push(format);
         let (tokenizer, grammar) = or_calls(format, true);
         let answer = |text: &str| answer(&tokenizer, &grammar, text);
         for text in calls.iter().chain(&["{\"answer\": \"It is sunny.\"}"]) {
@@ -874,8 +978,8 @@ fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
                 "{format:?} {text}: {end:?}"
             );
             // The parser finds the same calls and no others.
-            let tools = ["weather", "now"].map(str::to_owned);
-            let mut parser = crate::text::tools::ToolParser::new(format, tools);
+            let tools = ["weather", "now"].map(|name| ToolDeclaration::new(name, None));
+            let mut parser = ToolParser::new(format, tools);
             parser.push(text);
             parser.finish();
             let found = text.matches("now").count() + text.matches("weather").count();
@@ -888,6 +992,7 @@ fn an_answer_of_a_form_may_be_calls_instead_in_every_format() {
         assert!(matches!(answer("It is"), Answer::Wrong(0)));
         assert!(matches!(answer("{\"answer\": 1"), Answer::Wrong(_)));
     }
+    assert_eq!(tested.len(), ToolFormat::ALL.len(), "{tested:?}");
 }
 
 #[test]
@@ -923,7 +1028,7 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
             several: true,
             ..GrammarCalls::new(ToolFormat::Hermes, &tools)
         };
-        Grammar::or_calls(&tokenizer, GrammarForm::JsonSchema(&form), keywords, calls)
+        or_called(&tokenizer, &form, keywords, calls)
     };
     assert!(with(SchemaKeywords::Strict).is_err());
     let grammar = with(SchemaKeywords::Lenient).unwrap();
@@ -937,12 +1042,7 @@ fn a_tool_whose_schema_is_beyond_the_compiler_may_be_called_with_anything() {
         tools: &[("f", None)],
         several: true,
     };
-    let refused = Grammar::or_calls(
-        &tokenizer,
-        GrammarForm::JsonSchema(&bad),
-        SchemaKeywords::Lenient,
-        calls,
-    );
+    let refused = or_called(&tokenizer, &bad, SchemaKeywords::Lenient, calls);
     assert!(refused.unwrap_err().to_string().contains("strnig"));
 }
 
@@ -959,8 +1059,7 @@ fn a_form_that_is_relaxed_leaves_the_schemas_of_the_tools_in_force() {
         tools: &[("f", Some(&parameters))],
         several: true,
     };
-    let form = GrammarForm::JsonSchema(&form);
-    let grammar = Grammar::or_calls(&tokenizer, form, SchemaKeywords::Lenient, calls).unwrap();
+    let grammar = or_called(&tokenizer, &form, SchemaKeywords::Lenient, calls).unwrap();
     assert_eq!(all(&grammar), ["pattern"]);
     let call = |arguments: &str| {
         let call = format!("<tool_call>{{\"name\":\"f\",\"arguments\":{arguments}}}</tool_call>");
@@ -969,4 +1068,96 @@ fn a_form_that_is_relaxed_leaves_the_schemas_of_the_tools_in_force() {
     assert_eq!(call("{\"a\": 1}"), Answer::MayEnd);
     assert!(matches!(call("{\"a\": [1]}"), Answer::Wrong(_)));
     assert_eq!(answer(&tokenizer, &grammar, "\"bb\""), Answer::Complete);
+}
+
+#[test]
+fn reasoning_may_precede_an_answer_that_is_constrained() {
+    let tokenizer = tokenizer();
+    let form = json!({"type": "integer"});
+    let after = |format: ReasoningFormat, is_open: bool, calls| {
+        let wanted = GrammarAnswer {
+            reasoning: Some(GrammarReasoning::new(format, is_open)),
+            form: Some(GrammarForm::JsonSchema(&form)),
+            calls,
+        };
+        Grammar::answer(&tokenizer, wanted, SchemaKeywords::Strict).unwrap()
+    };
+    let ends = |answer: Answer| matches!(answer, Answer::Complete | Answer::MayEnd);
+    for format in [
+        ReasoningFormat::THINK,
+        ReasoningFormat::GEMMA,
+        ReasoningFormat::COMMAND_R,
+    ] {
+        let ReasoningFormat { open, close } = format;
+        let may = after(format, false, None);
+        for text in [
+            format!("{open}\nWhy < 7?\n{close}\n\n12"),
+            format!("{open}{close}12"),
+            "12".to_owned(),
+        ] {
+            assert!(ends(answer(&tokenizer, &may, &text)), "{text}");
+        }
+        for text in [
+            format!("{open}a{close}\n\nb"),
+            format!("{open}a{close}\n\n\n\n\n1"),
+            "Well".to_owned(),
+            format!("a{close}1"),
+        ] {
+            let found = answer(&tokenizer, &may, &text);
+            assert!(matches!(found, Answer::Wrong(_)), "{text}: {found:?}");
+        }
+        let opened = after(format, true, None);
+        assert!(ends(answer(&tokenizer, &opened, &format!("Hm. {close}12"))));
+        assert!(!ends(answer(&tokenizer, &opened, "12")));
+    }
+
+    // A closing mark that is a special token.
+    let special = ReasoningFormat {
+        open: "<think>",
+        close: "<|tool|>",
+    };
+    let grammar = after(special, false, None);
+    let is_followed = |text: &str| {
+        let options = EncodeOptions {
+            add_special: false,
+            parse_special: true,
+        };
+        let mut state = ConstraintState::new(grammar.constraint(), tokenizer.vocabulary_size());
+        let mut tokens = tokenizer.encode(text, options).unwrap().into_iter();
+        tokens.all(|token| state.refresh().is_ok() && state.accept(token).is_ok())
+    };
+    assert!(is_followed("<think>\nWhy < 7?\n<|tool|>\n\n12"));
+    assert!(is_followed("12"));
+    assert!(!is_followed("<think>Hm<|tool|>No"));
+    assert!(!is_followed("1<|tool|>2"));
+
+    let tools = [("now", None)];
+    let calls = GrammarCalls::new(ToolFormat::Harmony, &tools);
+    let harmony = after(ReasoningFormat::HARMONY, false, Some(calls));
+    let thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant";
+    let call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}";
+    let number = "<|channel|>final<|message|>12";
+    for text in [
+        number.to_owned(),
+        call.to_owned(),
+        format!("{thought}{number}"),
+        format!("{thought}{thought}{call}"),
+    ] {
+        assert!(ends(answer(&tokenizer, &harmony, &text)), "{text}");
+    }
+    for text in [
+        "12",
+        "<|channel|>final<|message|>No",
+        "<|channel|>commentary<|message|>",
+    ] {
+        let found = answer(&tokenizer, &harmony, text);
+        assert!(matches!(found, Answer::Wrong(_)), "{text}: {found:?}");
+    }
+    let nothing = Grammar::answer(&tokenizer, GrammarAnswer::default(), SchemaKeywords::Strict);
+    assert!(
+        nothing
+            .unwrap_err()
+            .to_string()
+            .contains("neither a form nor tools")
+    );
 }

@@ -15,6 +15,8 @@ pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     assembler: Utf8Assembler,
     skip_special: bool,
+    /// Special tokens that are not skipped, in order.
+    kept: Vec<u32>,
 }
 
 impl fmt::Debug for Detokenizer {
@@ -48,14 +50,23 @@ impl Detokenizer {
             tokenizer,
             assembler,
             skip_special,
+            kept: Vec::new(),
         }
+    }
+
+    /// Does not leave out these special tokens.
+    pub fn keeping(mut self, tokens: &[u32]) -> Self {
+        self.kept = tokens.to_vec();
+        self.kept.sort_unstable();
+        self
     }
 
     /// Returns the text that `id` completes. Empty while a character is incomplete.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
+        let skip = self.skip_special && self.kept.binary_search(&id).is_err();
         self.tokenizer
-            .decode_step(&mut self.assembler, id, self.skip_special, &mut text);
+            .decode_step(&mut self.assembler, id, skip, &mut text);
         text
     }
 

@@ -4,6 +4,7 @@ use super::byte_level::{byte_characters, token_bytes};
 use super::converted::{self, Description};
 use super::end_tokens::end_tokens;
 use super::gguf_vocabulary::named_byte;
+use super::original;
 use super::vocabulary::{MAX_TOKENS, TokenKind, Vocabulary};
 use super::{EncodeOptions, Frame, Model, Tokenizer};
 use crate::text::{ChatTemplate, TextError};
@@ -28,6 +29,16 @@ pub(super) struct HuggingFace {
 }
 
 impl HuggingFace {
+    /// Creates a tokenizer to which the caller adds the special tokens around a text.
+    pub(super) fn without_frame(parsing: tokenizers::Tokenizer) -> Self {
+        Self {
+            may_shrink: may_shrink(&parsing),
+            parsing,
+            plain: OnceLock::new(),
+            frames: false,
+        }
+    }
+
     pub(super) fn may_shrink(&self) -> bool {
         self.may_shrink
     }
@@ -61,7 +72,9 @@ impl HuggingFace {
 impl Tokenizer {
     /// Builds the tokenizer of a Hugging Face folder.
     ///
-    /// `tokenizer.json` is required. `tokenizer_config.json`, `special_tokens_map.json`,
+    /// It is described by `tokenizer.json` or, if there is none, by `tokenizer.model`
+    /// (SentencePiece, or tiktoken as in Llama 3), `tiktoken.model` or a file that ends with
+    /// `.tiktoken`. `tokenizer_config.json`, `special_tokens_map.json`,
     /// `generation_config.json`, `config.json`, and `chat_template.jinja` or
     /// `chat_template.json` are read if they exist.
     ///
@@ -70,6 +83,11 @@ impl Tokenizer {
     /// [`TextError::TemplateSyntax`] if the chat template does not parse, and another
     /// [`TextError`] if the contents are inconsistent or not supported.
     pub fn from_folder(dir: &Path) -> Result<Tokenizer, TextError> {
+        if !dir.join("tokenizer.json").exists()
+            && let Some(path) = original::file(dir)
+        {
+            return original::tokenizer(dir, &path);
+        }
         let files = Files::read(dir)?;
         let mut parsing = files.tokenizer;
         parsing.with_padding(None);
@@ -177,9 +195,9 @@ struct Files {
 }
 
 /// Chat template of a folder, and the template to use if tools are given.
-struct TemplateSources {
-    default: String,
-    tool_use: Option<String>,
+pub(super) struct TemplateSources {
+    pub(super) default: String,
+    pub(super) tool_use: Option<String>,
 }
 
 impl Files {
@@ -228,7 +246,7 @@ fn read(path: &Path) -> Result<Option<String>, TextError> {
 }
 
 /// Reads an optional JSON file. Returns null if it does not exist.
-fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
+pub(super) fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
     let path = dir.join(name);
     let Some(text) = read(&path)? else {
         return Ok(Value::Null);
@@ -245,7 +263,10 @@ fn json(dir: &Path, name: &str) -> Result<Value, TextError> {
 ///
 /// From a list of templates, this takes the ones named `default` (or else the first) and
 /// `tool_use`.
-fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>, TextError> {
+pub(super) fn template_source(
+    dir: &Path,
+    config: &Value,
+) -> Result<Option<TemplateSources>, TextError> {
     if let Some(default) = read(&dir.join("chat_template.jinja"))? {
         let tool_use = read(&dir.join("additional_chat_templates/tool_use.jinja"))?;
         return Ok(Some(TemplateSources { default, tool_use }));
@@ -282,7 +303,11 @@ fn template_source(dir: &Path, config: &Value) -> Result<Option<TemplateSources>
 }
 
 /// Returns the text of a special token, which is a string or an object with `content`.
-fn special_text<'a>(config: &'a Value, special: &'a Value, name: &str) -> Option<&'a str> {
+pub(super) fn special_text<'a>(
+    config: &'a Value,
+    special: &'a Value,
+    name: &str,
+) -> Option<&'a str> {
     [config, special].into_iter().find_map(|file| {
         let token = &file[name];
         token.as_str().or_else(|| token["content"].as_str())
@@ -290,7 +315,7 @@ fn special_text<'a>(config: &'a Value, special: &'a Value, name: &str) -> Option
 }
 
 /// Returns the token ids in a field that holds a number or a list of numbers.
-fn ids(file: &Value, name: &str) -> Vec<u32> {
+pub(super) fn ids(file: &Value, name: &str) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match &file[name] {
         Value::Array(ids) => ids.iter().filter_map(id).collect(),

@@ -62,6 +62,9 @@ impl GgufVocabulary {
             pad: read.id("tokenizer.ggml.padding_token_id")?,
             eot: read.id("tokenizer.ggml.eot_token_id")?,
             eom: read.id("tokenizer.ggml.eom_token_id")?,
+            cls: read.id("tokenizer.ggml.cls_token_id")?,
+            // The name is misspelt in the files.
+            sep: read.id("tokenizer.ggml.seperator_token_id")?,
             add_bos: read.flag("tokenizer.ggml.add_bos_token")?,
             add_eos: read.flag("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: read.flag("tokenizer.ggml.add_space_prefix")?,

@@ -16,7 +16,8 @@ use crate::text::{ChatTemplate, TextError};
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufVocabulary {
     /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE by scores),
-    /// `gemma4` (SentencePiece BPE by an order of merges) or `t5` (SentencePiece unigram).
+    /// `gemma4` (SentencePiece BPE by an order of merges), `t5` (SentencePiece unigram) or `bert`
+    /// (WordPiece).
     pub model: String,
     /// `tokenizer.ggml.pre`: name of the pre-tokenizer of a `gpt2` model. `None` means
     /// `default`.
@@ -41,6 +42,10 @@ pub struct GgufVocabulary {
     pub eot: Option<u32>,
     /// `tokenizer.ggml.eom_token_id`.
     pub eom: Option<u32>,
+    /// `tokenizer.ggml.cls_token_id`: the token in front of the texts of a `bert` model.
+    pub cls: Option<u32>,
+    /// `tokenizer.ggml.seperator_token_id`: the token after them.
+    pub sep: Option<u32>,
     /// `tokenizer.ggml.add_bos_token`.
     pub add_bos: Option<bool>,
     /// `tokenizer.ggml.add_eos_token`.
@@ -63,6 +68,7 @@ enum TokenizerKind {
     /// SentencePiece with merges instead of scores.
     Ranked,
     Unigram,
+    WordPiece,
 }
 
 impl GgufVocabulary {
@@ -77,6 +83,7 @@ impl GgufVocabulary {
             "llama" => TokenizerKind::SentencePiece,
             "gemma4" => TokenizerKind::Ranked,
             "t5" => TokenizerKind::Unigram,
+            "bert" => TokenizerKind::WordPiece,
             other => {
                 return Err(TextError::UnknownModel {
                     found: other.to_owned(),
@@ -86,6 +93,9 @@ impl GgufVocabulary {
         self.check_lists(tokenizer_kind)?;
         let mut vocabulary = self.vocabulary(tokenizer_kind)?;
         self.check_ids()?;
+        if tokenizer_kind == TokenizerKind::WordPiece {
+            return self.word_piece(vocabulary);
+        }
         let named =
             |id: Option<u32>, name| id.or_else(|| control(&vocabulary, tokenizer_kind, name));
         let (bos, eos) = (named(self.bos, "<s>"), named(self.eos, "</s>"));
@@ -145,8 +155,8 @@ impl GgufVocabulary {
                 let model = RankedBpe::new(&vocabulary, &self.merges, prefix, false);
                 let model = model.ok_or_else(|| TextError::Build {
                     part: "merges",
-                    message: "expected pairs of tokens whose words begin with their spaces, and a \
-                              token for each byte"
+                    message: "expected pairs of tokens that make up tokens, and a token for each \
+                              byte"
                         .to_owned(),
                 })?;
                 PlainModel::Ranked(Box::new(model))
@@ -156,6 +166,7 @@ impl GgufVocabulary {
                 space_prefix,
                 merge_spaces: self.remove_extra_whitespaces.unwrap_or(false),
             },
+            TokenizerKind::WordPiece => return self.word_piece(vocabulary),
         };
         let frame = Frame {
             before: frame_token("bos", self.add_bos, add_bos, bos)?,
@@ -189,7 +200,7 @@ fn control(vocabulary: &Vocabulary, tokenizer_kind: TokenizerKind, name: &str) -
 }
 
 /// Returns the token to put around every prompt, or `None` if there is none.
-fn frame_token(
+pub(super) fn frame_token(
     name: &'static str,
     explicit: Option<bool>,
     default: bool,
@@ -229,7 +240,7 @@ impl GgufVocabulary {
             self.scores.len(),
             matches!(
                 tokenizer_kind,
-                TokenizerKind::ByteLevel | TokenizerKind::Ranked
+                TokenizerKind::ByteLevel | TokenizerKind::Ranked | TokenizerKind::WordPiece
             ),
         )?;
         match (0u32..)
@@ -249,6 +260,8 @@ impl GgufVocabulary {
             ("pad", self.pad),
             ("eot", self.eot),
             ("eom", self.eom),
+            ("cls", self.cls),
+            ("sep", self.sep),
         ];
         for (name, id) in ids {
             if let Some(id) = id.filter(|&id| id as usize >= self.tokens.len()) {
@@ -331,6 +344,25 @@ mod tests {
             eos: Some(1),
             ..GgufVocabulary::default()
         }
+    }
+
+    /// Gemma 4 has the token `>▁</`.
+    #[test]
+    fn a_merge_across_a_space_is_found_wherever_the_text_has_it() {
+        let mut vocabulary = ranked();
+        vocabulary.tokens.extend(["▁c", "b▁c"].map(str::to_owned));
+        vocabulary.token_types.extend([1; 2]);
+        vocabulary.merges.extend(["▁ c", "b ▁c"].map(str::to_owned));
+        let tokenizer = vocabulary.into_tokenizer().unwrap();
+        let encode = |text: &str| {
+            let ids = tokenizer.encode(text, EncodeOptions::default()).unwrap();
+            let texts = ids.iter().map(|id| tokenizer.token_text(*id).unwrap());
+            texts.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(encode("ab c"), ["ab", "▁c"], "\"a b\" comes first");
+        assert_eq!(encode("bb c"), ["b", "b▁c"]);
+        assert_eq!(encode("b  c"), ["b", "▁▁", "c"]);
+        assert_eq!(encode("a c b c"), ["a", "▁c", "▁", "b▁c"]);
     }
 
     #[test]

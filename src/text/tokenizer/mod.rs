@@ -8,12 +8,16 @@ mod folder;
 mod gguf_metadata;
 mod gguf_vocabulary;
 mod merges;
+mod original;
 mod pre_tokenizer;
 mod ranked;
 mod sentencepiece;
+mod sentencepiece_file;
 mod special;
+mod tiktoken;
 mod unigram;
 pub(super) mod vocabulary;
+mod word_piece;
 
 #[cfg(test)]
 pub(super) mod tests;

@@ -5,7 +5,7 @@ use super::merges::{Merger, Merges};
 use super::sentencepiece::SPACE;
 use super::vocabulary::TokenIds;
 use crate::text::TextError;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Where a text stands in the whole that is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,25 +59,27 @@ pub(super) struct RankedBpe {
     prefix: SpacePrefix,
     /// Whether every space begins a word, also after another space.
     splits_spaces: bool,
+    /// Characters that a token has before a space, such as `>` in Gemma's `>▁</`. A space after
+    /// one of them does not begin a word, because the two may be merged.
+    joined: HashSet<char>,
 }
 
 impl RankedBpe {
-    /// Builds the model. See [`Merges::read`] for `merges`. Returns `None` if a byte has no token,
-    /// or if a token contains a space after another character: words could not be merged one by
-    /// one then.
+    /// Builds the model. See [`Merges::read`] for `merges`. Returns `None` if a byte has no token
+    /// or if the merges cannot be read.
     pub(super) fn new(
         vocabulary: &impl TokenIds,
         merges: &[impl AsRef<str>],
         prefix: SpacePrefix,
         splits_spaces: bool,
     ) -> Option<Self> {
-        let crosses_words = |merge: &str| {
-            let joined = merge.replacen(' ', "", 1);
-            let words = joined.trim_start_matches(SPACE);
-            words.contains(SPACE)
-        };
-        if merges.iter().any(|merge| crosses_words(merge.as_ref())) {
-            return None;
+        let mut joined = HashSet::new();
+        for merge in merges {
+            let token = merge.as_ref().replacen(' ', "", 1);
+            let words = token.trim_start_matches(SPACE);
+            let parts = words.match_indices(SPACE).map(|(at, _)| &words[..at]);
+            let before = parts.filter_map(|part| part.chars().next_back());
+            joined.extend(before.filter(|character| !is_space(*character)));
         }
         let mut bytes = Box::new([0; 256]);
         for (byte, id) in bytes.iter_mut().enumerate() {
@@ -94,6 +96,7 @@ impl RankedBpe {
             bytes,
             prefix,
             splits_spaces,
+            joined,
         })
     }
 
@@ -112,15 +115,16 @@ impl RankedBpe {
         if !text.is_empty() && self.prefix.applies_to(text, place) {
             self.push_character(' ', &mut word);
         }
-        let mut after_space = !word.is_empty();
+        let mut last = if word.is_empty() { None } else { Some(' ') };
         for character in text.chars() {
-            let space = is_space(character);
-            if space && (self.splits_spaces || !after_space) && !word.is_empty() {
+            let continues = |last: char| is_space(last) || self.joined.contains(&last);
+            let begins = self.splits_spaces || !last.is_some_and(continues);
+            if is_space(character) && begins && !word.is_empty() {
                 let length = word.len();
                 merger.merge(&self.merges, word.drain(..), length, ids)?;
             }
             self.push_character(character, &mut word);
-            after_space = space;
+            last = Some(character);
         }
         let length = word.len();
         merger.merge(&self.merges, word.into_iter(), length, ids)

@@ -416,14 +416,14 @@ const FIELDS: &[RequestField] = &[
         "reasoning_format",
         &[Chat],
         &[Text("auto"), Text("deepseek")],
-        "reasoning is returned as reasoning_content",
+        "reasoning is returned as reasoning_content and reasoning",
     ),
     refused("thinking_forced_open", &[Chat], OFF, ""),
     refused(
         "separate_reasoning",
         &[Chat],
         &[True],
-        "reasoning is returned as reasoning_content",
+        "reasoning is returned as reasoning_content and reasoning",
     ),
     refused(
         "tools",

@@ -1,8 +1,7 @@
-//! Tool calls of DeepSeek models.
+//! Tool calls between marks around each call and around all calls, and those of DeepSeek models.
 //!
-//! One pair of marks encloses all calls, and another pair encloses each call. V3 and R1
-//! write `function`, a separator, the name, and the arguments in a code block. V3.1 writes
-//! the name, the separator and the arguments.
+//! V3 and R1 write `function`, a separator, the name, and the arguments in a code block. V3.1
+//! writes the name, the separator and the arguments.
 
 use super::json::RawArguments;
 use super::scan::{Found, Marks};
@@ -10,18 +9,45 @@ use super::{Calls, Events, Step};
 
 pub(super) const TAGS: &[&str] = &["<｜tool▁calls▁begin｜>"];
 
-const CALL_BEGIN: &str = "<｜tool▁call▁begin｜>";
 const SEPARATOR: &str = "<｜tool▁sep｜>";
-const CALL_END: &str = "<｜tool▁call▁end｜>";
-const CALLS_END: &str = "<｜tool▁calls▁end｜>";
 const BLOCK_END: &str = "```";
+
+const MARKS: CallMarks = CallMarks {
+    call_begin: "<｜tool▁call▁begin｜>",
+    call_ends: &[BLOCK_END, "<｜tool▁call▁end｜>"],
+    calls_end: "<｜tool▁calls▁end｜>",
+    name,
+};
+
+pub(super) fn calls() -> MarkedCalls {
+    MarkedCalls::new(&MARKS)
+}
 
 /// Maximum length of the text before the arguments, in bytes.
 const MAX_HEAD_BYTES: usize = 512;
 
-/// State of reading the calls after the tag.
+/// Marks of a format.
 #[derive(Debug)]
-pub(super) enum DeepSeekCalls {
+pub(super) struct CallMarks {
+    /// Before each call.
+    pub call_begin: &'static str,
+    /// What may come after the arguments of a call.
+    pub call_ends: &'static [&'static str],
+    /// After all calls.
+    pub calls_end: &'static str,
+    /// Extracts the name from the text before the arguments.
+    pub name: fn(&str) -> Option<&str>,
+}
+
+/// Reads the calls after the tag.
+#[derive(Debug)]
+pub(super) struct MarkedCalls {
+    marks: &'static CallMarks,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
     /// Before the first call.
     First(Marks),
     /// In the text before a call's arguments.
@@ -31,47 +57,68 @@ pub(super) enum DeepSeekCalls {
     Between(Marks),
 }
 
-impl Default for DeepSeekCalls {
-    fn default() -> Self {
-        Self::First(Marks::default())
+impl MarkedCalls {
+    pub(super) fn new(marks: &'static CallMarks) -> Self {
+        Self {
+            marks,
+            state: State::First(Marks::default()),
+        }
+    }
+
+    /// Begins in the text before the arguments of the first call.
+    pub(super) fn in_head(marks: &'static CallMarks) -> Self {
+        Self {
+            marks,
+            state: State::Head(String::new()),
+        }
     }
 }
 
-impl Calls for DeepSeekCalls {
+impl Calls for MarkedCalls {
     fn push(&mut self, c: char, events: &mut Events) -> Step {
-        match self {
-            Self::First(marks) => match marks.push(c, &[CALL_BEGIN]) {
+        let CallMarks {
+            call_begin,
+            call_ends,
+            calls_end,
+            name,
+        } = self.marks;
+        match &mut self.state {
+            State::First(marks) => match marks.push(c, &[call_begin]) {
                 Found::Part => {}
-                Found::Mark(_) => *self = Self::Head(String::new()),
+                Found::Mark(_) => self.state = State::Head(String::new()),
                 Found::Wrong => return Step::NotCalls,
             },
-            Self::Head(head) if c == '{' => {
+            State::Head(head) if c == '{' => {
                 let Some(name) = name(head) else {
                     return Step::NotCalls;
                 };
                 events.begin(name);
                 let mut arguments = RawArguments::default();
                 let step = arguments.push(c, events);
-                *self = Self::Arguments(arguments);
+                self.state = State::Arguments(arguments);
                 return step;
             }
-            Self::Head(head) => {
+            State::Head(head) => {
                 head.push(c);
                 if head.len() > MAX_HEAD_BYTES {
                     return Step::NotCalls;
                 }
             }
-            Self::Arguments(arguments) => {
+            State::Arguments(arguments) => {
                 let step = arguments.push(c, events);
                 if step != Step::End {
                     return step;
                 }
-                *self = Self::Between(Marks::default());
+                self.state = State::Between(Marks::default());
             }
-            Self::Between(marks) => {
-                match marks.push(c, &[BLOCK_END, CALL_END, CALL_BEGIN, CALLS_END]) {
-                    Found::Mark(CALL_BEGIN) => *self = Self::Head(String::new()),
-                    Found::Mark(CALLS_END) => return Step::End,
+            State::Between(marks) => {
+                let mut expected = vec![*call_begin, *calls_end];
+                expected.extend(*call_ends);
+                match marks.push(c, &expected) {
+                    Found::Mark(mark) if mark == *call_begin => {
+                        self.state = State::Head(String::new());
+                    }
+                    Found::Mark(mark) if mark == *calls_end => return Step::End,
                     Found::Mark(_) => events.committed = true,
                     Found::Part => {}
                     Found::Wrong => return Step::NotCalls,
@@ -82,7 +129,7 @@ impl Calls for DeepSeekCalls {
     }
 
     fn framing(&self) -> bool {
-        matches!(self, Self::Between(_))
+        matches!(self.state, State::Between(_))
     }
 }
 

@@ -11,7 +11,10 @@ impl ToolFormat {
             Self::Hermes => "<tool_call>\n",
             Self::Mistral => "[TOOL_CALLS]",
             Self::Granite => "<|tool_call|>",
-            Self::Llama | Self::Pythonic | Self::DeepSeek => "",
+            Self::Nemotron => "<TOOLCALL>",
+            Self::CommandR => "<|START_ACTION|>",
+            // Some of these formats are not JSON, which is what the answer must be.
+            _ => "",
         }
     }
 
@@ -27,9 +30,10 @@ impl ToolFormat {
         tools: impl IntoIterator<Item = (&'a str, Option<&'a Value>)>,
         several: bool,
     ) -> Value {
-        let arguments = match self {
-            Self::Llama => "parameters",
-            _ => "arguments",
+        let (name_key, arguments) = match self {
+            Self::Llama => ("name", "parameters"),
+            Self::CommandR => ("tool_name", "parameters"),
+            _ => ("name", "arguments"),
         };
         let mut definitions = Map::new();
         let mut calls = Vec::new();
@@ -38,10 +42,10 @@ impl ToolFormat {
             calls.push(json!({
                 "type": "object",
                 "properties": {
-                    "name": {"const": name},
+                    name_key: {"const": name},
                     arguments: {"$ref": format!("#/$defs/{place}")},
                 },
-                "required": ["name", arguments],
+                "required": [name_key, arguments],
                 "additionalProperties": false,
             }));
             definitions.insert(place.clone(), embedded(parameters, &place));

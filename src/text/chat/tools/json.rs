@@ -4,7 +4,7 @@
 //! Numbers and words are not validated.
 
 use super::scan::{Found, Marks};
-use super::{Calls, Events, Step};
+use super::{Calls, Events, Step, ToolDeclaration};
 use std::sync::Arc;
 
 /// Role of a character in a JSON value.
@@ -135,7 +135,7 @@ impl RawArguments {
 #[derive(Debug)]
 struct CallObject {
     /// Known tools, if the call has no mark. It is then a call only if it names one of them.
-    bare: Option<Arc<[String]>>,
+    bare: Option<Arc<[ToolDeclaration]>>,
     state: ObjectState,
     key: String,
     /// Text read so far of a key, of a name, or of arguments that are not streamed.
@@ -176,7 +176,7 @@ enum Arguments {
 }
 
 impl CallObject {
-    fn new(bare: Option<Arc<[String]>>) -> Self {
+    fn new(bare: Option<Arc<[ToolDeclaration]>>) -> Self {
         Self {
             bare,
             state: ObjectState::Start,
@@ -257,7 +257,7 @@ impl CallObject {
 
     fn role(&self) -> Role {
         match self.key.as_str() {
-            "name" if self.name.is_none() => Role::Name,
+            "name" | "tool_name" if self.name.is_none() => Role::Name,
             "arguments" | "parameters" if self.arguments == Arguments::Missing => Role::Arguments,
             _ => Role::Other,
         }
@@ -292,7 +292,7 @@ impl CallObject {
             Role::Name => {
                 let name = string(&self.text).filter(|name| !name.is_empty())?;
                 let tools = self.bare.as_deref().unwrap_or_default();
-                if !tools.is_empty() && !tools.contains(&name) {
+                if !tools.is_empty() && !tools.iter().any(|tool| tool.name == name) {
                     return None;
                 }
                 self.name = Some(name);
@@ -351,7 +351,7 @@ fn written_arguments(text: String) -> String {
 pub(super) struct JsonCalls {
     /// Marks that may close the calls.
     closes: &'static [&'static str],
-    bare: Option<Arc<[String]>>,
+    bare: Option<Arc<[ToolDeclaration]>>,
     list: bool,
     state: JsonState,
 }
@@ -370,7 +370,10 @@ enum JsonState {
 }
 
 impl JsonCalls {
-    pub(super) fn new(closes: &'static [&'static str], bare: Option<Arc<[String]>>) -> Self {
+    pub(super) fn new(
+        closes: &'static [&'static str],
+        bare: Option<Arc<[ToolDeclaration]>>,
+    ) -> Self {
         Self {
             closes,
             bare,

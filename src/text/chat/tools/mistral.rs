@@ -7,6 +7,9 @@ use super::{Calls, Events, Step};
 
 pub(super) const TAGS: &[&str] = &["[TOOL_CALLS]"];
 
+#[cfg(feature = "server")]
+pub(super) const NEWER_MARKS: &[&str] = &[ARGUMENTS, CALL_ID];
+
 const ARGUMENTS: &str = "[ARGS]";
 const CALL_ID: &str = "[CALL_ID]";
 

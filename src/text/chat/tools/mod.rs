@@ -5,25 +5,36 @@
 //! machine that takes one character at a time, so the result does not depend on the pieces
 //! in which an answer arrives.
 
+mod command_r;
 mod deepseek;
 mod forced;
+mod gemma;
 mod granite;
+mod harmony;
 mod hermes;
 mod json;
+mod kimi;
+mod lfm2;
 mod llama;
 mod mistral;
+mod nemotron;
 mod pythonic;
 #[cfg(feature = "grammar")]
 mod rules;
 mod scan;
+mod tagged;
 mod words;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
+#[cfg(feature = "grammar")]
+pub(in crate::text) use rules::CallRules;
 use scan::TextScanner;
+use serde_json::Value;
 use std::str::FromStr;
 use std::sync::Arc;
+use tagged::TaggedCalls;
 pub use words::{in_words, with_described};
 
 /// Format in which a model writes tool calls.
@@ -44,6 +55,52 @@ pub enum ToolFormat {
     DeepSeek,
     /// `<|tool_call|>[{"name": …, "arguments": {…}}]`: Granite 3, Phi 4 mini.
     Granite,
+    /// `<TOOLCALL>[{"name": …, "arguments": {…}}]</TOOLCALL>`: Nemotron Nano 2.
+    Nemotron,
+    /// `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`:
+    /// Qwen 3 Coder, Qwen 3.5, Nemotron 3.
+    QwenCoder,
+    /// The same within `<seed:tool_call>`: Seed-OSS.
+    Seed,
+    /// `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>`: GLM 4.5 and
+    /// later.
+    Glm,
+    /// `<minimax:tool_call><invoke name="name"><parameter name="key">value</parameter></invoke>…`:
+    /// MiniMax M2.
+    MiniMax,
+    /// `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>{…}<|tool_call_end|>` in a
+    /// section: Kimi K2.
+    Kimi,
+    /// `<|tool_call_start|>[name(key="value")]<|tool_call_end|>`: LFM2.
+    Lfm2,
+    /// `<|tool_call>call:name{key:<|"|>value<|"|>}<tool_call|>`: Gemma 4.
+    Gemma,
+    /// `<|START_ACTION|>[{"tool_name": …, "parameters": {…}}]<|END_ACTION|>`: Command R7B and
+    /// Command A.
+    CommandR,
+    /// `<|channel|>commentary to=functions.name <|constrain|>json<|message|>{…}`: gpt-oss. The
+    /// whole answer is in Harmony, which [`HarmonyParser`](crate::HarmonyParser) reads.
+    Harmony,
+}
+
+/// A tool that a model may call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ToolDeclaration {
+    /// Name of the tool.
+    pub name: String,
+    /// JSON schema of its arguments, if it declares any.
+    pub parameters: Option<Value>,
+}
+
+impl ToolDeclaration {
+    /// Declares a tool.
+    pub fn new(name: impl Into<String>, parameters: Option<Value>) -> Self {
+        Self {
+            name: name.into(),
+            parameters,
+        }
+    }
 }
 
 /// Error for an unknown name of a tool format.
@@ -62,13 +119,23 @@ fn names(formats: &[ToolFormat]) -> String {
 
 impl ToolFormat {
     /// All formats.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 16] = [
         Self::Hermes,
         Self::Llama,
         Self::Mistral,
         Self::Pythonic,
         Self::DeepSeek,
         Self::Granite,
+        Self::Nemotron,
+        Self::QwenCoder,
+        Self::Seed,
+        Self::Glm,
+        Self::MiniMax,
+        Self::Kimi,
+        Self::Lfm2,
+        Self::Gemma,
+        Self::CommandR,
+        Self::Harmony,
     ];
 
     /// Returns the format's name, which [`ToolFormat::from_str`] parses.
@@ -80,6 +147,16 @@ impl ToolFormat {
             Self::Pythonic => "pythonic",
             Self::DeepSeek => "deepseek",
             Self::Granite => "granite",
+            Self::Nemotron => "nemotron",
+            Self::QwenCoder => "qwen_coder",
+            Self::Seed => "seed",
+            Self::Glm => "glm",
+            Self::MiniMax => "minimax",
+            Self::Kimi => "kimi",
+            Self::Lfm2 => "lfm2",
+            Self::Gemma => "gemma",
+            Self::CommandR => "command_r",
+            Self::Harmony => "harmony",
         }
     }
 
@@ -87,10 +164,22 @@ impl ToolFormat {
     /// [`ToolFormat::Hermes`] if there are none, because calls are asked for in that
     /// format where tools are described in words.
     pub fn detect(template_source: &str) -> Self {
-        const MARKS: [(&str, ToolFormat); 9] = [
+        const MARKS: [(&str, ToolFormat); 20] = [
             ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek),
+            ("<|channel|>commentary", ToolFormat::Harmony),
             ("[TOOL_CALLS]", ToolFormat::Mistral),
             ("<|tool_call|>", ToolFormat::Granite),
+            ("<TOOLCALL>", ToolFormat::Nemotron),
+            ("<seed:tool_call>", ToolFormat::Seed),
+            ("<minimax:tool_call>", ToolFormat::MiniMax),
+            ("<arg_key>", ToolFormat::Glm),
+            ("<parameter=", ToolFormat::QwenCoder),
+            ("<|tool_calls_section_begin|>", ToolFormat::Kimi),
+            ("<|tool_call_start|>", ToolFormat::Lfm2),
+            // LFM2's first templates leave the calls to the client.
+            ("<|tool_list_start|>", ToolFormat::Lfm2),
+            ("<|tool_call>", ToolFormat::Gemma),
+            ("<|START_ACTION|>", ToolFormat::CommandR),
             ("<tool_call>", ToolFormat::Hermes),
             ("func_name1(", ToolFormat::Pythonic),
             ("<|python_tag|>", ToolFormat::Llama),
@@ -122,6 +211,40 @@ impl ToolFormat {
             Self::Granite => {
                 r#"<|tool_call|>[{"name": "tool_name", "arguments": {"key": "value"}}]"#
             }
+            Self::Nemotron => {
+                r#"<TOOLCALL>[{"name": "tool_name", "arguments": {"key": "value"}}]</TOOLCALL>"#
+            }
+            Self::QwenCoder => {
+                "<tool_call>\n<function=tool_name>\n<parameter=key>\nvalue\n</parameter>\n\
+                 </function>\n</tool_call>"
+            }
+            Self::Seed => {
+                "<seed:tool_call>\n<function=tool_name>\n<parameter=key>value</parameter>\n\
+                 </function>\n</seed:tool_call>"
+            }
+            Self::Glm => {
+                "<tool_call>tool_name\n<arg_key>key</arg_key>\n<arg_value>value</arg_value>\n\
+                 </tool_call>"
+            }
+            Self::MiniMax => {
+                "<minimax:tool_call>\n<invoke name=\"tool_name\">\n\
+                 <parameter name=\"key\">value</parameter>\n</invoke>\n</minimax:tool_call>"
+            }
+            Self::Kimi => {
+                "<|tool_calls_section_begin|><|tool_call_begin|>functions.tool_name:0\
+                 <|tool_call_argument_begin|>{\"key\": \"value\"}<|tool_call_end|>\
+                 <|tool_calls_section_end|>"
+            }
+            Self::Lfm2 => r#"<|tool_call_start|>[tool_name(key="value")]<|tool_call_end|>"#,
+            Self::Gemma => r#"<|tool_call>call:tool_name{key:<|"|>value<|"|>}<tool_call|>"#,
+            Self::CommandR => {
+                "<|START_ACTION|>[\n    {\"tool_call_id\": \"0\", \"tool_name\": \"tool_name\", \
+                 \"parameters\": {\"key\": \"value\"}}\n]<|END_ACTION|>"
+            }
+            Self::Harmony => {
+                "<|channel|>commentary to=functions.tool_name <|constrain|>json<|message|>\
+                 {\"key\": \"value\"}<|call|>"
+            }
         }
     }
 
@@ -135,7 +258,27 @@ impl ToolFormat {
             Self::Pythonic => pythonic::TAGS,
             Self::DeepSeek => deepseek::TAGS,
             Self::Granite => granite::TAGS,
+            Self::Nemotron => nemotron::TAGS,
+            Self::QwenCoder => tagged::QWEN_CODER_TAGS,
+            Self::Seed => tagged::SEED_TAGS,
+            Self::Glm => tagged::GLM_TAGS,
+            Self::MiniMax => tagged::MINIMAX_TAGS,
+            Self::Kimi => kimi::TAGS,
+            Self::Lfm2 => lfm2::TAGS,
+            Self::Gemma => gemma::TAGS,
+            Self::CommandR => command_r::TAGS,
+            Self::Harmony => harmony::TAGS,
         }
+    }
+
+    /// Returns texts that contain all marks of the format.
+    #[cfg(feature = "server")]
+    pub(crate) fn marks(self) -> impl Iterator<Item = &'static str> {
+        let newer = match self {
+            Self::Mistral => mistral::NEWER_MARKS,
+            _ => &[],
+        };
+        (self.tags().iter().chain(newer).copied()).chain([self.example()])
     }
 
     /// Returns the character that begins calls without a mark at the beginning of an answer.
@@ -143,20 +286,32 @@ impl ToolFormat {
         match self {
             Self::Llama => Some('{'),
             Self::Pythonic => Some('['),
-            Self::Hermes | Self::Mistral | Self::DeepSeek | Self::Granite => None,
+            _ => None,
         }
     }
 
-    /// Creates the state machine that reads calls. `bare` is `None` after a tag. For calls
-    /// without a tag, it contains the known tools.
-    fn calls(self, bare: Option<Arc<[String]>>) -> Box<dyn Calls> {
+    /// Creates the state machine that reads the calls of `tools` after `tag`, or calls without a
+    /// tag if that is `None`.
+    fn calls(self, tag: Option<&str>, tools: &Arc<[ToolDeclaration]>) -> Box<dyn Calls> {
+        let bare = || tag.is_none().then(|| Arc::clone(tools));
+        let tagged = |tags| TaggedCalls::after(tag.unwrap_or_default(), tags, tools);
         match self {
             Self::Hermes => Box::new(hermes::calls()),
-            Self::Llama => Box::new(llama::calls(bare)),
+            Self::Llama => Box::new(llama::calls(bare())),
             Self::Mistral => Box::new(mistral::MistralCalls::default()),
-            Self::Pythonic => Box::new(pythonic::PythonicCalls::new(bare)),
-            Self::DeepSeek => Box::new(deepseek::DeepSeekCalls::default()),
+            Self::Pythonic => Box::new(pythonic::PythonicCalls::new(pythonic::CLOSES, bare())),
+            Self::DeepSeek => Box::new(deepseek::calls()),
             Self::Granite => Box::new(granite::calls()),
+            Self::Nemotron => Box::new(nemotron::calls()),
+            Self::QwenCoder => Box::new(tagged(&tagged::QWEN_CODER)),
+            Self::Seed => Box::new(tagged(&tagged::SEED)),
+            Self::Glm => Box::new(tagged(&tagged::GLM)),
+            Self::MiniMax => Box::new(tagged(&tagged::MINIMAX)),
+            Self::Kimi => Box::new(kimi::calls()),
+            Self::Lfm2 => Box::new(lfm2::calls()),
+            Self::Gemma => Box::new(gemma::GemmaCalls::default()),
+            Self::CommandR => Box::new(command_r::calls()),
+            Self::Harmony => Box::new(harmony::calls()),
         }
     }
 }
@@ -277,10 +432,12 @@ trait Calls: Send {
 /// White space between text and a call is dropped. Text that looks like a call but is not
 /// one is returned as text, as soon as that is certain. A call is announced once its name
 /// is known. Its arguments are streamed as the model writes them, except in
-/// [`ToolFormat::Pythonic`], where each call is returned as a whole.
+/// [`ToolFormat::Pythonic`], [`ToolFormat::Lfm2`] and [`ToolFormat::Gemma`], where each call is
+/// returned as a whole, and except for arguments between tags that are not text, which are
+/// returned one by one.
 pub struct ToolParser {
     format: ToolFormat,
-    tools: Arc<[String]>,
+    tools: Arc<[ToolDeclaration]>,
     scanner: TextScanner,
     calls: Option<Box<dyn Calls>>,
     /// Characters that `calls` has read and not committed.
@@ -303,8 +460,9 @@ impl std::fmt::Debug for ToolParser {
 impl ToolParser {
     /// Creates a parser for an answer of a model that was given `tools`. Their names
     /// distinguish a call without a mark from an answer that looks like one. If `tools` is
-    /// empty, every name is accepted.
-    pub fn new(format: ToolFormat, tools: impl IntoIterator<Item = String>) -> Self {
+    /// empty, every name is accepted. Their schemas say which arguments are text, if the format
+    /// writes text without quotes.
+    pub fn new(format: ToolFormat, tools: impl IntoIterator<Item = ToolDeclaration>) -> Self {
         Self {
             format,
             tools: tools.into_iter().collect(),
@@ -387,12 +545,12 @@ impl ToolParser {
         self.begun |= first;
         if first && self.format.bare() == Some(c) {
             self.raw = self.scanner.take_space();
-            self.calls = Some(self.format.calls(Some(Arc::clone(&self.tools))));
+            self.calls = Some(self.format.calls(None, &self.tools));
             self.take(c);
         } else if let Some(tag) = self.scanner.push(c, &mut self.events) {
             self.raw = self.scanner.take_space();
             self.raw.push_str(tag);
-            self.calls = Some(self.format.calls(None));
+            self.calls = Some(self.format.calls(Some(tag), &self.tools));
         }
     }
 

@@ -5,12 +5,12 @@
 //! converted to JSON.
 
 use super::scan::{Found, Marks};
-use super::{Calls, Events, Step};
+use super::{Calls, Events, Step, ToolDeclaration};
 use std::sync::Arc;
 
 pub(super) const TAGS: &[&str] = &["<|python_start|>"];
 
-const CLOSES: &[&str] = &["<|python_end|>"];
+pub(super) const CLOSES: &[&str] = &["<|python_end|>"];
 
 /// Maximum nesting depth of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
@@ -18,9 +18,11 @@ const MAX_DEPTH: usize = 64;
 /// Reads one list of calls.
 #[derive(Debug)]
 pub(super) struct PythonicCalls {
+    /// Marks that may close the list.
+    closes: &'static [&'static str],
     /// Known tools, if the calls have no mark. They are then calls only if they name one of
     /// them.
-    bare: Option<Arc<[String]>>,
+    bare: Option<Arc<[ToolDeclaration]>>,
     state: State,
 }
 
@@ -52,8 +54,12 @@ struct Call {
 }
 
 impl PythonicCalls {
-    pub(super) fn new(bare: Option<Arc<[String]>>) -> Self {
+    pub(super) fn new(
+        closes: &'static [&'static str],
+        bare: Option<Arc<[ToolDeclaration]>>,
+    ) -> Self {
         Self {
+            closes,
             bare,
             state: State::Start,
         }
@@ -79,7 +85,7 @@ impl Calls for PythonicCalls {
                 }
                 None => return Step::NotCalls,
             },
-            State::After(marks) => match marks.push(c, CLOSES) {
+            State::After(marks) => match marks.push(c, self.closes) {
                 Found::Part => {}
                 Found::Mark(_) => return Step::End,
                 Found::Wrong => return Step::NotCalls,
@@ -108,9 +114,9 @@ impl Calls for PythonicCalls {
 }
 
 /// Returns whether `name` is one of `tools`. Every name is accepted if there are none.
-fn known(tools: Option<&[String]>, name: &str) -> bool {
+fn known(tools: Option<&[ToolDeclaration]>, name: &str) -> bool {
     let tools = tools.unwrap_or_default();
-    tools.is_empty() || tools.iter().any(|tool| tool == name)
+    tools.is_empty() || tools.iter().any(|tool| tool.name == name)
 }
 
 impl Call {
@@ -184,6 +190,16 @@ fn arguments(text: &str) -> Option<String> {
     }
     reader.json.push('}');
     Some(reader.json)
+}
+
+/// Converts a Python literal to JSON. Returns `None` if it is none.
+pub(super) fn literal(text: &str) -> Option<String> {
+    let mut reader = Reader {
+        rest: text.trim(),
+        json: String::new(),
+    };
+    reader.value(0)?;
+    reader.rest.is_empty().then_some(reader.json)
 }
 
 /// Reads Python literals and writes them as JSON. Each method that reads also skips the

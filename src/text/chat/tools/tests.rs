@@ -31,7 +31,8 @@ fn parse<'a>(mut parser: ToolParser, pieces: impl IntoIterator<Item = &'a str>) 
 }
 
 fn parser(format: ToolFormat) -> ToolParser {
-    ToolParser::new(format, ["f", "get_weather"].map(str::to_owned))
+    let tools = ["f", "get_weather"].map(|name| ToolDeclaration::new(name, None));
+    ToolParser::new(format, tools)
 }
 
 /// Formats events briefly: `"text"`, `name(arguments)`, and `name(arguments` if cut off.
@@ -362,10 +363,189 @@ fn forced_answers_are_calls_in_every_format() {
     }
 }
 
+/// A tool with arguments of several types.
+fn typed(format: ToolFormat) -> ToolParser {
+    let parameters = json!({"type": "object", "properties": {
+        "text": {"type": "string"},
+        "number": {"type": "integer"},
+        "list": {"type": "array", "items": {"type": "string"}},
+        "flag": {"type": "boolean"},
+        "maybe": {"type": ["string", "null"]},
+        "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+        "choice": {"enum": ["1", "2"]},
+    }});
+    ToolParser::new(format, [ToolDeclaration::new("f", Some(parameters))])
+}
+
+#[test]
+fn arguments_between_tags_have_the_types_that_the_tool_declares() {
+    let read = |format, answer: &str| {
+        let whole = show(&parse(typed(format), [answer]));
+        let characters = show(&parse(typed(format), answer.split("")));
+        assert_eq!(characters, whole, "{answer}");
+        whole
+    };
+    let value = |key: &str, text: &str| {
+        let call = format!("<function=f>\n<parameter={key}>\n{text}\n</parameter>\n</function>");
+        read(
+            ToolFormat::QwenCoder,
+            &format!("<tool_call>\n{call}\n</tool_call>"),
+        )
+    };
+    for (key, text, expected) in [
+        ("text", "12", "\"12\""),
+        ("text", "\n a\"b\\\n", r#""\n a\"b\\\n""#),
+        ("text", "", "\"\""),
+        ("text", "if a < b:\n  </para", r#""if a < b:\n  </para""#),
+        ("number", "12", "12"),
+        ("number", " 12 ", "12"),
+        ("number", "twelve", "\"twelve\""),
+        ("list", "[\"a\"]", "[\"a\"]"),
+        ("list", "['a', None]", "[\"a\", null]"),
+        ("flag", "True", "true"),
+        ("flag", "false", "false"),
+        ("maybe", "None", "null"),
+        ("maybe", "null", "null"),
+        ("maybe", "7", "\"7\""),
+        ("either", "7", "7"),
+        ("either", "7a", "\"7a\""),
+        ("either", "true", "\"true\""),
+        ("choice", "1", "\"1\""),
+        ("undeclared", "{\"a\": 1}", "{\"a\": 1}"),
+        ("undeclared", "some text", "\"some text\""),
+        ("undeclared", "007", "\"007\""),
+    ] {
+        assert_eq!(
+            value(key, text),
+            format!("f({{\"{key}\": {expected}}})"),
+            "{text:?}"
+        );
+    }
+}
+
+#[test]
+fn calls_between_tags_are_read_in_the_ways_models_write_them() {
+    check(
+        ToolFormat::QwenCoder,
+        &[
+            // Without the outer tags, several calls, and text around them.
+            (
+                "I look.\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
+                r#""I look." f({"a": "x"})"#,
+            ),
+            (
+                "<tool_call>\n<function=f>\n</function>\n</tool_call>\n<tool_call>\n<function=get_weather>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n\n</parameter>\n</function>\n</tool_call>",
+                r#"f({}) get_weather({"a": 1, "b": ""})"#,
+            ),
+            (
+                "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n<function=f>\n</function>\n</tool_call> Done.",
+                r#"f({"a": 1}) f({}) " Done.""#,
+            ),
+            // Cut off by the length limit.
+            ("<tool_call>\n<function=f>\n<parameter=a>\n1", r#"f({"a": "#),
+            (
+                "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</func",
+                r#"f({"a": 1"#,
+            ),
+            ("<tool_call>\n<func", "\"<tool_call>\\n<func\""),
+            // Something else than a call, and something else within one.
+            ("<tool_call> is a tag", "\"<tool_call> is a tag\""),
+            ("<function=no name>", "\"<function=no name>\""),
+            (
+                "<function=f>\noops</function>",
+                "f({}) \"\\noops</function>\"",
+            ),
+        ],
+    );
+    check(
+        ToolFormat::Glm,
+        &[
+            (
+                "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x y</arg_value>\n</tool_call>",
+                r#"f({"a": "x y"})"#,
+            ),
+            (
+                "<tool_call>f<arg_key>a</arg_key><arg_value>[1]</arg_value></tool_call><tool_call>get_weather</tool_call>",
+                r#"f({"a": [1]}) get_weather({})"#,
+            ),
+            ("<tool_call>f\n<arg_key>a</arg_key>", "f({"),
+            ("<tool_call><b>", "\"<tool_call><b>\""),
+        ],
+    );
+    check(
+        ToolFormat::MiniMax,
+        &[(
+            "Hm.\n<minimax:tool_call>\n<invoke name=\"f\">\n<parameter name=\"a\">x</parameter>\n</invoke>\n<invoke name=\"get_weather\">\n</invoke>\n</minimax:tool_call>",
+            r#""Hm." f({"a": "x"}) get_weather({})"#,
+        )],
+    );
+    check(
+        ToolFormat::Seed,
+        &[(
+            "<seed:tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</seed:tool_call>",
+            r#"f({"a": "\nx\n"})"#,
+        )],
+    );
+}
+
+#[test]
+fn calls_of_kimi_lfm2_gemma_and_command_r_are_read() {
+    check(
+        ToolFormat::Kimi,
+        &[
+            (
+                "So:<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{\"a\": 1}<|tool_call_end|><|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+                r#""So:" f({"a": 1}) get_weather({})"#,
+            ),
+            (
+                "<|tool_calls_section_begin|><|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>",
+                "f({})",
+            ),
+        ],
+    );
+    check(
+        ToolFormat::Lfm2,
+        &[(
+            "<|tool_call_start|>[f(a='x', b={\"c\": true}), get_weather()]<|tool_call_end|>Done",
+            r#"f({"a": "x", "b": {"c": true}}) get_weather({}) "Done""#,
+        )],
+    );
+    check(
+        ToolFormat::Gemma,
+        &[
+            (
+                "<|tool_call>call:f{a:<|\"|>x, {y}<|\"|>,b:[1,true,<|\"|><tool_call|><|\"|>],c:{d:null}}<tool_call|><|tool_call>call:get_weather{}<tool_call|>",
+                r#"f({"a": "x, {y}", "b": [1, true, "<tool_call|>"], "c": {"d": null}}) get_weather({})"#,
+            ),
+            (
+                "<|tool_call>call:f{a:bare text}",
+                r#"f({"a": "bare text"})"#,
+            ),
+            (
+                "<|tool_call>call:f{a}<tool_call|>",
+                r#""<|tool_call>call:f{a}<tool_call|>""#,
+            ),
+        ],
+    );
+    check(
+        ToolFormat::CommandR,
+        &[
+            (
+                "<|START_ACTION|>[\n    {\"tool_call_id\": \"0\", \"tool_name\": \"f\", \"parameters\": {\"a\": 1}},\n    {\"tool_call_id\": \"1\", \"tool_name\": \"get_weather\", \"parameters\": {}}\n]<|END_ACTION|>",
+                r#"f({"a": 1}) get_weather({})"#,
+            ),
+            (
+                "Action: ```json\n[\n    {\n        \"tool_name\": \"f\",\n        \"parameters\": {}\n    }\n]```",
+                "f({})",
+            ),
+        ],
+    );
+}
+
 #[test]
 fn the_example_of_every_format_is_a_call_in_it() {
     for format in ToolFormat::ALL {
-        let parser = ToolParser::new(format, ["tool_name".to_owned()]);
+        let parser = ToolParser::new(format, [ToolDeclaration::new("tool_name", None)]);
         let events = parse(parser, format.example().split(""));
         let shown = show(&events);
         assert!(shown.starts_with("tool_name({"), "{format:?}: {shown}");
@@ -392,6 +572,20 @@ fn formats_are_detected_by_the_marks_of_their_templates() {
             "only with <|tool_call|> and <tool_call>",
             ToolFormat::Granite,
         ),
+        (
+            "<tool_call>\\n<function=f>\\n<parameter=a>",
+            ToolFormat::QwenCoder,
+        ),
+        (
+            "<seed:tool_call>\\n<function=f>\\n<parameter=a>",
+            ToolFormat::Seed,
+        ),
+        ("<tool_call>{name}\\n<arg_key>", ToolFormat::Glm),
+        ("<minimax:tool_call>", ToolFormat::MiniMax),
+        ("<|tool_calls_section_begin|>", ToolFormat::Kimi),
+        ("<|tool_list_start|>", ToolFormat::Lfm2),
+        ("'<|tool_call>call:'", ToolFormat::Gemma),
+        ("<|START_ACTION|>[", ToolFormat::CommandR),
         ("{{ messages }}", ToolFormat::Hermes),
     ];
     for (source, format) in cases {
@@ -403,7 +597,7 @@ fn formats_are_detected_by_the_marks_of_their_templates() {
     let error = "hermès".parse::<ToolFormat>().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "tool format is \"hermès\", expected one of hermes, llama, mistral, pythonic, deepseek, granite"
+        "tool format is \"hermès\", expected one of hermes, llama, mistral, pythonic, deepseek, granite, nemotron, qwen_coder, seed, glm, minimax, kimi, lfm2, gemma, command_r, harmony"
     );
 }
 
@@ -505,13 +699,106 @@ fn python(value: &Value) -> String {
     }
 }
 
+/// Writes a value in Gemma's syntax.
+fn gemma(value: &Value, quoted_keys: bool) -> String {
+    let text = |text: &str| format!("<|\"|>{text}<|\"|>");
+    match value {
+        Value::String(value) => text(value),
+        Value::Array(values) => {
+            let values: Vec<_> = values.iter().map(|value| gemma(value, true)).collect();
+            format!("[{}]", values.join(","))
+        }
+        Value::Object(fields) => {
+            let field = |(key, value): (&String, &Value)| {
+                let key = if quoted_keys { text(key) } else { key.clone() };
+                format!("{key}:{}", gemma(value, true))
+            };
+            let fields: Vec<_> = fields.iter().map(field).collect();
+            format!("{{{}}}", fields.join(","))
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Declares a tool whose arguments have the types of these.
+fn declared(name: &str, arguments: &Value) -> ToolDeclaration {
+    let property = |(key, value): (&String, &Value)| {
+        let name = match value {
+            Value::Null => "null",
+            Value::Bool(_) => "boolean",
+            Value::Number(_) => "number",
+            Value::String(_) => "string",
+            Value::Array(_) => "array",
+            Value::Object(_) => "object",
+        };
+        (key.clone(), json!({"type": name}))
+    };
+    let properties: serde_json::Map<_, _> = arguments
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(property)
+        .collect();
+    ToolDeclaration::new(
+        name,
+        Some(json!({"type": "object", "properties": properties})),
+    )
+}
+
 /// Writes a call as a model does.
 fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
     let json = match format {
         ToolFormat::Llama => json!({"name": name, "parameters": arguments}),
+        ToolFormat::CommandR => {
+            json!({"tool_call_id": "0", "tool_name": name, "parameters": arguments})
+        }
         _ => json!({"name": name, "arguments": arguments}),
     };
+    let each = |argument: &dyn Fn(&str, &str) -> String| -> String {
+        let fields = arguments.as_object().unwrap().iter();
+        let text = |value: &Value| value.as_str().map_or(value.to_string(), str::to_owned);
+        fields
+            .map(|(key, value)| argument(key, &text(value)))
+            .collect()
+    };
     match format {
+        ToolFormat::QwenCoder => {
+            let arguments = each(&|key, text| format!("<parameter={key}>\n{text}\n</parameter>\n"));
+            format!("<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>")
+        }
+        ToolFormat::Seed => {
+            let arguments = each(&|key, text| format!("<parameter={key}>{text}</parameter>\n"));
+            format!(
+                "<seed:tool_call>\n<function={name}>\n{arguments}</function>\n</seed:tool_call>"
+            )
+        }
+        ToolFormat::Glm => {
+            let arguments = each(&|key, text| {
+                format!("<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n")
+            });
+            format!("<tool_call>{name}\n{arguments}</tool_call>")
+        }
+        ToolFormat::MiniMax => {
+            let arguments =
+                each(&|key, text| format!("<parameter name=\"{key}\">{text}</parameter>\n"));
+            format!(
+                "<minimax:tool_call>\n<invoke name=\"{name}\">{arguments}</invoke>\n</minimax:tool_call>"
+            )
+        }
+        ToolFormat::Kimi => format!(
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:3<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|>"
+        ),
+        ToolFormat::Gemma => {
+            format!(
+                "<|tool_call>call:{name}{}<tool_call|>",
+                gemma(arguments, false)
+            )
+        }
+        ToolFormat::CommandR => format!("<|START_ACTION|>[\n    {json}\n]<|END_ACTION|>"),
+        ToolFormat::Harmony => format!(
+            "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+        ),
+        ToolFormat::Nemotron => format!("<TOOLCALL>[{json}]</TOOLCALL>"),
         ToolFormat::Hermes => format!("<tool_call>\n{json}\n</tool_call>"),
         ToolFormat::Llama => format!("<|python_tag|>{json}"),
         ToolFormat::Mistral => format!("[TOOL_CALLS] [{json}]"),
@@ -519,19 +806,24 @@ fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
         ToolFormat::DeepSeek => format!(
             "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
         ),
-        ToolFormat::Pythonic => {
+        ToolFormat::Pythonic | ToolFormat::Lfm2 => {
             let fields = arguments.as_object().unwrap().iter();
             let fields: Vec<_> = fields
                 .map(|(key, value)| format!("{key}={}", python(value)))
                 .collect();
             let fields = fields.join(", ");
-            format!("<|python_start|>[{name}({fields})]<|python_end|>")
+            match format {
+                ToolFormat::Lfm2 => {
+                    format!("<|tool_call_start|>[{name}({fields})]<|tool_call_end|>")
+                }
+                _ => format!("<|python_start|>[{name}({fields})]<|python_end|>"),
+            }
         }
     }
 }
 
 /// Splits `text` before each character whose entry in `cuts`, repeated as needed, is true.
-fn pieces(text: &str, cuts: &[bool]) -> Vec<String> {
+pub(in super::super) fn pieces(text: &str, cuts: &[bool]) -> Vec<String> {
     let mut pieces = vec![String::new()];
     for (c, cut) in text.chars().zip(cuts.iter().cycle()) {
         if *cut {
@@ -551,7 +843,7 @@ proptest! {
         cuts in proptest::collection::vec(any::<bool>(), 1..40),
     ) {
         let mut answer = String::new();
-        let mut expected = Vec::new();
+        let (mut expected, mut tools) = (Vec::new(), Vec::new());
         let mut calls = 0;
         let mut text = false;
         for segment in &segments {
@@ -564,18 +856,21 @@ proptest! {
                     text = true;
                 }
                 Segment::Call(name, arguments) => {
+                    let name = format!("{name}{calls}");
                     answer.push_str(space);
-                    answer.push_str(&written(format, name, arguments));
+                    answer.push_str(&written(format, &name, arguments));
                     answer.push_str(["", "\n"][calls % 2]);
-                    expected.push((Some(name.clone()), arguments.clone()));
+                    tools.push(declared(&name, arguments));
+                    expected.push((Some(name), arguments.clone()));
                     calls += 1;
                     text = false;
                 }
             }
         }
-        let whole = parse(parser(format), [answer.as_str()]);
+        let parser = || ToolParser::new(format, tools.clone());
+        let whole = parse(parser(), [answer.as_str()]);
         let cut = pieces(&answer, &cuts);
-        prop_assert_eq!(&parse(parser(format), cut.iter().map(String::as_str)), &whole);
+        prop_assert_eq!(&parse(parser(), cut.iter().map(String::as_str)), &whole);
 
         let mut found: Vec<(Option<String>, Value)> = Vec::new();
         let mut arguments = String::new();
@@ -604,7 +899,15 @@ proptest! {
                     "[ARGS]", "<|python_start|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
                     "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "{\"name\":\"f\",", "\"arguments\":",
                     "\"parameters\": {\"a\":", "f(a=", "{", "}", "}}", "[", "]", ")", ",", ";", "\"",
-                    "\\", "'", " ", "\n", "f", "1", "```", "é",
+                    "\\", "'", " ", "\n", "f", "1", "```", "é", "<function=", "<parameter=", ">",
+                    "</parameter>", "</function>", "<seed:tool_call>", "</seed:tool_call>",
+                    "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<minimax:tool_call>",
+                    "<invoke name=\"", "<parameter name=\"", "</invoke>", "</minimax:tool_call>",
+                    "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "functions.f:0",
+                    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_call_start|>",
+                    "<|tool_call>", "call:f{a:", "<|\"|>", "<tool_call|>", "<|START_ACTION|>",
+                    "<|END_ACTION|>", "\"tool_name\":", "<TOOLCALL>", "</TOOLCALL>", "Action: ```json",
+                    "<|channel|>", "<|start|>", "commentary to=functions.", "f <|message|>", "<|call|>",
                 ]).prop_map(str::to_owned),
                 any_string(),
             ],
