@@ -140,6 +140,7 @@ clients:
 	@$(PYTHON) scripts/setup-clients
 	@$(PYTHON) scripts/setup-browser
 
-## Fetches vocabularies and chat templates of other models, to compare with llama.cpp and jinja2.
+## Fetches vocabularies, chat templates and an embedding model, to compare with llama.cpp, jinja2 and
+## sentence-transformers.
 references:
 	@$(PYTHON) scripts/fetch-references

@@ -166,6 +166,7 @@ impl Model {
             heads: HEADS,
             scale: 0.125,
             window: None,
+            causal: true,
             chunked: false,
             softcap: None,
         };

@@ -31,6 +31,18 @@ KERNEL(256) squared_relu(T* out, const T* up, u32 count) {
     store8(out + index, x);
 }
 
+// out = up/2 · (1 + erf(up / √2)), for `count` numbers, a multiple of eight.
+KERNEL(256) gelu(T* out, const T* up, u32 count) {
+    wait_for_kernels_before();
+    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (index >= count) return;
+    float x[8];
+    load8(x, up + index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = exact_gelu(x[i]);
+    store8(out + index, x);
+}
+
 // x → cap · tanh(x / cap), for `count` numbers.
 KERNEL(256) softcap(float* x, float cap, u32 count) {
     wait_for_kernels_before();

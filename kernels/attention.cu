@@ -458,7 +458,7 @@ template <int HEAD>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
     const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,
-    u32 block_vectors, float scale, float softcap, u32 window, u32 chunks
+    u32 block_vectors, float scale, float softcap, u32 window, u32 chunks, u32 after
 ) {
     wait_for_kernels_before();
     extern __shared__ __align__(16) u8 shared[];
@@ -467,7 +467,10 @@ INLINE void attend_prefill(
     const u32 group = q_heads / kv_heads, kv_head = blockIdx.y / PIECES<HEAD>, last = sequence.y * group - 1;
     const u32 first_column = blockIdx.y % PIECES<HEAD> * COLUMNS<HEAD>;
     const u32 first_position = sequence.z - sequence.y;
-    const auto sight_of = [&](u32 packed) { return Sight::of(first_position + packed / group, window, chunks); };
+    const auto sight_of = [&](u32 packed) {
+        const u32 token = packed / group;
+        return Sight::of(first_position + token, window, chunks, after, sequence.y - 1 - token);
+    };
 
     // The keys that the block, the warp and each of the lane's two rows see. Rows beyond the last one are
     // copies of it, which are not written.
@@ -566,10 +569,10 @@ INLINE void attend_prefill(
     KERNEL(128) attend_prefill_hd##HEAD(                                                                               \
         T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,           \
         const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,       \
-        u32 block_vectors, float scale, float softcap, u32 window, u32 chunks                                          \
+        u32 block_vectors, float scale, float softcap, u32 window, u32 chunks, u32 after                               \
     ) {                                                                                                                \
         attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads, kv_heads,    \
-                             columns, block_tokens, block_vectors, scale, softcap, window, chunks);                    \
+                             columns, block_tokens, block_vectors, scale, softcap, window, chunks, after);             \
     }
 
 ATTEND(16)

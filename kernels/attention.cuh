@@ -111,13 +111,14 @@ struct Scoring {
 };
 
 // The keys that a row sees: `begin .. end`. A row sees only keys within its window (0: no window) and
-// of its own chunk, which begins at `position & chunks`; a mask of 0 means a single chunk.
+// of its own chunk, which begins at `position & chunks`; a mask of 0 means a single chunk. It sees at most
+// `after` of the keys after its own, of which there are `rest`.
 struct Sight {
     u32 begin, end;
 
-    INLINE static Sight of(u32 position, u32 window, u32 chunks) {
+    INLINE static Sight of(u32 position, u32 window, u32 chunks, u32 after = 0, u32 rest = 0) {
         const u32 end = position + 1;
-        return {max(window != 0 && end > window ? end - window : 0, position & chunks), end};
+        return {max(window != 0 && end > window ? end - window : 0, position & chunks), end + min(after, rest)};
     }
     INLINE static Sight nothing() { return {0, 0}; }
     INLINE bool sees(u32 key) const { return key - begin < end - begin; }

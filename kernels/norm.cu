@@ -137,6 +137,89 @@ KERNEL(256, 2) add_rms_norm(T* out, float* residual, const T* x, const float* we
     }
 }
 
+// Subtracts the mean of eight columns' row, and returns the sum with their squares.
+INLINE float add_centred_squares(float sum, float (&x)[8], float mean) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] -= mean;
+    return add_squares(sum, x);
+}
+
+INLINE float add_all(float sum, const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += x[i];
+    return sum;
+}
+
+// Writes eight centred columns, multiplied by `factor` and their weights, plus their biases.
+INLINE void write_shifted(T* out, float* residual, float (&x)[8], float factor, const float* weight, const float* bias) {
+    float w[8], b[8];
+    load8(w, weight);
+    load8(b, bias);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = fmaf(x[i] * factor, w[i], b[i]);
+    store8(residual, x);
+    store8(out, x);
+}
+
+// residual = layer norm of (residual + x), without x if it is null; out = residual. Ba et al., Layer
+// Normalization, 2016.
+KERNEL(256, 2) add_layer_norm(
+    T* out, float* residual, const T* x, const float* weight, const float* bias, float epsilon, u32 columns
+) {
+    begin_norm(weight, columns);
+    __shared__ float scratch[32];
+    const u64 row = u64(blockIdx.x) * columns;
+    residual += row;
+    out += row;
+    float kept[KEPT][8], added[8], v[8], sum = 0.0f;
+    read_kept(kept, residual, columns);
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) >= columns) continue;
+        if (x != nullptr) {
+            load8(added, x + row + column_of(k));
+            add8(kept[k], added);
+        }
+        sum = add_all(sum, kept[k]);
+    }
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, residual + column_of(k));
+        if (x != nullptr) {
+            load8(added, x + row + column_of(k));
+            add8(v, added);
+            store8(residual + column_of(k), v);
+        }
+        sum = add_all(sum, v);
+    }
+    const float mean = block_sum(sum, scratch) / float(columns);
+    sum = 0.0f;
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        if (column_of(k) < columns) sum = add_centred_squares(sum, kept[k], mean);
+    }
+    // Each thread rereads only what it has written itself.
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        load8(v, residual + column_of(k));
+        sum = add_centred_squares(sum, v, mean);
+    }
+    const float factor = inverse_rms(sum, epsilon, columns);
+#pragma unroll
+    for (u32 k = 0; k < KEPT; k++) {
+        const u32 column = column_of(k);
+        if (column < columns) write_shifted(out + column, residual + column, kept[k], factor, weight + column, bias + column);
+    }
+#pragma unroll 1
+    for (u32 k = KEPT; column_of(k) < columns; k++) {
+        const u32 column = column_of(k);
+        load8(v, residual + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] -= mean;
+        write_shifted(out + column, residual + column, v, factor, weight + column, bias + column);
+    }
+}
+
 // x −= mean(x).
 KERNEL(256) centre(float* x, u32 columns) {
     wait_for_kernels_before();

@@ -152,14 +152,14 @@ pub use engine::{
 pub use id::{RequestId, SessionId, StepId};
 pub use model::ModelError;
 pub use runner::{
-    DeviceChoice, GenerationConfig, GroupMemory, LoadError, LoadOptions, MemoryPlan, ModelFiles,
-    ModelInfo,
+    Dense, DeviceChoice, GenerationConfig, GroupMemory, LoadError, LoadOptions, MemoryPlan,
+    ModelFiles, ModelInfo, Pooling, PoolingStage,
 };
 pub use sampling::{
     Constraint, ConstraintError, ParamError, SamplingDefaults, SamplingParams, Token, TokenLimits,
     TokenRun,
 };
-pub use schedule::{PrefixMisses, RetainedCache};
+pub use schedule::{PooledTokens, PrefixMisses, RetainedCache};
 pub use text::harmony::{HarmonyEvent, HarmonyParser};
 pub use text::reasoning::{ReasoningFormat, ReasoningSplit, ReasoningSplitter};
 pub use text::tools::{ToolDeclaration, ToolEvent, ToolFormat, ToolParser, UnknownToolFormat};

@@ -104,6 +104,7 @@ fn fill(
             heads,
             scale: 1.0 / (heads.head_dim as f32).sqrt(),
             window: None,
+            causal: true,
             chunked: false,
             softcap: None,
         },

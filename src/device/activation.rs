@@ -19,12 +19,15 @@ pub enum Activation {
     },
     /// `max(x, 0)²`, without a gate: where others have `[gate | up]`, there is only `up`.
     SquaredRelu,
+    /// GELU in its exact form, `x/2 · (1 + erf(x / √2))`, without a gate. Hendrycks & Gimpel,
+    /// *Gaussian Error Linear Units*, 2016.
+    Gelu,
 }
 
 impl Activation {
     /// Returns whether there is a gate.
     pub fn is_gated(self) -> bool {
-        self != Self::SquaredRelu
+        !matches!(self, Self::SquaredRelu | Self::Gelu)
     }
 
     /// Returns the number of columns of `[gate | up]` for this many results.

@@ -109,6 +109,9 @@ pub struct AttentionSpec {
     /// Whether the window does not slide: the sequence is cut into chunks of that many tokens,
     /// and a token attends to those of its own chunk. Without meaning if there is no window.
     pub chunked: bool,
+    /// Whether a token attends to no token after it. Otherwise, it attends to all tokens after it,
+    /// or to the `window − 1` nearest ones. The step must then have all tokens of each sequence.
+    pub causal: bool,
     /// Soft cap on the scaled scores, `s → cap · tanh(s / cap)` (Gemma 2).
     pub softcap: Option<f32>,
 }
@@ -120,8 +123,8 @@ pub trait AttentionOps: RopeOps {
         Ok(())
     }
 
-    /// Computes causal attention of every row over the cached tokens of its sequence, including
-    /// its own. `out` has `heads.out_columns()` columns. `qkv` may also hold queries only, for layers
+    /// Computes attention of every row over the cached tokens of its sequence, including its own.
+    /// `out` has `heads.out_columns()` columns. `qkv` may also hold queries only, for layers
     /// that attend to the cache of another one.
     ///
     /// A sink is a score, one per query head: if there are sinks, the softmax is computed as if

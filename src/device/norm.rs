@@ -33,6 +33,20 @@ pub trait NormOps: DeviceTypes {
     /// a bias. Ba et al., *Layer Normalization*, 2016.
     fn centre(&mut self, x: &mut Self::Tensor, rows: usize) -> Result<(), DeviceError>;
 
+    /// Computes `residual = layer norm of (residual + x)`, where `x` may be missing, and copies the
+    /// result to `out`. The norm multiplies by the first of `parameters` and adds the second one.
+    /// This is how the layers of the original Transformer end: Vaswani et al., *Attention Is All
+    /// You Need*, 2017.
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut Self::Tensor,
+        x: Option<&Self::Tensor>,
+        parameters: [&Self::Vector; 2],
+        epsilon: f32,
+        rows: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
     /// Computes `residual += x / rms(x) · weight`, for post-norm layers. If the weight is shorter than
     /// a row, the row consists of parts of that length, each of which is normalised on its own.
     fn rms_norm_add(

@@ -62,6 +62,9 @@ pub enum SubmitError {
     /// The model provides no hidden states.
     #[error("this engine does not support embeddings: its model provides no hidden states")]
     NoEmbeddings,
+    /// The model only computes embeddings or scores.
+    #[error("this engine generates no tokens: its model only computes embeddings or scores")]
+    NoGeneration,
     /// A stop string is empty.
     #[error("stop string {index} is empty, but must have at least one character")]
     EmptyStop {

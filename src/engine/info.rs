@@ -1,6 +1,7 @@
 //! What an engine runs, and within which limits.
 
-use crate::runner::{ModelInfo, RunnerInfo};
+use crate::runner::{ModelInfo, Pooling, RunnerInfo};
+use std::sync::Arc;
 
 /// Description of an engine: what it runs, and how large its KV cache is.
 #[derive(Clone, Debug)]
@@ -14,8 +15,15 @@ pub struct EngineInfo {
     pub context_tokens: usize,
     /// Maximum number of tokens per step.
     pub max_batch_tokens: usize,
-    /// Length of an embedding vector; `None` if the engine computes no embeddings.
+    /// Length of an embedding vector, or the number of scores; `None` if the engine computes
+    /// neither.
     pub embedding: Option<usize>,
+    /// How embeddings and scores are computed.
+    pub pooling: Arc<Pooling>,
+    /// Number of segments that the model tells apart; see [`Engine::pair_tokens`](crate::Engine::pair_tokens).
+    pub segments: usize,
+    /// Whether the engine can generate tokens. Otherwise, it only computes embeddings or scores.
+    pub generates: bool,
     /// Tokens that end an answer, according to the model's own settings.
     pub end_tokens: Vec<u32>,
     /// Number of blocks of the KV cache.
@@ -33,6 +41,9 @@ impl EngineInfo {
             context_tokens: info.context_tokens,
             max_batch_tokens: info.max_batch_tokens,
             embedding: info.embedding,
+            pooling: Arc::new(info.pooling),
+            segments: info.segments,
+            generates: info.generates,
             end_tokens: info.end_tokens,
             cache_blocks: info.cache_blocks,
             block_tokens: info.block_tokens,

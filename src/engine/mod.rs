@@ -17,6 +17,8 @@ mod sync;
 mod thread;
 mod watchdog;
 
+#[cfg(feature = "server")]
+pub(crate) use crate::runner::normalize;
 pub use caller::answer::{Chunk, Finish, Generation, Timing};
 pub use caller::builder::EngineBuilder;
 pub use caller::embedding::{EmbedRequest, Embedding, EmbeddingFuture};

@@ -5,7 +5,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, QkNormKind, Streams,
 };
-use super::{ModelError, RopeConfig};
+use super::{ModelError, Places, RopeConfig};
 use crate::device::{Device, HeadShape, StatePart};
 use std::fmt::Debug;
 
@@ -71,6 +71,8 @@ pub struct ModelConfig {
     pub per_layer_inputs: Option<PerLayerInputs>,
     /// The residual streams, if there is more than one.
     pub streams: Option<Streams>,
+    /// Learned embeddings of positions and segments, if the model has them.
+    pub places: Option<Places>,
     /// Which projections have a bias.
     pub biases: Biases,
     /// Number of multi-token prediction layers that files hold after these. They are not computed.
@@ -127,6 +129,18 @@ impl ModelConfig {
             layout.layers.push(parts);
         }
         layout
+    }
+
+    /// Returns whether tokens attend only to tokens before them. Otherwise, the model is an encoder,
+    /// which computes all tokens of a text in one step and generates nothing.
+    pub fn is_causal(&self) -> bool {
+        self.attentions().all(|attention| attention.is_causal)
+    }
+
+    /// Returns whether there is a norm after the last layer.
+    pub(super) fn has_final_norm(&self) -> bool {
+        let last = self.layers.last();
+        last.is_none_or(|layer| layer.feed_forward_norms != NormPlacement::OnSum)
     }
 
     /// Returns the number of layers that keep a recurrent state.

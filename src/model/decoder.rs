@@ -7,6 +7,7 @@ mod mamba2;
 mod norm;
 mod normed_experts;
 mod per_layer;
+mod places;
 mod short_conv;
 mod streams;
 mod weights;
@@ -20,6 +21,7 @@ use crate::device::{
 use layer_step::LayerStep;
 use norm::Norm;
 use per_layer::{InputWeights, own_input};
+use places::PlaceWeights;
 use std::ops::Range;
 use streams::StreamWeights;
 use weights::{LayerWeights, MixerWeights};
@@ -35,7 +37,8 @@ pub struct Decoder<D: Device> {
     /// Parts of each layer in the recurrent state of a sequence: that of its convolution, and that
     /// of its recurrence.
     states: Vec<[StatePart; 2]>,
-    final_norm: D::Vector,
+    /// Weight of the norm after the last layer, if there is one.
+    final_norm: Option<D::Vector>,
     /// Weight of the final norm, multiplied by the factor on logits. `None` if the factor is 1.
     logit_norm: Option<D::Vector>,
     /// The output projection; `None` if it is the embedding.
@@ -44,6 +47,8 @@ pub struct Decoder<D: Device> {
     inputs: Option<InputWeights<D>>,
     /// The weights of the residual streams, if there are several.
     streams: Option<StreamWeights<D>>,
+    /// The embeddings of positions and segments, if the model has them.
+    place_weights: Option<PlaceWeights<D>>,
     /// The position embeddings that layers refer to by index, followed by one that rotates nothing,
     /// for layers without a position embedding.
     ropes: Vec<D::Rope>,
@@ -88,14 +93,18 @@ impl<D: Device> Decoder<D> {
         }
         let inputs = InputWeights::load(source, device)?;
         let streams = StreamWeights::load(source, device)?;
-        let mut weight = source.final_norm()?;
-        let final_norm = device.load_vector(&weight)?;
+        let place_weights = PlaceWeights::load(source, device)?;
+        let mut load = |scale: f32| -> Result<_, ModelError> {
+            let Some(mut weight) = source.final_norm()? else {
+                return Ok(None);
+            };
+            weight.iter_mut().for_each(|weight| *weight *= scale);
+            Ok(Some(device.load_vector(&weight)?))
+        };
+        let final_norm = load(1.0)?;
         let logit_norm = match config.logit_scale {
             1.0 => None,
-            scale => {
-                weight.iter_mut().for_each(|weight| *weight *= scale);
-                Some(device.load_vector(&weight)?)
-            }
+            scale => load(scale)?,
         };
         let ropes = rope_specs(&config, limits).into_iter();
         let ropes = ropes.map(|spec| device.load_rope(&spec));
@@ -112,6 +121,7 @@ impl<D: Device> Decoder<D> {
             output,
             inputs,
             streams,
+            place_weights,
             ropes,
             workspace,
         })
@@ -166,7 +176,8 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    /// Enqueues the operations of a staged step with `rows` rows, of which `samples` are sampled.
+    /// Enqueues the operations of a staged step with `rows` rows, of which `samples` are sampled. A
+    /// model without a norm after the last layer, an encoder, has no logits.
     fn enqueue(
         &mut self,
         device: &mut D,
@@ -174,8 +185,15 @@ impl<D: Device> Decoder<D> {
         samples: usize,
         cache: &mut D::Cache,
     ) -> Result<(), DeviceError> {
-        let scale = self.config.embedding_scale;
-        device.embed(&self.embedding, scale, &mut self.workspace.residual)?;
+        let norm = Norm::of(&self.config);
+        let workspace = &mut self.workspace;
+        match &self.place_weights {
+            Some(places) => places.embed(device, &self.embedding, norm, rows, workspace)?,
+            None => {
+                let scale = self.config.embedding_scale;
+                device.embed(&self.embedding, scale, &mut workspace.residual)?;
+            }
+        }
         if let Some(inputs) = &self.inputs {
             inputs.compute(device, rows, &mut self.workspace)?;
         }
@@ -189,7 +207,7 @@ impl<D: Device> Decoder<D> {
         for (index, ((spec, (&place, &state)), layer)) in specs.zip(&self.layers).enumerate() {
             let step = LayerStep {
                 spec,
-                norm: Norm::of(&self.config),
+                norm,
                 place,
                 state,
                 rows,
@@ -221,7 +239,7 @@ impl<D: Device> Decoder<D> {
                     }
                     MixerWeights::None => {}
                 }
-                pending = step.output(device, workspace, norms.after.as_ref())?;
+                pending = step.output(device, workspace, norms)?;
             }
             if let Some(side) = &layer.side {
                 // `check_layers` allows a side path only where a norm adds the mixer's output to
@@ -232,7 +250,7 @@ impl<D: Device> Decoder<D> {
                 let norms = &layer.feed_forward_norms;
                 step.input(device, workspace, norms.before.as_ref(), pending)?;
                 step.feed_forward(device, workspace, layer)?;
-                pending = step.output(device, workspace, norms.after.as_ref())?;
+                pending = step.output(device, workspace, norms)?;
             }
             let ends = layer.input.is_some() || layer.scale.is_some() || layer.streams.is_some();
             if ends && std::mem::take(&mut pending) {
@@ -267,16 +285,18 @@ impl<D: Device> Decoder<D> {
         let Workspace {
             residual, normed, ..
         } = &mut self.workspace;
-        let norm = Norm::of(&self.config);
-        norm.compute(device, residual, &self.final_norm, rows, normed)?;
+        // Without a norm after the last layer, that layer's own norm has left its results there.
+        if let Some(weight) = &self.final_norm {
+            Norm::of(&self.config).compute(device, residual, weight, rows, normed)?;
+        }
         device.pool(normed, ranges)
     }
 
     /// Enqueues the logits of the sampled rows.
     fn logits(&mut self, device: &mut D, samples: usize) -> Result<(), DeviceError> {
-        if samples == 0 {
+        let Some(final_norm) = self.final_norm.as_ref().filter(|_| samples > 0) else {
             return Ok(());
-        }
+        };
         let Workspace {
             residual,
             normed,
@@ -286,7 +306,7 @@ impl<D: Device> Decoder<D> {
         } = &mut self.workspace;
         device.gather_samples(residual, gathered)?;
         let norm = Norm::of(&self.config);
-        let weight = self.logit_norm.as_ref().unwrap_or(&self.final_norm);
+        let weight = self.logit_norm.as_ref().unwrap_or(final_norm);
         norm.compute(device, gathered, weight, samples, normed)?;
         let output = self.output.as_ref().unwrap_or(&self.embedding);
         device.linear(normed, output, samples, logits)?;

@@ -45,6 +45,11 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig, ModelError> {
 }
 
 impl<'a> Metadata<'a> {
+    /// Returns the name that the file has for the architecture.
+    pub(super) fn name(&self) -> &'a str {
+        self.name
+    }
+
     fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.name)
     }
@@ -246,6 +251,7 @@ impl<'a> Metadata<'a> {
             sliding_rope: rope.clone(),
             rope,
             is_chunked: false,
+            is_causal: true,
             windows: self.windows(self.window(None)?, 0)?,
             experts: None,
             dense_layers: HashSet::new(),
@@ -503,9 +509,10 @@ impl<'a> Metadata<'a> {
                 return Err(self.refused(key, value, expected));
             }
         }
-        let (key, expected) = ("attention.causal", "true: quell decodes causally");
+        let expected = format!("true for the architecture '{}'", self.name);
+        let key = "attention.causal";
         match self.flag(key)? {
-            Some(false) => Err(self.refused(key, false, expected)),
+            Some(false) if !own.contains(&key) => Err(self.refused(key, false, expected)),
             _ => Ok(()),
         }
     }

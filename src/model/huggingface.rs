@@ -93,15 +93,6 @@ impl<'a> Config<'a> {
     pub(super) fn hyperparameters(&self) -> Result<Hyperparameters, ModelError> {
         let (settings, class) = (self.settings, self.class());
         self.check_activation()?;
-        let key = "use_bidirectional_attention";
-        // With "vision", only the tokens of images attend to each other in both directions.
-        let is_causal = |value: &Value| matches!(value.as_str(), Some("vision"));
-        if let Some(value) = settings.get(key).filter(|value| !is_causal(value))
-            && value.as_bool() != Some(false)
-        {
-            let expected = "false or vision: quell decodes causally";
-            return Err(settings.refused(key, value, expected));
-        }
         let (layers, hidden, heads) = (self.layers()?, self.hidden()?, self.heads()?);
         let trained_context = self.trained_context()?;
         let (rope, sliding_rope) = self.ropes()?;
@@ -133,6 +124,7 @@ impl<'a> Config<'a> {
             rope,
             sliding_rope,
             is_chunked: false,
+            is_causal: self.is_causal()?,
             windows: self.same_windows(None)?,
             experts: None,
             dense_layers: HashSet::new(),
@@ -146,6 +138,28 @@ impl<'a> Config<'a> {
             end_tokens: self.end_tokens()?,
             names: self.names(),
         })
+    }
+
+    /// Returns whether tokens attend to no tokens after them.
+    fn is_causal(&self) -> Result<bool, ModelError> {
+        let key = "use_bidirectional_attention";
+        let Some(value) = self.settings.get(key) else {
+            return Ok(true);
+        };
+        // With "vision", only the tokens of images attend to each other in both directions.
+        match (value.as_bool(), value.as_str()) {
+            (Some(false), _) | (_, Some("vision")) => Ok(true),
+            (Some(true), _) if self.class().may_encode => Ok(false),
+            _ => {
+                let others = if self.class().may_encode {
+                    ", true"
+                } else {
+                    ""
+                };
+                let expected = format!("false{others} or vision");
+                Err(self.settings.refused(key, value, expected))
+            }
+        }
     }
 
     /// Returns the keys of the hyperparameters in this file, for error messages.
@@ -234,6 +248,7 @@ impl<'a> Config<'a> {
         let expected: &[&str] = match activation {
             Activation::Silu | Activation::ClampedSwiGlu { .. } => &["silu", "swish"],
             Activation::SquaredRelu => &["relu2"],
+            Activation::Gelu => &["gelu"],
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_fast", "gelu_new"],
         };
         let key = if self.settings.get("hidden_activation").is_some() {

@@ -7,7 +7,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, Streams,
 };
-use super::{Biases, ModelConfig, ModelError, RopeConfig};
+use super::{Biases, ModelConfig, ModelError, Places, RopeConfig};
 use crate::device::{
     Activation, ConvSpec, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RouterScore,
 };
@@ -58,6 +58,8 @@ pub(super) struct Hyperparameters {
     /// Whether windows do not slide: the sequence is cut into chunks of `window` tokens, and a
     /// token attends to those of its own chunk.
     pub(super) is_chunked: bool,
+    /// Whether tokens attend to no tokens after them.
+    pub(super) is_causal: bool,
     /// The sliding window of each layer; `None` for full attention.
     pub(super) windows: Vec<Option<usize>>,
     pub(super) experts: Option<Experts>,
@@ -100,6 +102,8 @@ pub(super) struct Variations {
     pub(super) inputs: Option<PerLayerInputs>,
     /// The residual streams, if there is more than one.
     pub(super) streams: Option<Streams>,
+    /// Learned embeddings of positions and segments, if the model has them.
+    pub(super) places: Option<Places>,
     /// Rank of the paths beside mixers, if there are any.
     pub(super) side_rank: Option<usize>,
     /// Threshold of sparse gates by layer, in standard deviations above their mean. See
@@ -148,6 +152,7 @@ impl Hyperparameters {
             logit_softcap: self.logit_softcap,
             per_layer_inputs: self.variations.inputs,
             streams: self.variations.streams,
+            places: self.variations.places,
             biases: self.biases,
             prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
@@ -196,6 +201,7 @@ impl Hyperparameters {
             scale: self.attention_scale,
             window,
             is_chunked: self.is_chunked && window.is_some(),
+            is_causal: self.is_causal,
             has_sinks: false,
             rope: is_rotated.then_some(usize::from(slides)),
             query_scale: self.query_scale,

@@ -1,18 +1,28 @@
 //! Checks that every tensor of a file is either used or known to be harmless. Any other tensor is
 //! refused by name, since a model that is computed without some of its weights gives wrong results.
 
-use super::layer::{Attention, FeedForward, Latent, LayerSpec, Mamba2, Mixer, ShortConv};
+use super::layer::{
+    Attention, FeedForward, Latent, LayerSpec, Mamba2, Mixer, NormPlacement, ShortConv,
+};
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
+use super::places::PlacePart;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::device::Activation;
 use std::collections::HashSet;
 
 /// Name prefixes of tensors that do not belong to the text model: vision and audio towers with
-/// their projectors, multi-token prediction layers, and the heads of reward models.
-const OTHER_MODELS: [&str; 18] = [
+/// their projectors, multi-token prediction layers, the heads of reward models, and those of
+/// encoders, of which [`ModelSource::floats`] reads the ones that are used.
+const OTHER_MODELS: [&str; 27] = [
     "audio_tower.",
+    "bert.pooler.",
+    "classifier.",
+    "cls.",
+    "lm_head.bias",
+    "lm_head.decoder.",
+    "lm_head.dense.",
     "mm_projector.",
     "model.audio_tower.",
     "model.embed_audio.",
@@ -21,8 +31,11 @@ const OTHER_MODELS: [&str; 18] = [
     "model.vision_model.",
     "model.vision_tower.",
     "model.visual.",
+    "lm_head.layer_norm.",
     "mtp.",
     "multi_modal_projector.",
+    "pooler.",
+    "roberta.pooler.",
     "v_head.",
     "vision_model.",
     "vision_tower.",
@@ -134,7 +147,14 @@ impl Inventory<'_> {
     /// Requires the tensors that belong to no layer.
     fn whole_model(&mut self) -> Result<(), ModelError> {
         self.require(self.source.embedding_name())?;
-        self.require(self.source.final_norm_name())?;
+        if self.source.config().has_final_norm() {
+            self.require(self.source.final_norm_name())?;
+        }
+        if self.source.config().places.is_some() {
+            for part in PlacePart::ALL {
+                self.require(self.source.place_name(part))?;
+            }
+        }
         if let Some(name) = self.source.output_name()? {
             self.used.insert(name.to_owned());
         }
@@ -160,6 +180,11 @@ impl Inventory<'_> {
     fn layer(&mut self, layer: usize, spec: &LayerSpec) -> Result<(), ModelError> {
         for part in norms(spec) {
             self.require(self.source.name(layer, part))?;
+        }
+        for part in norms_on_sums(spec) {
+            let weight = self.source.name(layer, part);
+            self.require(names::bias(&weight))?;
+            self.require(weight)?;
         }
         self.beside(layer, spec)?;
         match spec.mixer {
@@ -366,6 +391,16 @@ const EXPERT_NORMS: [Part; 4] = [
     Part::ExpertInputNorm,
     Part::ExpertOutputNorm,
 ];
+
+/// Returns the norms of a layer on sums with the residual stream.
+fn norms_on_sums(spec: &LayerSpec) -> impl Iterator<Item = Part> {
+    let norms = [
+        (Part::PostAttentionNorm, spec.mixer_norms),
+        (Part::PostFeedForwardNorm, spec.feed_forward_norms),
+    ];
+    let norms = norms.into_iter();
+    norms.filter_map(|(part, placement)| (placement == NormPlacement::OnSum).then_some(part))
+}
 
 /// Returns the norms of a layer's mixer and feed-forward part, and of its queries and keys.
 fn norms(spec: &LayerSpec) -> impl Iterator<Item = Part> {

@@ -31,7 +31,7 @@ pub struct LayerSpec {
 /// The part of a layer that combines information across the tokens of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mixer {
-    /// Causal softmax attention over cached keys and values.
+    /// Softmax attention over cached keys and values.
     Attention(Attention),
     /// Causal softmax attention over one cached latent per token, from which the keys and values of
     /// all heads are projected.
@@ -112,6 +112,9 @@ pub struct Attention {
     /// Whether the window does not slide: the sequence is cut into chunks of `window` tokens, and a
     /// token attends to those of its own chunk.
     pub is_chunked: bool,
+    /// Whether a token attends to no token after it. In an encoder, it attends to all tokens of its
+    /// text, or with a window to the nearest ones on both sides.
+    pub is_causal: bool,
     /// Whether each head has an attention sink: a score that takes part in the softmax without a
     /// value.
     pub has_sinks: bool,
@@ -228,6 +231,9 @@ pub enum NormPlacement {
     /// parallel: the feed-forward part reads the mixer's normalised input, and both outputs are
     /// added to the residual stream.
     BesideMixer,
+    /// A layer norm with a bias on the sum of the residual stream and the output, which it replaces.
+    /// Vaswani et al., *Attention Is All You Need*, 2017.
+    OnSum,
 }
 
 /// How queries and keys are normalised before RoPE.

@@ -1,6 +1,7 @@
 //! Models: reads a checkpoint's architecture and computes it.
 //!
-//! Every model that quell runs is a decoder. Its architecture, one file each in
+//! Every model that quell runs is a decoder, or an encoder that differs from one in its norms, its
+//! input, and in that tokens also attend to those after them. Its architecture, one file each in
 //! `architectures/`, reads a checkpoint's hyperparameters from `config.json` (`huggingface.rs`)
 //! or GGUF metadata (`gguf.rs`) and turns them into a [`ModelConfig`] with one `LayerSpec` per
 //! layer. `tensors.rs` finds the checkpoint's tensors, and `decoder.rs` computes the layers on
@@ -21,6 +22,7 @@ mod latent;
 mod layer;
 mod names;
 mod per_layer;
+mod places;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
 mod recurrent;
@@ -31,5 +33,6 @@ mod tensors;
 pub use config::{Biases, ModelConfig};
 pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
+pub use places::Places;
 pub use rope::{RopeConfig, RopeScaling};
 pub use tensors::ModelSource;

@@ -2,10 +2,11 @@
 //! does not depend on the values of the weights.
 
 use super::layer::{
-    Attention, FeedForward, GatedDelta, Latent, LayerSpec, Mamba2, Mixer, ShortConv,
+    Attention, FeedForward, GatedDelta, Latent, LayerSpec, Mamba2, Mixer, NormPlacement, ShortConv,
 };
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
+use super::places::PlacePart;
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -22,11 +23,14 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     list.matrix(format!("{prefix}{embedding}.weight"), vocabulary, hidden);
     list.per_layer_inputs();
     list.streams();
+    list.places();
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
-    let norm = storage.final_norm.huggingface;
-    list.norm(format!("{prefix}{norm}.weight"), hidden);
+    if config.has_final_norm() {
+        let norm = storage.final_norm.huggingface;
+        list.norm(format!("{prefix}{norm}.weight"), hidden);
+    }
     if !tied {
         list.matrix("lm_head.weight".to_owned(), vocabulary, hidden);
     }
@@ -90,6 +94,25 @@ impl List<'_> {
         }
     }
 
+    /// Adds the embeddings of positions and segments, and the norm of the input.
+    fn places(&mut self) {
+        let Some(places) = self.config.places else {
+            return;
+        };
+        let hidden = self.config.hidden;
+        for part in PlacePart::ALL {
+            let name = self.prefix.to_owned() + part.huggingface();
+            match part {
+                PlacePart::Positions => {
+                    self.matrix(name, places.unused + self.config.context, hidden);
+                }
+                PlacePart::Segments => self.matrix(name, places.segments, hidden),
+                PlacePart::NormWeight => self.norm(name, hidden),
+                PlacePart::NormBias => self.vector(name, hidden, 0.0),
+            }
+        }
+    }
+
     fn layer(&mut self, layer: usize) {
         let config = self.config;
         let (spec, hidden) = (&config.layers[layer], config.hidden);
@@ -113,6 +136,15 @@ impl List<'_> {
         ] {
             if is_there {
                 self.part_norm(layer, part, hidden);
+            }
+        }
+        for (part, placement) in [
+            (Part::PostAttentionNorm, spec.mixer_norms),
+            (Part::PostFeedForwardNorm, spec.feed_forward_norms),
+        ] {
+            if placement == NormPlacement::OnSum {
+                self.part_norm(layer, part, hidden);
+                self.bias(layer, part, hidden, Some(true));
             }
         }
         match spec.feed_forward {
@@ -326,7 +358,8 @@ impl List<'_> {
     fn name(&self, layer: usize, part: Part) -> String {
         let name = (self.config.architecture.storage.huggingface_name)(part);
         let suffix = names::huggingface_suffix(part);
-        format!("{}layers.{layer}.{name}{suffix}", self.prefix)
+        let layers = self.config.architecture.storage.layers;
+        format!("{}{layers}.{layer}.{name}{suffix}", self.prefix)
     }
 
     fn part(&mut self, layer: usize, part: Part, rows: usize, columns: usize) {

@@ -20,11 +20,15 @@ pub(super) enum Naming {
 }
 
 /// Possible prefixes of `layers.0` in a Hugging Face checkpoint.
-const PREFIXES: [&str; 4] = [
+const PREFIXES: [&str; 7] = [
     "model.",
     "language_model.model.",
     "model.language_model.",
     "backbone.",
+    "bert.",
+    "roberta.",
+    // Models that were saved without their output projection.
+    "",
 ];
 
 /// A model's configuration together with its weights.
@@ -73,7 +77,8 @@ impl ModelSource {
         huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
-        let embedding = config.architecture.storage.embedding;
+        let storage = config.architecture.storage;
+        let (embedding, layers) = (storage.embedding, storage.layers);
         let with_embedding = PREFIXES.into_iter().find(|prefix| {
             let name = format!("{prefix}{embedding}.weight");
             folder.tensor(&name).is_some()
@@ -82,7 +87,7 @@ impl ModelSource {
         let with_layers = || {
             let names = folder.names();
             PREFIXES.into_iter().find(|prefix| {
-                let layer = format!("{prefix}layers.0.");
+                let layer = format!("{prefix}{layers}.0.");
                 names.iter().any(|name| name.starts_with(&layer))
             })
         };
@@ -141,6 +146,11 @@ impl ModelSource {
         Ok(self.weights.read(tensor)?)
     }
 
+    /// Returns the shape of a tensor, if the file holds one with this name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.weights.tensor(name).map(|tensor| tensor.shape)
+    }
+
     /// Returns whether the file holds a tensor with this name.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.weights.tensor(name).is_some()
@@ -180,11 +190,50 @@ impl ModelSource {
         };
         match names.iter().find(|name| self.holds(name)) {
             Some(name) => Ok(Some(name)),
-            None if self.tied => Ok(None),
+            None if self.tied || self.is_bare() => Ok(None),
             None => Err(ModelError::MissingHead {
                 name: names[0].to_owned(),
             }),
         }
+    }
+
+    /// Returns whether the file was saved without an output projection.
+    fn is_bare(&self) -> bool {
+        self.naming == (Naming::HuggingFace { prefix: "" })
+    }
+
+    /// Returns whether the model can generate tokens: it is no encoder, and has an output
+    /// projection.
+    pub fn generates(&self) -> bool {
+        let has_head = || self.tied || matches!(self.output_name(), Ok(Some(_)));
+        self.config.is_causal() && has_head()
+    }
+
+    /// Limits the length of texts to `tokens`.
+    pub fn limit_context(&mut self, tokens: usize) {
+        self.config.context = self.config.context.min(tokens);
+    }
+
+    /// Reads a tensor of floating-point numbers as float32.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`], [`ModelError::WrongShape`] or [`ModelError::WrongFormat`] if
+    /// there is none with this name, this shape and a floating-point format.
+    pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(ModelError::WrongShape {
+                name: name.to_owned(),
+                found: tensor.shape.to_vec(),
+                expected: shape.to_vec(),
+            });
+        }
+        let length = shape.iter().product();
+        let flat = TensorView {
+            shape: &[length],
+            ..tensor
+        };
+        self.numbers(&flat, length)
     }
 
     /// Returns the name of the norm before the output projection.
@@ -221,9 +270,15 @@ impl ModelSource {
         Ok(Some(StoredLinear::new(vec![output])))
     }
 
-    /// Reads the weight of the norm before the output projection.
-    pub(super) fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
-        self.norm_weight(&self.final_norm_name(), self.config.hidden)
+    /// Reads the weight of the norm before the output projection, if there is one.
+    pub(super) fn final_norm(&self) -> Result<Option<Vec<f32>>, ModelError> {
+        match self.config.has_final_norm() {
+            true => {
+                let weight = self.norm_weight(&self.final_norm_name(), self.config.hidden)?;
+                Ok(Some(weight))
+            }
+            false => Ok(None),
+        }
     }
 
     /// Reads the weight of a norm of a layer.
@@ -397,7 +452,10 @@ impl ModelSource {
     pub(super) fn layer_prefix(&self, layer: usize) -> String {
         match self.naming {
             Naming::Gguf => format!("blk.{layer}."),
-            Naming::HuggingFace { prefix } => format!("{prefix}layers.{layer}."),
+            Naming::HuggingFace { prefix } => {
+                let layers = self.config.architecture.storage.layers;
+                format!("{prefix}{layers}.{layer}.")
+            }
         }
     }
 

@@ -88,6 +88,10 @@ impl<'a> Demand<'a> {
             None => demand.default_rows(device),
         };
         demand.limits = demand.limits_of(rows);
+        if !model.is_causal() {
+            // A step has all tokens of a text.
+            demand.limits.sequence_tokens = demand.limits.sequence_tokens.min(rows);
+        }
         Ok(demand)
     }
 
@@ -138,7 +142,11 @@ impl<'a> Demand<'a> {
         while rows > LEAST_STEP_TOKENS && !suits(rows) {
             rows = (rows / 2).max(LEAST_STEP_TOKENS);
         }
-        rows
+        match self.source.config().is_causal() {
+            true => rows,
+            // A step must have room for a longest text.
+            false => rows.max(self.limits.sequence_tokens),
+        }
     }
 
     /// Returns the memory that steps within `limits` take, and an estimate for the weights.

@@ -39,6 +39,14 @@ pub enum LoadError {
         /// What was found and what was expected.
         problem: String,
     },
+    /// The model's files ask for embeddings that quell does not compute.
+    #[error("{path}: {problem}")]
+    Pooling {
+        /// The file with the setting.
+        path: PathBuf,
+        /// What was found and what was expected.
+        problem: String,
+    },
     /// A setting is out of range.
     #[error("{name} is {value}, but must be {expected}")]
     Config {

@@ -4,7 +4,8 @@ use super::demand::Demand;
 use super::device::{DeviceWork, on_device};
 use super::memory::MemoryPlan;
 use super::options::{GenerationConfig, LoadOptions};
-use super::{LoadError, ModelRunner, Runner, RunnerInfo, generation_config, limits};
+use super::{LoadError, ModelRunner, Pooling, Runner, RunnerInfo};
+use super::{generation_config, limits, pooling};
 use crate::config::EngineConfig;
 use crate::device::{Device, DeviceInfo};
 use crate::model::ModelSource;
@@ -17,12 +18,12 @@ use crate::weights::{Gguf, ModelFolder};
 use serde_json::Value;
 use std::path::Path;
 
-const TOKENIZER: &str = "tokenizer.json";
-
 /// The files of a model, opened and checked. Their weights have not been read yet.
 #[derive(Debug)]
 pub struct ModelFiles {
     source: ModelSource,
+    /// How embeddings are made of hidden states.
+    pooling: Pooling,
     tokenizer: Option<Tokenizer>,
     /// Name of the recipe by which the file was quantised, if the file states it.
     recipe: Option<&'static str>,
@@ -38,21 +39,28 @@ impl ModelFiles {
     /// [`LoadError::Model`] if quell cannot run the model, and [`LoadError::Text`] if the
     /// tokenizer or the chat template is invalid or not supported.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        let (source, tokenizer, recipe, sampling) = if path.is_dir() {
+        let (source, pooling, tokenizer, recipe, sampling) = if path.is_dir() {
             // Check the model first: if it is not supported, errors in other files are only
             // consequences.
-            let source = ModelSource::from_folder(ModelFolder::open(path)?)?;
+            let folder = ModelFolder::open(path)?;
+            let config = folder.config().clone();
+            let mut source = ModelSource::from_folder(folder)?;
+            let pooling = pooling::of_folder(path, &config, &mut source)?;
             let sampling = generation_config::of_folder(path);
-            (source, folder_tokenizer(path)?, None, sampling)
+            (source, pooling, folder_tokenizer(path)?, None, sampling)
         } else {
             let file = Gguf::open(path)?;
             let tokenizer = gguf_tokenizer(&file)?;
             let recipe = file.file_type();
             let sampling = generation_config::of_gguf(&file);
-            (ModelSource::from_gguf(file)?, tokenizer, recipe, sampling)
+            let kind = pooling::kind_of_gguf(&file);
+            let source = ModelSource::from_gguf(file)?;
+            let pooling = pooling::of_gguf(kind, path, &source)?;
+            (source, pooling, tokenizer, recipe, sampling)
         };
         Ok(Self {
             source,
+            pooling,
             tokenizer,
             recipe,
             sampling,
@@ -73,22 +81,15 @@ impl ModelFiles {
     }
 
     /// Returns the name of a tokenizer file in a format that quell does not read, if the folder
-    /// has one and no `tokenizer.json`.
+    /// has one and no other.
     #[cfg(feature = "cli")]
     pub(crate) fn unsupported_tokenizer(path: &Path) -> Option<&'static str> {
-        const OTHERS: [&str; 6] = [
-            "tokenizer.model",
-            "spiece.model",
-            "tekken.json",
-            "tokenizer.tiktoken",
-            "vocab.json",
-            "vocab.txt",
-        ];
+        const OTHERS: [&str; 4] = ["spiece.model", "tekken.json", "vocab.json", "vocab.txt"];
         let is_there = |name: &&str| path.join(name).exists();
         OTHERS
             .into_iter()
             .find(is_there)
-            .filter(|_| !is_there(&TOKENIZER))
+            .filter(|_| !Tokenizer::is_in_folder(path))
     }
 
     /// Returns the usual name of the format of the weights: the name of the recipe, such as
@@ -162,6 +163,7 @@ impl ModelFiles {
 pub fn random_model(settings: &Value, format: DType) -> Result<ModelFiles, LoadError> {
     Ok(ModelFiles {
         source: ModelSource::random(settings, format)?,
+        pooling: Pooling::default(),
         tokenizer: None,
         recipe: None,
         sampling: Ok(SamplingDefaults::default()),
@@ -189,6 +191,7 @@ pub fn build_runner(
         source: &source,
         config,
         sampling,
+        pooling: files.pooling,
         progress: &mut progress,
     };
     on_device(&options, source.parameters().is_quantised(), load)
@@ -215,6 +218,7 @@ struct Load<'a> {
     source: &'a ModelSource,
     config: &'a EngineConfig,
     sampling: SamplingDefaults,
+    pooling: Pooling,
     progress: &'a mut dyn FnMut(usize, usize),
 }
 
@@ -226,18 +230,21 @@ impl DeviceWork for Load<'_> {
             source,
             config,
             sampling,
+            pooling,
             progress,
         } = self;
         let (runner, mut info) = ModelRunner::load(device, source, config, progress)?;
         if let Some(model) = &mut info.model {
             model.sampling = sampling;
         }
+        info.embedding = info.embedding.map(|hidden| pooling.size(hidden));
+        info.pooling = pooling;
         Ok((Box::new(runner), info))
     }
 }
 
 fn folder_tokenizer(path: &Path) -> Result<Option<Tokenizer>, LoadError> {
-    match path.join(TOKENIZER).exists() {
+    match Tokenizer::is_in_folder(path) {
         true => Ok(Some(Tokenizer::from_folder(path)?)),
         false => Ok(None),
     }

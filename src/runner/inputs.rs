@@ -151,7 +151,7 @@ fn sample_row(position: usize, sequence: &Sequence, spares: &mut Vec<Vec<u32>>) 
 fn score_rows(rows: Range<usize>, sequence: &Sequence) -> impl Iterator<Item = SampleRow> {
     let top = match sequence.spec.task {
         Task::Score { top } => top,
-        Task::Generate | Task::Embed => 0,
+        Task::Generate | Task::Embed(_) => 0,
     };
     let params = Arc::new(SamplingParams {
         logprobs: Some(top),

@@ -17,6 +17,7 @@ mod model_runner;
 #[cfg(any(test, feature = "internals"))]
 mod null;
 mod options;
+mod pooling;
 
 pub use error::LoadError;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
@@ -27,6 +28,9 @@ pub use model_runner::ModelRunner;
 #[cfg(any(test, feature = "internals"))]
 pub use null::{NullOptions, NullRunner};
 pub use options::{DeviceChoice, GenerationConfig, LoadOptions};
+#[cfg(feature = "server")]
+pub(crate) use pooling::normalize;
+pub use pooling::{Dense, Pooling, PoolingStage};
 
 use crate::cache::{BlockId, CacheLayout, StateSlot};
 use crate::config::EngineConfig;
@@ -127,8 +131,18 @@ pub struct RunnerInfo {
     pub context_tokens: usize,
     /// Maximum number of tokens per step, unless the settings say otherwise.
     pub max_batch_tokens: usize,
-    /// Length of an embedding vector; `None` if the runner computes no embeddings.
+    /// Length of an embedding vector, or the number of scores; `None` if the runner computes
+    /// neither.
     pub embedding: Option<usize>,
+    /// How embeddings and scores are computed.
+    pub pooling: Pooling,
+    /// Whether the runner can generate tokens.
+    pub generates: bool,
+    /// Number of segments that the model tells apart; 1 for most models. A token of segment `s` is
+    /// given as its id plus `s` times the size of the vocabulary. Only embeddings have segments.
+    pub segments: usize,
+    /// Whether all tokens of a prompt must be in the same step.
+    pub whole_prompts: bool,
     /// Tokens that end a sequence, according to the model's own settings.
     pub end_tokens: Vec<u32>,
     /// Number of blocks of the KV cache.

@@ -3,7 +3,7 @@
 use super::demand::Demand;
 use super::inputs::Inputs;
 use super::memory::swap_info;
-use super::{LoadError, ModelInfo, Runner, RunnerInfo, StateInfo, StepOutput};
+use super::{LoadError, ModelInfo, Pooling, Runner, RunnerInfo, StateInfo, StepOutput};
 use crate::cache::{BlockId, CachePlace, StateSlot, Transfers};
 use crate::config::EngineConfig;
 use crate::device::{CacheLayer, Device, DeviceError, SNAPSHOT_TOKENS};
@@ -125,6 +125,10 @@ impl<D: Device> ModelRunner<D> {
             context_tokens: context,
             max_batch_tokens: memory.batch_tokens,
             embedding: Some(model.hidden),
+            pooling: Pooling::default(),
+            generates: source.generates(),
+            segments: model.places.map_or(1, |places| places.segments),
+            whole_prompts: !model.is_causal(),
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,
             block_tokens: shape.block_tokens,

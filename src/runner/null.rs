@@ -133,6 +133,10 @@ impl NullRunner {
             context_tokens: self.options.context_tokens,
             max_batch_tokens: 512,
             embedding: (self.options.embedding > 0).then_some(self.options.embedding),
+            pooling: Default::default(),
+            generates: true,
+            segments: 1,
+            whole_prompts: false,
             end_tokens: Vec::new(),
             cache_blocks: self.options.cache_blocks,
             block_tokens: self.options.block_tokens,
@@ -162,7 +166,7 @@ impl NullRunner {
         };
         let top = match sequence.spec.task {
             Task::Score { top } => Some(top),
-            Task::Generate | Task::Embed => None,
+            Task::Generate | Task::Embed(_) => None,
         };
         let next = sequence.tokens.get(rows.start + 1..rows.end + 1);
         let next = next.unwrap_or_default().iter();

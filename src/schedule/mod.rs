@@ -43,5 +43,5 @@ pub use policy::Policy;
 pub use retained::RetainedCache;
 pub use scheduler::{BlockDisposition, Commit, PrefixMisses, Scheduler};
 pub use sequence::{
-    FinishReason, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences, Task,
+    FinishReason, PooledTokens, Sequence, SequenceKey, SequenceSpec, SequenceState, Sequences, Task,
 };

@@ -9,6 +9,9 @@ pub struct Policy {
     pub max_batch_tokens: usize,
     /// Maximum number of sequences that run at the same time.
     pub max_sequences: usize,
+    /// Whether all tokens of a prompt must be in the same step. No prompt may then be longer than a
+    /// step.
+    pub whole_prompts: bool,
     /// Maximum number of blocks that sessions may pin.
     pub max_pinned_blocks: usize,
     /// What happens to the keys and values of a preempted sequence.
@@ -31,6 +34,7 @@ impl Default for Policy {
         Self {
             max_batch_tokens: 512,
             max_sequences: 256,
+            whole_prompts: false,
             max_pinned_blocks: 0,
             preemption: Preemption::Auto,
             swap_blocks: 0,

@@ -6,6 +6,7 @@ use crate::cache::{BlockCache, BlockTable, HostBlockId};
 use crate::id::{RequestId, SessionId, StepId};
 use crate::sampling::{ConstraintState, SamplingParams};
 use slotmap::{SlotMap, new_key_type};
+use std::ops::Range;
 use std::sync::Arc;
 
 new_key_type! {
@@ -39,15 +40,38 @@ pub enum Task {
         /// How many of the likeliest tokens to report for each position.
         top: u32,
     },
-    /// The mean of the last hidden states of the prompt, and no tokens.
-    Embed,
+    /// The mean of the last hidden states of these tokens of the prompt, and no tokens.
+    Embed(PooledTokens),
+}
+
+/// The tokens of a prompt whose hidden states make its embedding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PooledTokens {
+    /// All of them.
+    #[default]
+    All,
+    /// Only the first one.
+    First,
+    /// Only the last one.
+    Last,
+}
+
+impl PooledTokens {
+    /// Returns the positions of the tokens in a prompt of `length` tokens.
+    fn of(self, length: usize) -> Range<usize> {
+        match self {
+            Self::All => 0..length,
+            Self::First => 0..length.min(1),
+            Self::Last => length.saturating_sub(1)..length,
+        }
+    }
 }
 
 impl Task {
-    /// Returns whether every token of the prompt is needed, so that the sequence must compute
-    /// each of them itself.
+    /// Returns whether tokens of the prompt before the last one are needed, so that the sequence
+    /// must compute each of them itself.
     pub fn needs_every_token(self) -> bool {
-        self != Self::Generate
+        !matches!(self, Self::Generate | Self::Embed(PooledTokens::Last))
     }
 }
 
@@ -272,7 +296,15 @@ impl Sequence {
             Task::Score { .. } if from < to.min(self.prompt_tokens - 1) => {
                 Report::Scores(from..to.min(self.prompt_tokens - 1))
             }
-            Task::Embed if from < to => Report::Sum(from..to),
+            Task::Embed(tokens) => {
+                let wanted = tokens.of(self.prompt_tokens);
+                let rows = from.max(wanted.start)..to.min(wanted.end);
+                if rows.is_empty() {
+                    Report::Nothing
+                } else {
+                    Report::Sum(rows)
+                }
+            }
             _ => Report::Nothing,
         }
     }

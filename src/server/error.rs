@@ -144,7 +144,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::PromptTooLong { .. } | SubmitError::InputTooLong { .. } => {
                 invalid("prompt").code("context_length_exceeded")
             }
-            SubmitError::NoEmbeddings => invalid("model"),
+            SubmitError::NoEmbeddings | SubmitError::NoGeneration => invalid("model"),
             SubmitError::Params(error) => invalid(error.name),
             SubmitError::NoTokens => invalid("max_tokens"),
             SubmitError::NoSamples | SubmitError::TooManyAnswers { .. } => invalid("n"),

@@ -36,6 +36,7 @@ mod openai;
 mod options;
 mod router;
 mod routes;
+mod scoring;
 mod submit;
 
 pub use error::ServeError;

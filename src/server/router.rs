@@ -4,8 +4,8 @@ use super::error::ApiError;
 use super::http::{access_log, auth, drain, guard, host};
 use super::openai::notices;
 use super::routes::{
-    abort, chat, completions, embeddings, health, metrics, models, openapi, page, responses,
-    sessions, snapshot, tokenize, version,
+    abort, chat, completions, embeddings, health, metrics, models, openapi, page, rerank,
+    responses, sessions, snapshot, tokenize, version,
 };
 use super::{App, ServeError};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
@@ -98,6 +98,12 @@ fn routes() -> Router<Arc<App>> {
             get(responses::get).delete(responses::delete),
         )
         .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/rerank", post(rerank::rerank))
+        // Cohere's second version of the same route, and names without a version.
+        .route("/v2/rerank", post(rerank::rerank))
+        .route("/rerank", post(rerank::rerank))
+        .route("/v1/score", post(rerank::score))
+        .route("/score", post(rerank::score))
         .route("/v1/models", get(models::list))
         .route("/v1/models/", get(models::list))
         .route("/v1/models/{*name}", get(models::get))

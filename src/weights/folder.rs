@@ -4,7 +4,7 @@
 use super::directory::{Contents, Directory};
 use super::file::WeightFile;
 use super::source::refuse_lfs_pointer;
-use super::{TensorView, WeightSource, WeightsError, from_python_json, safetensors};
+use super::{TensorView, WeightSource, WeightsError, from_python_json, quant, safetensors};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::borrow::Cow;
@@ -88,6 +88,31 @@ impl WeightSource for ModelFolder {
     fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
         self.directory.read(tensor)
     }
+}
+
+/// Reads a tensor of a safetensors file as float32.
+///
+/// # Errors
+/// Returns the same errors as [`ModelFolder::open`], and [`WeightsError::Malformed`] if the file has
+/// no tensor of this name and shape.
+pub fn read_tensor(path: &Path, name: &str, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
+    let mut directory = Directory::default();
+    add_file(&mut directory, path, None)?;
+    let malformed = |problem: String| WeightsError::Malformed {
+        path: path.to_owned(),
+        format: "safetensors",
+        problem,
+    };
+    let tensor = directory.tensor(name);
+    let tensor = tensor.ok_or_else(|| malformed(format!("tensor {name:?} is missing")))?;
+    if tensor.shape != shape {
+        let found = tensor.shape;
+        let problem = format!("tensor {name:?} has shape {found:?}, but must have {shape:?}");
+        return Err(malformed(problem));
+    }
+    let mut values = vec![0.0; shape.iter().product()];
+    quant::dequantize(tensor.dtype, &directory.read(&tensor)?, &mut values);
+    Ok(values)
 }
 
 fn open_weights(folder: &Path) -> Result<Directory, WeightsError> {

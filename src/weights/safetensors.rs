@@ -60,6 +60,10 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
             )));
         }
         end_before = end;
+        // Old encoders store the numbers of positions, which are no weights.
+        if name.ends_with("position_ids") && info.dtype == StoredDtype::I64 {
+            continue;
+        }
         let dtype = dtype(&name, &info, path)?;
         let shape = &info.shape;
         let elements = shape

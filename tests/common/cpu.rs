@@ -153,3 +153,18 @@ pub fn multiply(device: &mut CpuDevice, weight: &CpuLinear, x: &[f32]) -> Vec<f3
     device.linear(&x, weight, rows, &mut out).unwrap();
     values(&out, rows)
 }
+
+/// Computes the exact GELU, with the series of the error function all of whose terms are positive.
+pub fn gelu(x: f64) -> f64 {
+    let z = x.abs() / 2f64.sqrt();
+    let (mut term, mut sum) = (z, z);
+    for n in 1..400 {
+        term *= 2.0 * z * z / f64::from(2 * n + 1);
+        sum += term;
+    }
+    let erf = match z < 6.0 {
+        true => 2.0 / std::f64::consts::PI.sqrt() * (-z * z).exp() * sum,
+        false => 1.0,
+    };
+    x / 2.0 * (1.0 + erf.copysign(x))
+}

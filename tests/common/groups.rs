@@ -175,6 +175,7 @@ impl<D: TestDevice> Grouped<D> {
             heads: self.heads,
             scale: 2.0 / (self.heads.head_dim as f32).sqrt(),
             window: layer.window,
+            causal: true,
             chunked: false,
             softcap: None,
         }

@@ -9,6 +9,7 @@ pub mod browser;
 pub mod clients;
 pub mod conditioning;
 pub mod cpu;
+pub mod embedding;
 pub mod experts;
 pub mod gguf_writer;
 pub mod golden;

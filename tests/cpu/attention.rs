@@ -188,6 +188,13 @@ fn reference_with_sinks(
             true => position / window * window,
             false => (position + 1).saturating_sub(window),
         });
+        let end = match spec.causal {
+            true => position + 1,
+            false => {
+                let all = rows.len();
+                spec.window.map_or(all, |window| all.min(position + window))
+            }
+        };
         for head in 0..q_heads {
             let q = &row[head * head_dim..][..head_dim];
             let k_at = (q_heads + head / group) * head_dim;
@@ -195,7 +202,7 @@ fn reference_with_sinks(
                 Values::BesideKeys => k_at + kv_heads * head_dim,
                 Values::InKeys(elements) => k_at + head_dim - elements,
             };
-            let scores: Vec<f64> = rows[first..=position]
+            let scores: Vec<f64> = rows[first..end]
                 .iter()
                 .map(|row| {
                     let dot: f64 = q.iter().zip(&row[k_at..]).map(|(q, k)| q * k).sum();
@@ -245,6 +252,7 @@ fn specs() -> Vec<(AttentionSpec, usize)> {
         heads,
         scale: 1.5 / (heads.head_dim as f32).sqrt(),
         window,
+        causal: true,
         chunked: false,
         softcap,
     };
@@ -288,11 +296,45 @@ pub fn assert_near(out: &[f32], expected: &[f64], tolerance: f64, what: &str) {
 }
 
 #[test]
+fn attention_in_both_directions_agrees_with_float64_in_any_batch() {
+    let mut random = Random::new(17);
+    for (index, (spec, rotary)) in specs().into_iter().enumerate() {
+        let spec = AttentionSpec {
+            window: [None, Some(1), Some(20), Some(150)][index % 4],
+            causal: false,
+            ..spec
+        };
+        let lengths = [1, 17, 200];
+        let qkvs = lengths.map(|length| random.numbers(length * spec.heads.qkv_columns()));
+        let rope = rope_spec(rotary);
+        for threads in [1, 3] {
+            let options = options(SimdLevel::Auto, threads, KvType::F32);
+            let mut layer = Layer::new(&options, spec, rotary, 16);
+            let tables = [table(0, 1), table(7, 2), table(21, 13)];
+            let part = |index: usize| Part {
+                qkv: &qkvs[index],
+                range: 0..lengths[index],
+                table: &tables[index],
+            };
+            let together = layer.step(&[part(0), part(1), part(2)]);
+            for (index, found) in together.iter().enumerate() {
+                let expected = reference_with_sinks(&spec, &rope, None, &[], &qkvs[index]);
+                let what = format!("{} tokens, {spec:?}", lengths[index]);
+                assert_near(found, &expected, 2e-5, &what);
+                let alone = layer.step(&[part(index)]).remove(0);
+                assert!(bits(&alone) == bits(found), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
 fn sinks_and_chunks_agree_with_float64_in_any_steps() {
     let mut random = Random::new(16);
     for (index, (spec, rotary)) in specs().into_iter().enumerate() {
         let spec = AttentionSpec {
             window: [None, Some(20), Some(150)][index % 3],
+            causal: true,
             chunked: true,
             ..spec
         };

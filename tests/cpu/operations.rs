@@ -94,7 +94,7 @@ fn norms_agree_with_float64() {
             random.numbers(rows * columns),
             random.numbers(rows * columns),
         );
-        let weight = random.numbers(columns);
+        let (weight, bias) = (random.numbers(columns), random.numbers(columns));
         let sum: Vec<f64> = wide(&x).iter().zip(wide(&r)).map(|(a, b)| a + b).collect();
         for level in levels() {
             let mut d = device(level, 2, Activations::Auto);
@@ -126,6 +126,20 @@ fn norms_agree_with_float64() {
             let mut residual = tensor(&mut d, columns, &r);
             d.add(&mut residual, &x_tensor, rows).unwrap();
             assert_near(&values(&residual, rows), &sum, 1e-6, &what);
+
+            let b = d.load_vector(&bias).unwrap();
+            for (x, sum) in [(None, wide(&r)), (Some(&x_tensor), sum.clone())] {
+                let mut residual = tensor(&mut d, columns, &r);
+                d.add_layer_norm(&mut residual, x, [&w, &b], 1e-6, rows, &mut out)
+                    .unwrap();
+                let normed = normalized(&centred(&sum, columns), &weight);
+                let biases = bias.iter().cycle().map(|&b| f64::from(b));
+                let expected: Vec<f64> = normed.iter().zip(biases).map(|(a, b)| a + b).collect();
+                // A row of one column is its own mean.
+                let tolerance = if columns == 1 { 1e-2 } else { 1e-4 };
+                assert_near(&values(&residual, rows), &expected, tolerance, &what);
+                assert_eq!(bits(&values(&out, rows)), bits(&values(&residual, rows)));
+            }
 
             let mut residual = tensor(&mut d, columns, &r);
             d.centre(&mut residual, rows).unwrap();
@@ -166,7 +180,9 @@ fn activations_agree_with_float64_even_far_from_zero() {
                                     * (x + 0.044_715 * x * x * x);
                                 0.5 * x * (1.0 + inner.tanh())
                             }
-                            Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => {
+                            Activation::ClampedSwiGlu { .. }
+                            | Activation::SquaredRelu
+                            | Activation::Gelu => {
                                 unreachable!()
                             }
                         });

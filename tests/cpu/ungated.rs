@@ -64,6 +64,30 @@ fn the_squared_relu_reads_no_gate_and_keeps_what_is_not_a_number() {
 }
 
 #[test]
+fn the_exact_gelu_agrees_with_float64_even_far_from_zero() {
+    let mut random = Random::new(53);
+    let mut x: Vec<f32> = random.numbers(400).iter().map(|x| x * 12.0).collect();
+    x[0] = f32::NAN;
+    for level in levels() {
+        let mut d = device(level, 2, Activations::Auto);
+        let up = tensor(&mut d, 40, &x);
+        let mut out = d.allocate(10, 40, Precision::Full).unwrap();
+        d.gated_activation(&up, Activation::Gelu, 10, &mut out)
+            .unwrap();
+        let found = values(&out, 10);
+        assert!(found[0].is_nan());
+        for (found, &x) in found[1..].iter().zip(&x[1..]) {
+            let expected = gelu(f64::from(x));
+            let error = (f64::from(*found) - expected).abs();
+            assert!(
+                error <= 1e-6 * (1.0 + expected.abs()),
+                "{level:?}: gelu({x}) is {found}"
+            );
+        }
+    }
+}
+
+#[test]
 fn experts_without_a_gate_agree_with_float64() {
     let mut random = Random::new(52);
     let (count, columns, hidden, rows) = (3, 32, 24, 5);

@@ -36,6 +36,7 @@ fn case(
             heads,
             scale,
             window,
+            causal: true,
             chunked: false,
             softcap,
         },
@@ -103,6 +104,17 @@ fn sees_from(spec: &AttentionSpec, position: usize) -> usize {
     spec.window.map_or(0, from)
 }
 
+/// Returns the position after the last one that a token attends to.
+fn sees_until(spec: &AttentionSpec, position: usize, qkv: &[f32]) -> usize {
+    let tokens = qkv.len() / spec.heads.qkv_columns();
+    match spec.causal {
+        true => position + 1,
+        false => spec
+            .window
+            .map_or(tokens, |window| tokens.min(position + window)),
+    }
+}
+
 /// Computes the attention of one token in float64.
 pub fn reference(spec: &AttentionSpec, qkv: &[f32], position: usize) -> Vec<f64> {
     reference_with_sinks(spec, &[], qkv, position)
@@ -122,7 +134,7 @@ fn reference_with_sinks(
         ..
     } = spec.heads;
     let columns = spec.heads.qkv_columns();
-    let seen: Vec<&[f32]> = (sees_from(spec, position)..=position)
+    let seen: Vec<&[f32]> = (sees_from(spec, position)..sees_until(spec, position, qkv))
         .map(|token| &qkv[token * columns..][..columns])
         .collect();
     let query = &qkv[position * columns..];
@@ -785,6 +797,41 @@ fn invalid_attention_arguments_are_refused() {
         let error = attend(&spec, layer, columns, block).unwrap_err();
         assert!(matches!(error, DeviceError::Failed { .. }), "{error}");
         assert!(error.to_string().contains(complaint), "{error}");
+    }
+}
+
+#[test]
+fn attention_in_both_directions_agrees_with_float64_in_any_batch() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(17);
+    let lengths = [1, 2, 17, 64, 129, 200, 300];
+    for kind in TYPES {
+        let mut device = layer::device(kind);
+        for (index, head_dim) in [16, 32, 64, 128, 256].into_iter().enumerate() {
+            let window = [None, Some(1), Some(20), Some(130)][index % 4];
+            let mut case = case((6, 2, head_dim), window, None, 16);
+            case.spec.causal = false;
+            let spec = &case.spec;
+            let qkvs = lengths.map(|length| tokens(&mut random, kind, &case, length));
+            let (tables, blocks) = tables(&mut random, &lengths, 16);
+            let mut layer = Layer::new(&mut device, spec.heads, &identity(2048), 16, blocks);
+            let part = |index: usize| Part {
+                qkv: &qkvs[index],
+                range: 0..lengths[index],
+                table: &tables[index],
+            };
+            let parts: Vec<Part<'_>> = (0..lengths.len()).map(part).collect();
+            let together = layer.step(spec, &parts);
+            for (index, found) in together.iter().enumerate() {
+                let expected: Vec<f64> = (0..lengths[index])
+                    .flat_map(|position| reference(spec, &qkvs[index], position))
+                    .collect();
+                let what = format!("{} tokens, {spec:?}", lengths[index]);
+                assert_near(kind, found, &expected, &what);
+                let alone = layer.step(spec, &[part(index)]).remove(0);
+                assert!(bits(&alone) == bits(found), "{what}");
+            }
+        }
     }
 }
 

@@ -137,6 +137,7 @@ impl Model {
             heads: HEADS,
             scale: 0.2,
             window: None,
+            causal: true,
             chunked: false,
             softcap: None,
         };

@@ -155,7 +155,9 @@ impl Layer {
                         let inner = 0.797_884_560_802_865_4 * (gate + 0.044_715 * gate.powi(3));
                         0.5 * gate * (1.0 + inner.tanh())
                     }
-                    Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => unreachable!(),
+                    Activation::ClampedSwiGlu { .. }
+                    | Activation::SquaredRelu
+                    | Activation::Gelu => unreachable!(),
                 };
                 round(activated * up)
             });

@@ -6,6 +6,7 @@ mod attention;
 mod blas;
 mod cache;
 mod device;
+mod embedding;
 mod engine;
 mod experts;
 mod golden_models;

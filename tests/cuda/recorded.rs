@@ -221,6 +221,7 @@ impl Run {
             heads,
             scale: 0.3,
             window,
+            causal: true,
             chunked: false,
             softcap: window.map(|_| 5.0),
         };

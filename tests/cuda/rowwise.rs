@@ -1,7 +1,7 @@
 //! The row-wise operations of the CUDA device agree with float64, and the result of a row does
 //! not depend on the number of rows.
 
-use common::cpu::{Random, bits};
+use common::cpu::{Random, bits, gelu};
 use common::gpu;
 use half::{bf16, f16};
 use quell::internals::device::cuda::{CudaCache, CudaDevice, CudaTensor};
@@ -252,7 +252,9 @@ fn activations_agree_with_float64_even_far_from_zero() {
                     let (gate, up) = row.split_at(columns);
                     let activated = gate.iter().map(|&x| match activation {
                         Activation::Silu => x / (1.0 + (-x).exp()),
-                        Activation::ClampedSwiGlu { .. } | Activation::SquaredRelu => {
+                        Activation::ClampedSwiGlu { .. }
+                        | Activation::SquaredRelu
+                        | Activation::Gelu => {
                             unreachable!()
                         }
                         Activation::GeluTanh => {
@@ -301,6 +303,74 @@ fn the_squared_relu_reads_no_gate_and_keeps_what_is_not_a_number() {
             let wide = device.allocate(rows, 2 * columns, Precision::Activation);
             let refused = device.gated_activation(&wide.unwrap(), activation, rows, &mut out);
             refused.unwrap_err();
+        }
+    }
+}
+
+#[test]
+fn the_exact_gelu_agrees_with_float64_even_far_from_zero() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(38);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for (rows, columns) in SHAPES {
+            let mut x: Vec<f32> = random.numbers(rows * columns);
+            x.iter_mut().for_each(|x| *x *= 8.0);
+            x[0] = f32::NAN;
+            let up = activations(&mut device, columns, &x);
+            let mut out = activations(&mut device, columns, &x);
+            let activation = Activation::Gelu;
+            device
+                .gated_activation(&up, activation, rows, &mut out)
+                .unwrap();
+            let found = device.values(&out, rows).unwrap();
+            assert!(found[0].is_nan());
+            let expected: Vec<f64> = x[1..].iter().map(|&x| gelu(kept(kind, x))).collect();
+            let what = format!("{rows} × {columns} in {kind:?}");
+            assert_near(&found[1..], &expected, rounding(kind), 2e-6, &what);
+        }
+    }
+}
+
+#[test]
+fn layer_norms_of_sums_agree_with_float64() {
+    let _gpu = gpu::lock();
+    let mut random = Random::new(39);
+    for kind in TYPES {
+        let mut device = device(kind);
+        for (rows, columns) in SHAPES.into_iter().chain([(2, 10_248)]) {
+            let operands = Operands::new(&mut random, kind, rows, columns);
+            let bias = random.numbers(columns);
+            let vectors = [&operands.weight, &bias].map(|own| device.load_vector(own).unwrap());
+            let x = activations(&mut device, columns, &operands.x);
+            let mut out = activations(&mut device, columns, &operands.x);
+            for with_x in [false, true] {
+                let mut stream = residual(&mut device, columns, &operands.residual);
+                let x = with_x.then_some(&x);
+                let parameters = [&vectors[0], &vectors[1]];
+                device
+                    .add_layer_norm(&mut stream, x, parameters, EPSILON, rows, &mut out)
+                    .unwrap();
+                let added = operands
+                    .x_kept
+                    .iter()
+                    .map(|x| if with_x { *x } else { 0.0 });
+                let sums = wide(&operands.residual).into_iter().zip(added);
+                let sums: Vec<f64> = sums.map(|(a, b)| a + b).collect();
+                let centre = |row: &[f64]| {
+                    let mean = row.iter().sum::<f64>() / columns as f64;
+                    row.iter().map(|v| v - mean).collect::<Vec<_>>()
+                };
+                let centred: Vec<f64> = sums.chunks(columns).flat_map(centre).collect();
+                let normed = normalized(&centred, &operands.weight);
+                let biases = bias.iter().cycle().map(|&b| f64::from(b));
+                let expected: Vec<f64> = normed.iter().zip(biases).map(|(a, b)| a + b).collect();
+                let what = format!("{rows} × {columns} in {kind:?}");
+                let found = device.values(&stream, rows).unwrap();
+                assert_near(&found, &expected, 1e-5, 1e-5, &what);
+                let copied = device.values(&out, rows).unwrap();
+                assert_near(&copied, &expected, rounding(kind), 1e-5, &what);
+            }
         }
     }
 }

@@ -55,6 +55,7 @@ fn spec(heads: HeadShape) -> AttentionSpec {
         heads,
         scale: 0.3,
         window: None,
+        causal: true,
         chunked: false,
         softcap: None,
     }

@@ -2,6 +2,7 @@
 
 mod converted;
 mod delta_files;
+mod embedding;
 mod fuzz_seeds;
 mod golden_gguf;
 mod golden_smollm2;

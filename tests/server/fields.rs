@@ -46,6 +46,10 @@ fn good(route: Route) -> Value {
             "input": "Count from one to ten.", "max_output_tokens": 6, "temperature": 0, "seed": 1,
         }),
         Route::Embeddings => json!({"input": "a cat sat on a mat"}),
+        Route::Rerank => json!({
+            "query": "Where is the cat?", "documents": ["The cat is on the mat.", "It rains."],
+        }),
+        Route::Score => json!({"text_1": "Where is the cat?", "text_2": "On the mat."}),
         Route::Tokenize => json!({"prompt": "a cat"}),
         Route::Detokenize => json!({"tokens": [504, 905]}),
     }
@@ -98,14 +102,20 @@ fn streamed(name: &str) -> Value {
     }
 }
 
+/// Returns whether the null engine refuses all requests of the route: it has no embeddings, and does
+/// not keep to the answers that are allowed.
+fn needs_a_model(route: Route) -> bool {
+    matches!(route, Route::Embeddings | Route::Rerank | Route::Score)
+}
+
 #[test]
 fn refused_fields_are_reported_unless_their_value_is_neutral() {
-    // The null engine has no embeddings, so its refusal must name another field.
+    // The null engine refuses some routes, so its refusal must name another field.
     let answered = |route: Route, body: &Value, name: &str| {
         let reply = send(NULL.address, route.path(), body);
         let other = reply.json()["error"]["param"] != name;
         assert!(
-            reply.status == 200 || (route == Route::Embeddings && other),
+            reply.status == 200 || (needs_a_model(route) && other),
             "{} {body}: {}",
             route.path(),
             reply.text()
@@ -153,7 +163,7 @@ fn accepted_fields_may_have_any_value() {
                 let reply = send(NULL.address, route.path(), &body);
                 let error = &reply.json()["error"];
                 assert!(
-                    reply.status == 200 || route == Route::Embeddings,
+                    reply.status == 200 || needs_a_model(route),
                     "{body}: {}",
                     reply.text()
                 );
@@ -320,7 +330,9 @@ fn evidence(route: Route, name: &str) -> Option<Evidence> {
             json!({"chat_template_kwargs": {"add_generation_prompt": false}}),
             Seen::shorter_prompt,
         ),
-        "documents" => Wrong(beside(json!({"documents": [{"title": "a", "text": "b"}]}))),
+        "documents" if route != Route::Rerank => {
+            Wrong(beside(json!({"documents": [{"title": "a", "text": "b"}]})))
+        }
         "reasoning_effort" => Wrong(json!({"reasoning_effort": 5})),
         "reasoning.effort" => Wrong(json!({"reasoning.effort": 5})),
         "verbosity" => Wrong(json!({"verbosity": 5})),
@@ -511,6 +523,44 @@ fn evidence(route: Route, name: &str) -> Option<Evidence> {
         "metadata" => Shows(none, json!({"metadata": {"a": "b"}}), |seen| {
             seen.after["metadata"]["a"] == "b"
         }),
+        "prompt_name" => Wrong(json!({"prompt_name": "query"})),
+        "query" => Shows(
+            none,
+            json!({"query": "Where is the cat, and what is it doing there?"}),
+            Seen::longer_prompt,
+        ),
+        "documents" if route == Route::Rerank => Shows(
+            none,
+            json!({"documents": [{"text": "It rains."}]}),
+            |seen| {
+                let results = seen.after["results"].as_array().unwrap();
+                results.len() == 1 && results[0]["document"]["text"] == "It rains."
+            },
+        ),
+        "top_n" => Shows(none, json!({"top_n": 1}), |seen| {
+            seen.after["results"].as_array().unwrap()[..]
+                == seen.before["results"].as_array().unwrap()[..1]
+        }),
+        "return_documents" => Shows(none, json!({"return_documents": false}), |seen| {
+            let shown = |answer: &Value| answer["results"][0].get("document").is_some();
+            shown(&seen.before) && !shown(&seen.after)
+        }),
+        "text_1" => Shows(
+            none,
+            json!({"text_1": "Where is the cat, and what is it doing there?"}),
+            Seen::longer_prompt,
+        ),
+        "text_2" => Shows(
+            none,
+            json!({"text_2": ["On the mat.", "It rains."]}),
+            |seen| seen.after["data"].as_array().unwrap().len() == 2,
+        ),
+        "max_tokens_per_doc" => Shows(none, json!({"max_tokens_per_doc": 1}), Seen::shorter_prompt),
+        "instruction" => Shows(
+            none,
+            json!({"instruction": "Find what rhymes"}),
+            Seen::shorter_prompt,
+        ),
         "dimensions" => Shows(none, json!({"dimensions": 3}), |seen| {
             seen.after["data"][0]["embedding"].as_array().unwrap().len() == 3
         }),

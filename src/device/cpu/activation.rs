@@ -122,7 +122,37 @@ pub(super) fn activate<S: Simd>(s: S, activation: Activation, gate: S::F, up: S:
             let positive = s.max(s.splat(0.0), up);
             s.mul(positive, positive)
         }
+        Activation::Gelu => gelu(s, up),
     }
+}
+
+/// Returns `x/2 · (1 + erf(x / √2))`, with a relative error of about 1e-6 also where it is close
+/// to 0. It is `max(x, 0) − |x| · h`, where `h` is half the complementary error function of
+/// `|x| / √2`, as Press et al., *Numerical Recipes*, 1992, approximate it.
+#[inline(always)]
+fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let magnitude = s.max(s.sub(zero, x), x);
+    let z = s.mul(magnitude, s.splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = s.div(one, s.fma(z, s.splat(0.5), one));
+    let mut p = s.splat(0.170_872_77);
+    for coefficient in [
+        -0.822_152_23,
+        1.488_515_9,
+        -1.135_204,
+        0.278_868_07,
+        -0.186_288_06,
+        0.096_784_18,
+        0.374_091_96,
+        1.000_023_7,
+        -1.265_512_2,
+    ] {
+        p = s.fma(p, t, s.splat(coefficient));
+    }
+    let e = s.exp(s.sub(p, s.mul(z, z)));
+    let h = s.mul(s.mul(t, s.splat(0.5)), e);
+    // The operand order propagates NaN.
+    s.sub(s.max(zero, x), s.mul(magnitude, h))
 }
 
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Causal attention over the paged KV cache.
+//! Attention over the paged KV cache.
 //!
 //! An item of work consists of some consecutive rows of a sequence and one key-value head. All
 //! query heads of the group and all rows of the item share each tile of sixteen keys.
@@ -163,10 +163,11 @@ impl Attention {
             let mut start = of.rows.start;
             while start < of.rows.end {
                 let end = of.rows.end.min(start + rows);
+                let visible = |row| attend.visible(row, of.rows.end);
                 let item = Item {
                     sequence,
                     rows: start..end,
-                    sees: attend.visible(start).0..attend.visible(end - 1).1 + 1,
+                    sees: visible(start).0..visible(end - 1).1 + 1,
                     first_span: spans,
                 };
                 spans += item.spans().len();

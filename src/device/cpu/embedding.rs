@@ -4,6 +4,7 @@ use super::CpuDevice;
 use super::error::require;
 use super::linear::CpuLinear;
 use super::memory::Disjoint;
+use super::norm::CpuVector;
 use super::tensor::{CpuTensor, require_shape};
 use crate::device::{DeviceError, EmbeddingOps};
 
@@ -41,5 +42,42 @@ impl EmbeddingOps for CpuDevice {
                     }
                 }
             })
+    }
+
+    fn embed_places(
+        &mut self,
+        table: &CpuLinear,
+        places: &CpuVector,
+        segments: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "embed_places";
+        let (rows, columns, words) = (self.staged.rows(), table.columns(), table.rows());
+        require_shape(NAME, "the result", out, (rows, columns))?;
+        let places = places.values();
+        let positions = places.len() / (segments * columns).max(1);
+        let (tokens, at) = (&self.staged.tokens, &self.staged.positions);
+        let most = tokens.iter().max().map_or(0, |token| *token as usize);
+        let fits = most < words * segments && self.staged.position_end <= positions;
+        require(fits, NAME, || {
+            let end = self.staged.position_end;
+            format!(
+                "token {most} and {end} positions do not fit in {segments} segments of {words} \
+                 tokens and {positions} positions"
+            )
+        })?;
+        let out = Disjoint::new(out.leading_mut(rows));
+        let grain = (4096 / columns.max(1)).max(1);
+        self.workers.run(NAME, rows, grain, |range| {
+            for row in range {
+                // SAFETY: each row belongs to one item.
+                let out = unsafe { out.range(row * columns, columns) };
+                let token = tokens[row] as usize;
+                table.read_row(token % words, out);
+                let place = (token / words * positions + at[row] as usize) * columns;
+                let place = &places[place..place + columns];
+                out.iter_mut().zip(place).for_each(|(out, own)| *out += own);
+            }
+        })
     }
 }

@@ -5,7 +5,7 @@ use super::error::require;
 use super::rowwise::{load, store, vectors};
 use super::simd::{Kernel, Simd};
 use super::tensor::{CpuTensor, require_shape};
-use crate::device::{DeviceError, NormOps};
+use crate::device::{DeviceError, NormOps, ResidualOps};
 
 /// A vector of float32 numbers.
 pub struct CpuVector(Vec<f32>);
@@ -69,6 +69,34 @@ impl NormOps for CpuDevice {
         require_shape("centre", "x", x, (rows, columns))?;
         let x = x.leading_mut(rows);
         self.rowwise("centre", (rows, columns), x, |_, x| Centre { x, columns })
+    }
+
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut CpuTensor,
+        x: Option<&CpuTensor>,
+        [weight, bias]: [&CpuVector; 2],
+        epsilon: f32,
+        rows: usize,
+        out: &mut CpuTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "add_layer_norm";
+        let columns = weight.0.len();
+        require_shape(NAME, "the residual", residual, (rows, columns))?;
+        require(bias.0.len() == columns, NAME, || {
+            format!("{columns} weights and {} biases", bias.0.len())
+        })?;
+        if let Some(x) = x {
+            self.add(residual, x, rows)?;
+        }
+        let parameters = [&weight.0[..], &bias.0];
+        let rows_of = residual.leading_mut(rows);
+        self.rowwise(NAME, (rows, columns), rows_of, |_, x| LayerNorm {
+            x,
+            parameters,
+            epsilon,
+        })?;
+        self.copy(residual, rows, out)
     }
 
     fn rms_norm_add(
@@ -213,17 +241,55 @@ impl Kernel for Centre<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for x in self.x.chunks_exact_mut(self.columns) {
-            let mut sum = s.splat(0.0);
+            centre(s, x);
+        }
+    }
+}
+
+/// Subtracts the mean of a row from it.
+#[inline(always)]
+fn centre<S: Simd>(s: S, x: &mut [f32]) {
+    let mut sum = s.splat(0.0);
+    for (at, count) in vectors(x.len()) {
+        // SAFETY: `vectors` stays inside the row.
+        sum = s.add(sum, unsafe { load(s, x.as_ptr().add(at), count) });
+    }
+    let mean = s.splat(s.reduce_add(sum) / x.len() as f32);
+    for (at, count) in vectors(x.len()) {
+        // SAFETY: `vectors` stays inside the row.
+        unsafe {
+            let v = load(s, x.as_ptr().add(at), count);
+            store(s, x.as_mut_ptr().add(at), s.sub(v, mean), count);
+        }
+    }
+}
+
+/// `x = (x − mean(x)) / σ(x) · weight + bias` for rows of `weight.len()` columns.
+struct LayerNorm<'a> {
+    x: &'a mut [f32],
+    /// The weight and the bias.
+    parameters: [&'a [f32]; 2],
+    epsilon: f32,
+}
+
+impl Kernel for LayerNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [weight, bias] = self.parameters;
+        for x in self.x.chunks_exact_mut(weight.len()) {
+            centre(s, x);
+            let factor = s.splat(inverse_rms(s, x, self.epsilon));
             for (at, count) in vectors(x.len()) {
-                // SAFETY: `vectors` stays inside the row.
-                sum = s.add(sum, unsafe { load(s, x.as_ptr().add(at), count) });
-            }
-            let mean = s.splat(s.reduce_add(sum) / x.len() as f32);
-            for (at, count) in vectors(x.len()) {
-                // SAFETY: `vectors` stays inside the row.
+                // SAFETY: `vectors` stays inside the row, and the weight and the bias have the same
+                // length.
                 unsafe {
                     let v = load(s, x.as_ptr().add(at), count);
-                    store(s, x.as_mut_ptr().add(at), s.sub(v, mean), count);
+                    let w = load(s, weight.as_ptr().add(at), count);
+                    let b = load(s, bias.as_ptr().add(at), count);
+                    let y = s.fma(s.mul(v, factor), w, b);
+                    store(s, x.as_mut_ptr().add(at), y, count);
                 }
             }
         }

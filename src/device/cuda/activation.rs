@@ -15,6 +15,7 @@ kernels! {
     pub(super) struct ActivationKernels in "activation" {
         gated_activation(out: Ptr, gate_up: Ptr, rows: u32, columns: u32, gelu: u32);
         squared_relu(out: Ptr, up: Ptr, count: u32);
+        gelu(out: Ptr, up: Ptr, count: u32);
         softcap(x: Ptr, cap: f32, count: u32);
         sigmoid_gate(x: Ptr, gates: Ptr, count: u32);
         sigmoid_gates(x: Ptr, gates: Ptr, count: u32, width: u32);
@@ -135,19 +136,19 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let (context, count) = (&self.context, rows * columns);
         let grid = vector_grid(count);
-        if !activation.is_gated() {
-            return self
-                .activation
-                .squared_relu(context, grid, out, gate_up, count as u32);
+        let (kernels, count) = (&self.activation, count as u32);
+        match activation {
+            Activation::SquaredRelu => kernels.squared_relu(context, grid, out, gate_up, count),
+            Activation::Gelu => kernels.gelu(context, grid, out, gate_up, count),
+            _ => kernels.gated_activation(
+                context,
+                grid,
+                out,
+                gate_up,
+                rows as u32,
+                columns as u32,
+                u32::from(activation == Activation::GeluTanh),
+            ),
         }
-        self.activation.gated_activation(
-            context,
-            grid,
-            out,
-            gate_up,
-            rows as u32,
-            columns as u32,
-            u32::from(activation == Activation::GeluTanh),
-        )
     }
 }

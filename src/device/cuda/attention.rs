@@ -76,6 +76,7 @@ kernels! {
             softcap: f32,
             window: u32,
             chunks: u32,
+            after: u32,
         );
     }
 }
@@ -244,10 +245,16 @@ struct ScalarParameters {
     window: u32,
     /// What of a position is the beginning of its chunk, as a mask.
     chunks: u32,
+    /// Number of keys after its own that a row attends to, if there are so many.
+    after: u32,
 }
 
 impl ScalarParameters {
     fn new(spec: &AttentionSpec, columns: usize, block_tokens: usize, place: &CachePlace) -> Self {
+        // A window that exceeds `u32` covers all positions, so it is no window.
+        let window = spec.window.map_or(0, |window| {
+            u32::try_from(window).map_or(0, |window| window.max(1))
+        });
         Self {
             q_heads: spec.heads.q_heads as u32,
             kv_heads: spec.heads.kv_heads as u32,
@@ -256,14 +263,16 @@ impl ScalarParameters {
             block_vectors: place.block_vectors,
             scale: spec.scale,
             softcap: spec.softcap.unwrap_or(0.0),
-            // A window that exceeds `u32` covers all positions, so it is no window.
-            window: spec.window.map_or(0, |window| {
-                u32::try_from(window).map_or(0, |window| window.max(1))
-            }),
+            window,
             chunks: match (spec.window, spec.chunked) {
                 // A chunk that exceeds `u32` is the only one.
                 (Some(chunk), true) => u32::try_from(chunk).map_or(0, |chunk| !(chunk - 1)),
                 _ => 0,
+            },
+            after: match spec.causal {
+                true => 0,
+                // Without a window, all of them.
+                false => window.wrapping_sub(1),
             },
         }
     }
@@ -514,6 +523,7 @@ impl CudaDevice {
             scalars.softcap,
             scalars.window,
             scalars.chunks,
+            scalars.after,
         )
     }
 }

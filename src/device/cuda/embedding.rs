@@ -3,6 +3,8 @@
 use super::CudaDevice;
 use super::launch::{Grid, kernels, row_grid};
 use super::memory::Ptr;
+use super::norm::CudaVector;
+use super::step::Bounds;
 use super::tensor::{CudaTensor, require_shape};
 use super::weights::CudaLinear;
 use crate::device::{DeviceError, EmbeddingOps, Precision};
@@ -11,6 +13,17 @@ kernels! {
     /// Kernels of `kernels/embedding.cu`.
     pub(super) struct EmbeddingKernels in "embedding" {
         resolve_tokens(resolved: Ptr, tokens: Ptr, feedback: Ptr, previous: Ptr, rows: u32);
+        resolve_words(resolved: Ptr, tokens: Ptr, words: u32, rows: u32);
+        add_places(
+            out: Ptr,
+            places: Ptr,
+            tokens: Ptr,
+            positions: Ptr,
+            words: u32,
+            count: u32,
+            segments: u32,
+            columns: u32,
+        );
         embed_dense(out: Ptr, table: Ptr, resolved: Ptr, scale: f32, columns: u32, vocabulary: u32);
     }
 }
@@ -23,9 +36,6 @@ impl EmbeddingOps for CudaDevice {
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         let rows = self.step.padded(self.step.rows());
-        let (columns, vocabulary) = (table.columns(), table.rows());
-        let shape = (rows, columns);
-        require_shape("embed", "the result", out, shape, Precision::Full)?;
         let resolved = self.step.resolved();
         self.embedding.resolve_tokens(
             &self.context,
@@ -36,6 +46,62 @@ impl EmbeddingOps for CudaDevice {
             self.step.sampled(),
             rows as u32,
         )?;
+        self.embed_resolved(table, scale, out)
+    }
+
+    fn embed_places(
+        &mut self,
+        table: &CudaLinear,
+        places: &CudaVector,
+        segments: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let rows = self.step.padded(self.step.rows());
+        let (columns, words) = (table.columns(), table.rows());
+        let positions = places.length() / (segments * columns).max(1);
+        let bounds = Bounds {
+            positions,
+            ..Bounds::UNLIMITED
+        };
+        self.step.require_within(bounds, "embed_places")?;
+        self.graphs.limit(bounds);
+        let (tokens, context) = (self.step.tokens(), &self.context);
+        self.embedding.resolve_words(
+            context,
+            Grid::new([rows.div_ceil(256) as u32, 1, 1], [256, 1, 1]),
+            self.step.resolved(),
+            tokens,
+            words as u32,
+            rows as u32,
+        )?;
+        self.embed_resolved(table, 1.0, out)?;
+        self.embedding.add_places(
+            &self.context,
+            row_grid(rows),
+            out.ptr(),
+            places.ptr(),
+            tokens,
+            self.step.positions(),
+            words as u32,
+            positions as u32,
+            segments as u32,
+            columns as u32,
+        )
+    }
+}
+
+impl CudaDevice {
+    /// Enqueues `out[r] = scale · table[resolved[r]]`.
+    fn embed_resolved(
+        &mut self,
+        table: &CudaLinear,
+        scale: f32,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        let rows = self.step.padded(self.step.rows());
+        let (columns, vocabulary) = (table.columns(), table.rows());
+        let shape = (rows, columns);
+        require_shape("embed", "the result", out, shape, Precision::Full)?;
         let Some(dense) = table.dense() else {
             return self.embed_quant(table, scale, out);
         };
@@ -44,7 +110,7 @@ impl EmbeddingOps for CudaDevice {
             row_grid(rows),
             out.ptr(),
             dense,
-            resolved,
+            self.step.resolved(),
             scale,
             columns as u32,
             vocabulary as u32,

@@ -395,7 +395,7 @@ impl ExpertOps for CudaDevice {
                 }
                 _ if is_plain => self.gate(&places, routing, (pairs, hidden))?,
                 Activation::Silu => self.gate_pairs(&of_pairs, 1.0, 0.0)?,
-                Activation::GeluTanh | Activation::SquaredRelu => {
+                Activation::GeluTanh | Activation::SquaredRelu | Activation::Gelu => {
                     return Err(unsupported(
                         format!("{activation:?} in experts with biases or scaled inputs"),
                         "the activation must be another one",

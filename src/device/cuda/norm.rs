@@ -13,6 +13,15 @@ kernels! {
         rms_norm(out: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         rms_norm_full(out: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         add_rms_norm(out: Ptr, residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
+        add_layer_norm(
+            out: Ptr,
+            residual: Ptr,
+            x: Ptr,
+            weight: Ptr,
+            bias: Ptr,
+            epsilon: f32,
+            columns: u32,
+        );
         centre(x: Ptr, columns: u32);
         rms_norm_add(residual: Ptr, x: Ptr, weight: Ptr, epsilon: f32, columns: u32);
         add(residual: Ptr, x: Ptr, count: u32);
@@ -113,6 +122,40 @@ impl NormOps for CudaDevice {
         let grid = row_grid(rows);
         self.norm
             .centre(&self.context, grid, x.ptr(), columns as u32)
+    }
+
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut CudaTensor,
+        x: Option<&CudaTensor>,
+        [weight, bias]: [&CudaVector; 2],
+        epsilon: f32,
+        rows: usize,
+        out: &mut CudaTensor,
+    ) -> Result<(), DeviceError> {
+        const NAME: &str = "add_layer_norm";
+        let rows = self.step.padded(rows);
+        let columns = weight.length;
+        let shape = (rows, columns);
+        require_shape(NAME, "the residual", residual, shape, Precision::Full)?;
+        if let Some(x) = x {
+            require_shape(NAME, "x", x, shape, Precision::Activation)?;
+        }
+        require_shape(NAME, "the result", out, shape, Precision::Activation)?;
+        require(bias.length == columns, NAME, || {
+            format!("{columns} weights and {} biases", bias.length)
+        })?;
+        self.norm.add_layer_norm(
+            &self.context,
+            row_grid(rows),
+            out.ptr(),
+            residual.ptr(),
+            x.map_or(Ptr::NULL, CudaTensor::ptr),
+            weight.ptr(),
+            bias.ptr(),
+            epsilon,
+            columns as u32,
+        )
     }
 
     fn rms_norm_add(

@@ -6,6 +6,7 @@ use super::stream::TokenStream;
 use crate::engine::sync::Arc;
 use crate::engine::{CancelReason, EngineFault, GenerateError, Outcome, Prompt};
 use crate::id::RequestId;
+use crate::runner::Pooling;
 use futures_core::Stream;
 use std::future::Future;
 use std::pin::Pin;
@@ -52,8 +53,9 @@ impl EmbedRequest {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Embedding {
-    /// Mean of the model's last hidden states, after the final norm, over all positions of the
-    /// prompt. Not normalised. A value is NaN if a hidden state was not finite or exceeded
+    /// What [`EngineInfo::pooling`](crate::EngineInfo::pooling) makes of the model's last hidden
+    /// states, after the final norm: the scores of a classifier, or a vector. By default, it is
+    /// their mean over all positions of the prompt, not normalised. A value is NaN if a hidden state was not finite or exceeded
     /// 32,768 in magnitude.
     pub values: Vec<f32>,
     /// Tokens of the prompt.
@@ -67,31 +69,37 @@ pub struct Embedding {
 /// Dropping it cancels the request, like dropping a [`TokenStream`].
 #[derive(Debug)]
 #[must_use = "dropping it cancels the request"]
-pub struct EmbeddingFuture(TokenStream);
+pub struct EmbeddingFuture {
+    stream: TokenStream,
+    pooling: Arc<Pooling>,
+}
 
 impl EmbeddingFuture {
-    pub(in crate::engine) fn new(stream: TokenStream) -> Self {
-        Self(stream)
+    pub(in crate::engine) fn new(stream: TokenStream, pooling: Arc<Pooling>) -> Self {
+        Self { stream, pooling }
     }
 
     /// Returns the request's id, which also appears in the logs.
     pub fn id(&self) -> RequestId {
-        self.0.id()
+        self.stream.id()
     }
 
     /// Returns the tokens of the prompt.
     pub fn prompt_ids(&self) -> &[u32] {
-        self.0.prompt_ids()
+        self.stream.prompt_ids()
     }
 
     /// Cancels the request; see [`TokenStream::cancel`].
     pub fn cancel(self) -> Cancellation {
-        self.0.cancel()
+        self.stream.cancel()
     }
 
     /// Sets the reason to report if the future is dropped; see [`TokenStream::when_dropped`].
     pub fn when_dropped(self, reason: CancelReason) -> Self {
-        Self(self.0.when_dropped(reason))
+        Self {
+            stream: self.stream.when_dropped(reason),
+            ..self
+        }
     }
 
     /// Waits on this thread for the embedding.
@@ -103,7 +111,7 @@ impl EmbeddingFuture {
     /// the engine closed before the embedding was computed.
     pub fn wait(mut self) -> Result<Embedding, GenerateError> {
         loop {
-            let chunk = self.0.next_blocking();
+            let chunk = self.stream.next_blocking();
             if let Some(embedding) = self.take(chunk)? {
                 return Ok(embedding);
             }
@@ -112,7 +120,7 @@ impl EmbeddingFuture {
 
     #[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
     pub(in crate::engine) fn into_stream(self) -> TokenStream {
-        self.0
+        self.stream
     }
 
     /// Returns the embedding if this was the last chunk.
@@ -128,9 +136,9 @@ impl EmbeddingFuture {
             return Err(GenerateError::Cancelled(reason));
         }
         // A prompt has at least one token, so its sum has a mean.
-        let mean = self.0.take_sum().and_then(|sum| sum.mean());
+        let mean = self.stream.take_sum().and_then(|sum| sum.mean());
         Ok(Some(Embedding {
-            values: mean.ok_or_else(ended)?,
+            values: self.pooling.finish(mean.ok_or_else(ended)?),
             prompt_tokens: finish.prompt_tokens,
             timing: finish.timing,
         }))
@@ -142,7 +150,7 @@ impl Future for EmbeddingFuture {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         loop {
-            let chunk = std::task::ready!(Pin::new(&mut self.0).poll_next(context));
+            let chunk = std::task::ready!(Pin::new(&mut self.stream).poll_next(context));
             if let Some(taken) = self.take(chunk).transpose() {
                 return Poll::Ready(taken);
             }

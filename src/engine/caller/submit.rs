@@ -259,9 +259,11 @@ impl Engine {
             owner,
             ..Request::new(prompt)
         };
-        let (stream, submission) = self.prepare(request, Task::Embed, None)?;
+        let pooling = &self.shared.info.pooling;
+        let task = Task::Embed(pooling.tokens);
+        let (stream, submission) = self.prepare(request, task, None)?;
         self.post(Command::Submit(Box::new(submission)))?;
-        Ok(EmbeddingFuture::new(stream))
+        Ok(EmbeddingFuture::new(stream, Arc::clone(pooling)))
     }
 
     /// Checks a request, takes a place for it, and prepares its stream and its submission
@@ -295,6 +297,9 @@ impl Engine {
         self.require_open()?;
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(SubmitError::Draining);
+        }
+        if !self.shared.info.generates && !matches!(task, Task::Embed(_)) {
+            return Err(SubmitError::NoGeneration);
         }
         request.sampling.validate(self.shared.info.vocabulary)?;
         let top = request.prompt_logprobs.unwrap_or(0);
@@ -440,7 +445,11 @@ impl Engine {
                 limited_by,
             });
         }
-        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocabulary) {
+        let ids = match settings.task {
+            Task::Embed(_) => vocabulary.saturating_mul(self.shared.info.segments),
+            _ => vocabulary,
+        };
+        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= ids) {
             return Err(SubmitError::UnknownToken { token, vocabulary });
         }
         let answer = request.max_tokens.unwrap_or(limit);

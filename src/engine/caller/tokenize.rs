@@ -49,6 +49,23 @@ impl Engine {
         self.prompt_tokens(prompt.into(), true, None)
     }
 
+    /// Converts a pair of texts to token ids for a model that compares them, with the special tokens
+    /// around and between them. Where the model tells segments apart, a token of the second text
+    /// is given as its id plus the size of the vocabulary.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`SubmitError::NoTokenizer`] if the model has no tokenizer, and
+    /// [`SubmitError::Text`] if a text cannot be tokenized.
+    pub fn pair_tokens(&self, first: &str, second: &str) -> Result<Vec<u32>, SubmitError> {
+        let (segments, vocabulary) = (self.shared.info.segments, self.shared.info.vocabulary);
+        let tokenizer = self.tokenizer_for("a pair of texts")?;
+        let pair = tokenizer.encode_pair(first, second, segments)?;
+        let ids = pair.into_iter();
+        let ids = ids.map(|(id, segment)| id + segment * vocabulary as u32);
+        Ok(ids.collect())
+    }
+
     /// Converts a prompt to token ids, like [`Engine::tokenize`], and truncates them.
     /// `add_special` says whether a text gets the special tokens that belong around a text.
     pub(crate) fn prompt_tokens(

@@ -154,7 +154,8 @@ fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
     let cache = BlockCache::with_layout(
         info.cache_blocks,
         info.block_tokens,
-        config.prefix_cache,
+        // Hidden states that depend on later tokens are of no use to other prompts.
+        config.prefix_cache && !info.whole_prompts,
         info.layout.clone(),
     );
     let cache = match info.states {
@@ -164,6 +165,7 @@ fn scheduler(config: &EngineConfig, info: &RunnerInfo) -> Scheduler {
     let policy = Policy {
         max_batch_tokens: info.max_batch_tokens,
         max_sequences: config.max_sequences,
+        whole_prompts: info.whole_prompts,
         max_pinned_blocks: info.cache_blocks * usize::from(config.pinned_percent) / 100,
         preemption: config.preemption,
         swap_blocks: info.swap.map_or(0, |swap| swap.blocks),

@@ -44,6 +44,7 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
     norm_epsilon: 1e-6,
     rope_theta: 10_000.0,
     rope: RopeRules::COMMON,
+    may_encode: false,
     ties_embeddings: false,
 };
 

@@ -6,6 +6,7 @@
 //! [`Hyperparameters`], or in the file that needed it first. No file outside this folder names an
 //! architecture.
 
+mod bert;
 mod cohere2;
 mod deepseek_v2;
 mod deepseek_v3;
@@ -39,6 +40,7 @@ mod qwen3_5;
 mod qwen3_5_moe;
 mod qwen3_moe;
 mod qwen3_next;
+mod roberta;
 mod seed_oss;
 mod smollm3;
 #[cfg(test)]
@@ -88,6 +90,8 @@ static ALL: &[&Architecture] = &[
     &deepseek_v2::ARCHITECTURE,
     &deepseek_v3::ARCHITECTURE,
     &glm4_moe_lite::ARCHITECTURE,
+    &bert::ARCHITECTURE,
+    &roberta::ARCHITECTURE,
 ];
 
 /// An architecture: its names, how its files are read, and what its layers compute.
@@ -132,6 +136,8 @@ pub(super) struct GgufFormat {
 pub(super) struct Storage {
     /// Name of the token embedding in Hugging Face checkpoints, between the prefix and `.weight`.
     pub(super) embedding: &'static str,
+    /// What precedes a layer's number in Hugging Face checkpoints, between the prefix and `.N.`.
+    pub(super) layers: &'static str,
     /// Name of the norm before the output projection.
     pub(super) final_norm: FinalNorm,
     /// Returns a tensor's name in Hugging Face checkpoints, between `layers.N.` and its suffix.
@@ -197,6 +203,7 @@ impl Storage {
     /// The layout of most architectures.
     const COMMON: Self = Self {
         embedding: "embed_tokens",
+        layers: "layers",
         final_norm: FinalNorm {
             huggingface: "norm",
             gguf: "output_norm",

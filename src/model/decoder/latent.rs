@@ -171,6 +171,7 @@ impl LayerStep<'_> {
                 query_scale: None,
             },
             spec: AttentionSpec {
+                causal: true,
                 heads: spec.shape.heads(),
                 scale: spec.scale,
                 window: None,

@@ -2,7 +2,7 @@
 
 use super::norm::Norm;
 use super::normed_experts::NormedExperts;
-use super::weights::{AttentionWeights, FeedForwardWeights, LayerWeights};
+use super::weights::{AttentionWeights, FeedForwardWeights, LayerWeights, Norms};
 use super::workspace::{AttentionSpace, DenseSpace, Workspace, of_attention, of_dense};
 use crate::device::{
     AttentionSpec, CacheLayer, Device, DeviceError, QkNorm, Rotary, RotaryAttention, StatePart,
@@ -52,20 +52,30 @@ impl LayerStep<'_> {
         }
     }
 
-    /// Adds the sub-layer's output in `delta` to the residual stream if it has a `norm`. Otherwise
-    /// returns `true`: the output is still to be added.
+    /// Adds the sub-layer's output in `delta` to the residual stream if `norms` has one for it.
+    /// Otherwise returns `true`: the output is still to be added. A norm on the sum also computes the
+    /// next sub-layer's input in `normed`.
     pub(super) fn output<D: Device>(
         &self,
         device: &mut D,
         workspace: &mut Workspace<D::Tensor>,
-        norm: Option<&D::Vector>,
+        norms: &Norms<D>,
     ) -> Result<bool, DeviceError> {
         let Workspace {
-            residual, delta, ..
+            residual,
+            delta,
+            normed,
+            ..
         } = workspace;
-        match norm {
+        let (epsilon, rows) = (self.norm.epsilon, self.rows);
+        if let Some([weight, bias]) = &norms.on_sum {
+            let parameters = [weight, bias];
+            device.add_layer_norm(residual, Some(delta), parameters, epsilon, rows, normed)?;
+            return Ok(false);
+        }
+        match &norms.after {
             Some(weight) => {
-                device.rms_norm_add(delta, weight, self.norm.epsilon, self.rows, residual)?;
+                device.rms_norm_add(delta, weight, epsilon, rows, residual)?;
                 Ok(false)
             }
             None => Ok(true),
@@ -227,6 +237,7 @@ fn attention_spec(attention: &Attention) -> AttentionSpec {
         scale: attention.scale,
         window: attention.window,
         chunked: attention.is_chunked,
+        causal: attention.is_causal,
         softcap: attention.softcap,
     }
 }

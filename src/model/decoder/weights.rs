@@ -8,7 +8,7 @@ use super::streams::{LayerStreams, SidePath};
 use super::workspace::{DenseSpace, Workspace, of_dense};
 use crate::device::{Activation, Device, DeviceError, DeviceTypes, LinearSpec, RoutingSpec};
 use crate::model::layer::{Attention, Experts, FeedForward, Mixer, NormPlacement, QkNormKind};
-use crate::model::names::Part;
+use crate::model::names::{self, Part};
 use crate::model::{ModelError, ModelSource};
 
 /// The weights of one layer.
@@ -66,6 +66,8 @@ type Vector<D> = <D as DeviceTypes>::Vector;
 pub(super) struct Norms<D: Device> {
     pub(super) before: Option<D::Vector>,
     pub(super) after: Option<D::Vector>,
+    /// Weight and bias of the norm on the sum of the output and the residual stream.
+    pub(super) on_sum: Option<[D::Vector; 2]>,
 }
 
 /// The weights of a layer's feed-forward part.
@@ -216,9 +218,21 @@ impl<D: Device> Loader<'_, D> {
             true => self.norm(part, hidden).map(Some),
             false => Ok(None),
         };
+        let (before, own_after) = (
+            norm(placement.is_before(), before)?,
+            norm(placement.is_after(), after)?,
+        );
         Ok(Norms {
-            before: norm(placement.is_before(), before)?,
-            after: norm(placement.is_after(), after)?,
+            before,
+            after: own_after,
+            on_sum: match placement {
+                NormPlacement::OnSum => {
+                    let weight = self.source.name(self.layer, after);
+                    let bias = self.source.vector(&names::bias(&weight), hidden)?;
+                    Some([self.norm(after, hidden)?, self.device.load_vector(&bias)?])
+                }
+                _ => None,
+            },
         })
     }
 

@@ -40,6 +40,8 @@ pub(in crate::model) struct ConfigClass {
     pub(in crate::model) rope_theta: f32,
     /// How the class reads the settings of the position embedding.
     pub(in crate::model) rope: RopeRules,
+    /// Whether `use_bidirectional_attention` may be true.
+    pub(in crate::model) may_encode: bool,
     /// `tie_word_embeddings`.
     pub(in crate::model) ties_embeddings: bool,
 }

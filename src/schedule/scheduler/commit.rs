@@ -168,7 +168,7 @@ impl Scheduler {
         };
         sequence.in_flight -= 1;
         let reason = match sequence.spec.task {
-            Task::Embed => FinishReason::Stop,
+            Task::Embed(_) => FinishReason::Stop,
             Task::Generate | Task::Score { .. } => FinishReason::Length,
         };
         self.unblock(key);

@@ -60,6 +60,10 @@ impl Scheduler {
             if !priority(&self.sequences, key).is_some_and(|own| wanted(own, last)) {
                 break;
             }
+            let tokens = |key| self.sequences.get(key).map_or(0, |own| own.tokens.len());
+            if self.policy.whole_prompts && tokens(key) > budget.tokens {
+                break;
+            }
             if self.running.len() >= self.policy.max_sequences {
                 // Most often, there is no victim, so look for it before what takes longer.
                 let Some(victim) = self.victim_to_start(key, plan) else {

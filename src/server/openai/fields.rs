@@ -28,6 +28,10 @@ pub enum Route {
     Responses,
     /// `/v1/embeddings`
     Embeddings,
+    /// `/v1/rerank`
+    Rerank,
+    /// `/v1/score`
+    Score,
     /// `/tokenize`
     Tokenize,
     /// `/detokenize`
@@ -36,11 +40,13 @@ pub enum Route {
 
 impl Route {
     /// Every route.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Completions,
         Self::Chat,
         Self::Responses,
         Self::Embeddings,
+        Self::Rerank,
+        Self::Score,
         Self::Tokenize,
         Self::Detokenize,
     ];
@@ -53,6 +59,8 @@ impl Route {
             Self::Chat => "/v1/chat/completions",
             Self::Responses => "/v1/responses",
             Self::Embeddings => "/v1/embeddings",
+            Self::Rerank => "/v1/rerank",
+            Self::Score => "/v1/score",
             Self::Tokenize => "/tokenize",
             Self::Detokenize => "/detokenize",
         }

@@ -1,6 +1,6 @@
 //! `POST /v1/embeddings`: turns texts into vectors.
 
-use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt};
+use crate::engine::{EmbedRequest, Prompt, normalize};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
@@ -14,14 +14,8 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Instant;
-
-/// Number of inputs of one request that are computed at a time, so that a request with many
-/// inputs does not fill the engine's queue.
-const AT_ONCE: usize = 64;
 
 #[derive(Deserialize)]
 struct EmbeddingsRequest {
@@ -31,6 +25,8 @@ struct EmbeddingsRequest {
     #[serde(default, deserialize_with = "integer::optional")]
     dimensions: Option<usize>,
     add_special_tokens: Option<bool>,
+    /// Name of a text of the model's own that is put before texts, such as `query`.
+    prompt_name: Option<String>,
     /// −1 means as many as fit in the context.
     #[serde(default, deserialize_with = "integer::optional")]
     truncate_prompt_tokens: Option<i64>,
@@ -94,6 +90,10 @@ pub(crate) async fn embeddings(
     });
     let request = fields.await?;
     let model = app.check_model(request.model.as_deref())?;
+    if app.engine.info().pooling.is_score {
+        let problem = "the model scores pairs of texts: send them to /v1/rerank or /v1/score";
+        return Err(ApiError::invalid(problem).param("model"));
+    }
     let size = app.engine.info().embedding.unwrap_or(0);
     let dimensions = request.dimensions.unwrap_or(size);
     if dimensions > size || request.dimensions == Some(0) {
@@ -113,14 +113,15 @@ pub(crate) async fn embeddings(
         request.truncation_side,
         room,
     )?;
-    let inputs = request.input.into_vec("input")?;
+    let mut inputs = request.input.into_vec("input")?;
+    add_prompt(&app, request.prompt_name.as_deref(), &mut inputs)?;
     // Tokenize all inputs first, so that an invalid one is refused before anything is computed.
     let tokenization = Tokenization {
         add_special: request.add_special_tokens.unwrap_or(true),
         length: Length::of(truncation),
     };
     let inputs = app.tokenize(inputs, tokenization).await.map_err(of_input)?;
-    let embeddings = embed_all(&app, inputs, &template).await?;
+    let embeddings = app.embed_all(inputs, &template).await.map_err(of_input)?;
     let mut usage = Usage::default();
     let encoding = request.encoding_format.unwrap_or_default();
     let mut data = Vec::with_capacity(embeddings.len());
@@ -147,30 +148,29 @@ pub(crate) async fn embeddings(
     .into_response())
 }
 
-/// Embeds all inputs, [`AT_ONCE`] at a time, and returns the embeddings in order. If the future
-/// is dropped, the inputs in progress are cancelled as after a disconnect.
-async fn embed_all(
-    app: &Arc<App>,
-    inputs: Vec<Arc<[u32]>>,
-    template: &EmbedRequest,
-) -> Result<Vec<Embedding>, ApiError> {
-    let begun = Instant::now();
-    let embed = |tokens| {
-        let left = |limit: std::time::Duration| limit.saturating_sub(begun.elapsed());
-        let request = EmbedRequest {
-            prompt: Prompt::Tokens(tokens),
-            finish_within: app.options.request_timeout.map(left),
-            ..template.clone()
-        };
-        let embedding = app.engine.embed(request);
-        async move {
-            let embedding = embedding.map_err(|error| of_input(error.into()))?;
-            let embedding = embedding.when_dropped(CancelReason::Disconnect);
-            embedding.await.map_err(ApiError::from)
-        }
+/// Puts the model's own text with this name before texts, or its default one. Inputs that are given
+/// as tokens are left as they are.
+fn add_prompt(app: &App, name: Option<&str>, inputs: &mut [Prompt]) -> Result<(), ApiError> {
+    let pooling = &app.engine.info().pooling;
+    let Some(prompt) = pooling.prompt(name) else {
+        let names: Vec<&str> = pooling.prompts.keys().map(String::as_str).collect();
+        let problem = format!(
+            "prompt_name is {:?}, but must be one of the model's: {}",
+            name.unwrap_or_default(),
+            if names.is_empty() {
+                "it has none".to_owned()
+            } else {
+                names.join(", ")
+            },
+        );
+        return Err(ApiError::invalid(problem).param("prompt_name"));
     };
-    let all = stream::iter(inputs).map(embed);
-    all.buffered(AT_ONCE).try_collect().await
+    for input in inputs {
+        if let Prompt::Text(text) = input {
+            text.insert_str(0, prompt);
+        }
+    }
+    Ok(())
 }
 
 /// Renames the field `prompt` of an error to `input`, its name in this API.
@@ -183,20 +183,12 @@ fn of_input(mut error: ApiError) -> ApiError {
 
 /// Scales a vector to length 1; a zero vector is returned unchanged.
 fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
-    let squares = values
-        .iter()
-        .map(|&value| f64::from(value) * f64::from(value));
-    let length = squares.sum::<f64>().sqrt();
-    if !length.is_finite() {
+    if !values.iter().all(|value| value.is_finite()) {
         let problem = "the model produced hidden states that are not finite numbers";
         let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
         return Err(ApiError::new(status, "server_error", problem));
     }
-    if length > 0.0 {
-        for value in &mut values {
-            *value = (f64::from(*value) / length) as f32;
-        }
-    }
+    normalize(&mut values);
     Ok(values)
 }
 

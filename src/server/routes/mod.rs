@@ -9,6 +9,7 @@ pub(crate) mod metrics;
 pub(crate) mod models;
 pub(crate) mod openapi;
 pub(crate) mod page;
+pub(crate) mod rerank;
 pub(crate) mod responses;
 pub(crate) mod sessions;
 pub(crate) mod snapshot;

@@ -43,6 +43,27 @@ impl HuggingFace {
         self.may_shrink
     }
 
+    /// Returns whether this tokenizer adds the special tokens around texts itself.
+    pub(super) fn frames(&self) -> bool {
+        self.frames
+    }
+
+    /// Encodes a pair of texts with the special tokens around and between them. Returns each token
+    /// with its segment.
+    pub(super) fn encode_pair(
+        &self,
+        first: &str,
+        second: &str,
+    ) -> Result<Vec<(u32, u32)>, TextError> {
+        let encoding = self.parsing.encode_fast((first, second), true);
+        let encoding = encoding.map_err(|error| TextError::Encode {
+            bytes: first.len() + second.len(),
+            message: error.to_string(),
+        })?;
+        let (ids, segments) = (encoding.get_ids(), encoding.get_type_ids());
+        Ok(ids.iter().copied().zip(segments.iter().copied()).collect())
+    }
+
     pub(super) fn encode(
         &self,
         text: &str,
@@ -70,6 +91,11 @@ impl HuggingFace {
 }
 
 impl Tokenizer {
+    /// Returns whether a Hugging Face folder has a file that describes a tokenizer.
+    pub fn is_in_folder(dir: &Path) -> bool {
+        dir.join("tokenizer.json").exists() || original::file(dir).is_some()
+    }
+
     /// Builds the tokenizer of a Hugging Face folder.
     ///
     /// It is described by `tokenizer.json` or, if there is none, by `tokenizer.model`
@@ -405,11 +431,13 @@ struct Decoding {
     byte_fallback: bool,
     /// Text that stands for a space.
     space: Option<String>,
+    /// Mark in front of tokens that continue a word. A space precedes all others.
+    continues: Option<String>,
     strip_leading_space: bool,
 }
 
-const DECODERS: &str =
-    "ByteLevel, Metaspace, or a Sequence of Replace, ByteFallback, Fuse and Strip, for spaces";
+const DECODERS: &str = "ByteLevel, Metaspace, WordPiece, or a Sequence of Replace, ByteFallback, \
+                        Fuse and Strip, for spaces";
 
 impl Decoding {
     fn of(tokenizer: &tokenizers::Tokenizer) -> Result<Self, TextError> {
@@ -443,6 +471,11 @@ impl Decoding {
                 self.space = step["replacement"].as_str().map(str::to_owned);
                 self.strip_leading_space = step["prepend_scheme"] != "never";
             }
+            Some("WordPiece") => {
+                let prefix = step["prefix"].as_str().ok_or_else(unsupported)?;
+                self.continues = Some(prefix.to_owned());
+                self.strip_leading_space = true;
+            }
             Some("Replace") if step["content"] == " " => {
                 let pattern = step["pattern"]["String"].as_str().ok_or_else(unsupported)?;
                 self.space = Some(pattern.to_owned());
@@ -462,6 +495,12 @@ impl Decoding {
     fn bytes(&self, text: &str) -> Vec<u8> {
         if self.byte_level {
             return token_bytes(text);
+        }
+        if let Some(mark) = &self.continues {
+            return match text.strip_prefix(mark.as_str()) {
+                Some(rest) => rest.as_bytes().to_vec(),
+                None => format!(" {text}").into_bytes(),
+            };
         }
         match named_byte(text) {
             Some(byte) if self.byte_fallback => vec![byte],

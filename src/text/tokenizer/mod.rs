@@ -149,6 +149,39 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Encodes a pair of texts for a model that compares them, with the special tokens around and
+    /// between them. Returns the tokens, each with its segment, which is below `segments`.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`Tokenizer::encode`].
+    pub fn encode_pair(
+        &self,
+        first: &str,
+        second: &str,
+        segments: usize,
+    ) -> Result<Vec<(u32, u32)>, TextError> {
+        let last = segments.saturating_sub(1) as u32;
+        if let Model::HuggingFace(model) = &self.model
+            && model.frames()
+        {
+            let mut pair = model.encode_pair(first, second)?;
+            pair.iter_mut()
+                .for_each(|(_, segment)| *segment = (*segment).min(last));
+            return Ok(pair);
+        }
+        let mut pair = Vec::new();
+        let options = EncodeOptions::default();
+        pair.extend(self.frame.before.map(|id| (id, 0)));
+        pair.extend(self.encode(first, options)?.into_iter().map(|id| (id, 0)));
+        pair.extend(self.frame.after.map(|id| (id, 0)));
+        // Models without segments, such as RoBERTa, tell texts apart by a second mark.
+        let mark = self.frame.after.filter(|_| last == 0);
+        pair.extend(mark.map(|id| (id, 0)));
+        let second = self.encode(second, options)?.into_iter();
+        pair.extend(second.chain(self.frame.after).map(|id| (id, last.min(1))));
+        Ok(pair)
+    }
+
     /// Encodes a text that continues another one.
     #[cfg(feature = "grammar")]
     pub(super) fn encode_inside(&self, text: &str) -> Result<Vec<u32>, TextError> {

@@ -237,6 +237,8 @@ impl Attend<'_> {
         queries.clear();
         queries.resize(heads.head_dim * shape.queries, 0.0);
         sees.clear();
+        let end = self.batch.sequences[item.sequence].rows.end;
+        let visible = |row| self.visible(row, end);
         for (index, row) in item.rows.clone().enumerate() {
             let from = row * self.columns + head * group * heads.head_dim;
             let rows = self.qkv[from..].chunks_exact(heads.head_dim);
@@ -246,9 +248,9 @@ impl Attend<'_> {
                     *to = from;
                 }
             }
-            sees.extend(std::iter::repeat_n(self.visible(row), group));
+            sees.extend(std::iter::repeat_n(visible(row), group));
         }
         // Padding attends to the same positions as the last row.
-        sees.resize(shape.queries, self.visible(item.rows.end - 1));
+        sees.resize(shape.queries, visible(item.rows.end - 1));
     }
 }

@@ -45,14 +45,19 @@ pub(super) struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Returns the first and the last position that a row attends to.
-    pub(super) fn visible(&self, row: usize) -> (usize, usize) {
+    /// Returns the first and the last position that a row of a sequence attends to. The rows of
+    /// the sequence end before `end`.
+    pub(super) fn visible(&self, row: usize, end: usize) -> (usize, usize) {
         let position = self.batch.positions[row] as usize;
+        let after = match self.spec.causal {
+            true => 0,
+            false => (end - 1 - row).min(self.spec.window.map_or(usize::MAX, |window| window - 1)),
+        };
         let before = |window| match self.spec.chunked {
             true => position - position % window,
             false => (position + 1).saturating_sub(window),
         };
-        (self.spec.window.map_or(0, before), position)
+        (self.spec.window.map_or(0, before), position + after)
     }
 
     /// Returns the number of query heads per key-value head.

@@ -1,7 +1,9 @@
 //! The list of request fields: one entry per field and verdict.
 
 use super::Neutral::{EmptyObject, False, List, Number, Text, True};
-use super::Route::{self, Chat, Completions, Detokenize, Embeddings, Responses, Tokenize};
+use super::Route::{
+    self, Chat, Completions, Detokenize, Embeddings, Rerank, Responses, Score, Tokenize,
+};
 use super::Verdict::{Accepted, Honoured, Refused};
 use super::{Neutral, RequestField};
 
@@ -11,6 +13,8 @@ const TEXT: &[Route] = &[Completions, Chat, Responses];
 const CHOICES: &[Route] = &[Completions, Chat];
 /// Routes that take conversations.
 const CONVERSATION: &[Route] = &[Chat, Tokenize];
+/// Routes that score texts.
+const SCORES: &[Route] = &[Rerank, Score];
 const NEVER: &[Neutral] = &[];
 const OFF: &[Neutral] = &[False];
 const NONE: &[Neutral] = &[List(&[])];
@@ -545,12 +549,12 @@ const FIELDS: &[RequestField] = &[
     // Who sends the request.
     honoured(
         "user",
-        &[Completions, Chat, Responses, Embeddings],
+        &[Completions, Chat, Responses, Embeddings, Rerank, Score],
         "the user to whom fair scheduling attributes the request",
     ),
     honoured(
         "priority",
-        &[Completions, Chat, Responses, Embeddings],
+        &[Completions, Chat, Responses, Embeddings, Rerank, Score],
         "no more urgent than --max-priority",
     ),
     honoured("request_id", CHOICES, "part of the answer's id"),
@@ -561,6 +565,7 @@ const FIELDS: &[RequestField] = &[
         "responses have ids of their own",
     ),
     accepted("request_id", &[Embeddings], "embeddings have no id"),
+    accepted("request_id", SCORES, "the server chooses the id"),
     honoured(
         "session_id",
         CHOICES,
@@ -595,7 +600,7 @@ const FIELDS: &[RequestField] = &[
     ),
     honoured(
         "cache_salt",
-        &[Completions, Chat, Responses, Embeddings],
+        &[Completions, Chat, Responses, Embeddings, Rerank, Score],
         "only requests with the same salt share cached prefixes",
     ),
     accepted("id_slot", TEXT, "there are no slots"),
@@ -605,8 +610,49 @@ const FIELDS: &[RequestField] = &[
     refused("moderation", &[Chat, Responses], NEVER, ""),
     refused("kv_transfer_params", TEXT, &[EmptyObject], ""),
     refused("ec_transfer_params", TEXT, &[EmptyObject], ""),
-    // Embeddings and tokens.
+    // Embeddings, scores and tokens.
     honoured("dimensions", &[Embeddings], ""),
+    honoured(
+        "prompt_name",
+        &[Embeddings],
+        "a text of the model's own that is put before texts, such as query",
+    ),
+    honoured("query", &[Rerank], ""),
+    honoured("documents", &[Rerank], "texts, or objects with a text"),
+    honoured("top_n", &[Rerank], ""),
+    honoured("return_documents", &[Rerank], "true by default"),
+    honoured("text_1", &[Score], "one text, or as many as text_2 has"),
+    honoured("text_2", &[Score], ""),
+    honoured(
+        "max_tokens_per_doc",
+        SCORES,
+        "the rest of a document is left out",
+    ),
+    honoured(
+        "instruction",
+        SCORES,
+        "what makes a document relevant; only with models that answer yes or no",
+    ),
+    refused("rank_fields", &[Rerank], NONE, "documents have one text"),
+    refused(
+        "truncate_prompt_tokens",
+        SCORES,
+        NEVER,
+        "send max_tokens_per_doc",
+    ),
+    refused(
+        "max_chunks_per_doc",
+        &[Rerank],
+        NEVER,
+        "send max_tokens_per_doc",
+    ),
+    refused(
+        "use_activation",
+        SCORES,
+        NEVER,
+        "scores have the activation that the model's files name",
+    ),
+    refused("activation", SCORES, NEVER, "send nothing"),
     honoured("encoding_format", &[Embeddings], ""),
     refused("normalize", &[Embeddings], &[True], "vectors have length 1"),
     refused(
@@ -645,13 +691,13 @@ const FIELDS: &[RequestField] = &[
     ),
     refused(
         "mm_processor_kwargs",
-        &[Embeddings, Tokenize],
+        &[Embeddings, Rerank, Score, Tokenize],
         &[EmptyObject],
         "this server takes text only",
     ),
     refused(
         "media_io_kwargs",
-        &[Embeddings, Tokenize],
+        &[Embeddings, Rerank, Score, Tokenize],
         &[EmptyObject],
         "this server takes text only",
     ),

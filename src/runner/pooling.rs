@@ -1,0 +1,525 @@
+//! How embeddings and scores are made of hidden states, from the files of sentence-transformers in
+//! a Hugging Face folder or from the metadata of a GGUF file.
+
+use super::LoadError;
+use crate::model::ModelSource;
+use crate::schedule::PooledTokens;
+use crate::weights::gguf::Gguf;
+use crate::weights::{from_python_json, read_tensor};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::Path;
+
+/// How a model turns the last hidden states of a text into a vector or a score. Reimers & Gurevych,
+/// *Sentence-BERT*, 2019.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Pooling {
+    /// The tokens whose hidden states are averaged.
+    pub tokens: PooledTokens,
+    /// What is computed of the average, in this order.
+    pub stages: Vec<PoolingStage>,
+    /// Whether the result is the scores of a classifier, such as the relevance of a document to a
+    /// query, instead of a vector to compare with others.
+    pub is_score: bool,
+    /// Texts to put before a text, by the name of its purpose, such as `query`.
+    pub prompts: BTreeMap<String, String>,
+    /// The purpose of texts that name none.
+    pub default_prompt: Option<String>,
+}
+
+/// A computation on a pooled vector.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum PoolingStage {
+    /// A linear layer.
+    Dense(Dense),
+    /// Scales the vector to length 1.
+    Normalize,
+    /// `1 / (1 + e^(−x))` of each element.
+    Sigmoid,
+}
+
+/// A linear layer with a non-linearity, `activation(W x + b)`.
+#[derive(Clone, PartialEq)]
+pub struct Dense {
+    /// `W`, row by row.
+    weight: Vec<f32>,
+    /// `b`; it has one element for each row.
+    bias: Vec<f32>,
+    /// Whether the activation is tanh; otherwise there is none.
+    is_tanh: bool,
+}
+
+impl std::fmt::Debug for Dense {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let outputs = self.bias.len();
+        formatter
+            .debug_struct("Dense")
+            .field("inputs", &(self.weight.len() / outputs.max(1)))
+            .field("outputs", &outputs)
+            .field("is_tanh", &self.is_tanh)
+            .finish()
+    }
+}
+
+impl Dense {
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let rows = self.weight.chunks_exact(x.len().max(1)).zip(&self.bias);
+        let sums = rows.map(|(row, &bias)| {
+            // Eight sums, which the compiler adds up in one vector register.
+            let mut lanes = [0.0f32; 8];
+            let (whole, rest) = row.as_chunks::<8>();
+            let (xs, last) = x.as_chunks::<8>();
+            for (row, x) in whole.iter().zip(xs) {
+                for (lane, (w, x)) in lanes.iter_mut().zip(row.iter().zip(x)) {
+                    *lane += w * x;
+                }
+            }
+            let rest = rest.iter().zip(last).map(|(w, x)| w * x);
+            bias + lanes.iter().sum::<f32>() + rest.sum::<f32>()
+        });
+        match self.is_tanh {
+            true => sums.map(f32::tanh).collect(),
+            false => sums.collect(),
+        }
+    }
+}
+
+impl Pooling {
+    /// Returns whether the model's files say nothing about embeddings.
+    #[cfg(feature = "server")]
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Returns the length of the results for vectors of `hidden` elements.
+    pub fn size(&self, hidden: usize) -> usize {
+        let dense = self.stages.iter().filter_map(|stage| match stage {
+            PoolingStage::Dense(dense) => Some(dense.bias.len()),
+            _ => None,
+        });
+        dense.last().unwrap_or(hidden)
+    }
+
+    /// Computes the result from the average of the hidden states.
+    pub fn finish(&self, mut x: Vec<f32>) -> Vec<f32> {
+        for stage in &self.stages {
+            match stage {
+                PoolingStage::Dense(dense) => x = dense.apply(&x),
+                PoolingStage::Normalize => normalize(&mut x),
+                PoolingStage::Sigmoid => x.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+            }
+        }
+        x
+    }
+
+    /// Returns the text to put before a text with this purpose, or with the model's default one if
+    /// it names none. `None` if the model has no such purpose.
+    pub fn prompt(&self, purpose: Option<&str>) -> Option<&str> {
+        match purpose.or(self.default_prompt.as_deref()) {
+            Some(purpose) => self.prompts.get(purpose).map(String::as_str),
+            None => Some(""),
+        }
+    }
+}
+
+/// Scales a vector to length 1; a zero vector is left as it is.
+pub fn normalize(values: &mut [f32]) {
+    let squares = values.iter().map(|&x| f64::from(x) * f64::from(x));
+    let length = squares.sum::<f64>().sqrt();
+    if length != 0.0 {
+        for value in values {
+            *value = (f64::from(*value) / length) as f32;
+        }
+    }
+}
+
+/// Reads the files of sentence-transformers in the folder at `path`, and the classifier of a
+/// cross-encoder. Limits the length of texts to what the files say.
+///
+/// # Errors
+/// Returns [`LoadError::Pooling`] if a file is invalid or asks for something that is not supported.
+pub(super) fn of_folder(
+    path: &Path,
+    config: &Value,
+    source: &mut ModelSource,
+) -> Result<Pooling, LoadError> {
+    let mut reader = Reader {
+        folder: path,
+        hidden: source.config().hidden,
+        pooling: Pooling::default(),
+    };
+    reader.length(source)?;
+    reader.prompts()?;
+    match reader.json("modules.json")? {
+        Some(modules) => reader.modules(&modules)?,
+        None => reader.classifier(config, source)?,
+    }
+    Ok(reader.pooling)
+}
+
+/// Returns the number of the kind of pooling that the metadata of a GGUF file names, if it does.
+pub(super) fn kind_of_gguf(file: &Gguf) -> Option<u64> {
+    let name = file.metadata("general.architecture")?.as_str()?;
+    file.metadata(&format!("{name}.pooling_type"))?.as_u64()
+}
+
+/// Returns the pooling of the kind with this number in the metadata of the GGUF file at `path`.
+///
+/// # Errors
+/// Returns [`LoadError::Pooling`] if there is no such kind or a classifier is missing, and
+/// [`LoadError::Model`] if a tensor has another shape.
+pub(super) fn of_gguf(
+    kind: Option<u64>,
+    path: &Path,
+    source: &ModelSource,
+) -> Result<Pooling, LoadError> {
+    let mut pooling = Pooling::default();
+    let problem = |problem: String| LoadError::Pooling {
+        path: path.to_owned(),
+        problem,
+    };
+    pooling.tokens = match kind {
+        // Embeddings of models without a kind are averages, as in sentence-transformers.
+        None | Some(0 | 1) => PooledTokens::All,
+        Some(2) => PooledTokens::First,
+        Some(3) => PooledTokens::Last,
+        // The scores of a causal model are those of two tokens, which it can also generate.
+        Some(4) if source.config().is_causal() => return Ok(pooling),
+        Some(4) => {
+            pooling.is_score = true;
+            PooledTokens::First
+        }
+        Some(other) => {
+            let expected = "from 0 to 4";
+            return Err(problem(format!(
+                "pooling_type is {other}, but must be {expected}"
+            )));
+        }
+    };
+    let stages = match pooling.is_score {
+        true => [("cls", true), ("cls.output", false)],
+        false => [("dense_2", false), ("dense_3", false)],
+    };
+    for (stage, is_tanh) in stages {
+        pooling.add_dense(source, &format!("{stage}.weight"), is_tanh)?;
+    }
+    if pooling.is_score && pooling.stages.is_empty() {
+        let missing = "there is no tensor cls.output.weight";
+        return Err(problem(format!("pooling_type is 4, but {missing}")));
+    }
+    Ok(pooling)
+}
+
+impl Pooling {
+    /// Adds a linear layer, if it is among the model's tensors.
+    fn add_dense(
+        &mut self,
+        source: &ModelSource,
+        weight: &str,
+        is_tanh: bool,
+    ) -> Result<(), LoadError> {
+        let Some(&[outputs, _]) = source.shape(weight) else {
+            return Ok(());
+        };
+        let inputs = self.size(source.config().hidden);
+        let bias = format!("{}bias", weight.trim_end_matches("weight"));
+        self.stages.push(PoolingStage::Dense(Dense {
+            weight: source.floats(weight, &[outputs, inputs])?,
+            bias: match source.shape(&bias) {
+                Some(_) => source.floats(&bias, &[outputs])?,
+                None => vec![0.0; outputs],
+            },
+            is_tanh,
+        }));
+        Ok(())
+    }
+}
+
+/// Reads the files of a folder.
+struct Reader<'a> {
+    folder: &'a Path,
+    hidden: usize,
+    pooling: Pooling,
+}
+
+impl Reader<'_> {
+    fn problem(&self, file: &str, problem: impl Into<String>) -> LoadError {
+        LoadError::Pooling {
+            path: self.folder.join(file),
+            problem: problem.into(),
+        }
+    }
+
+    /// Reads a JSON file, if there is one.
+    fn json(&self, file: &str) -> Result<Option<Value>, LoadError> {
+        match std::fs::read(self.folder.join(file)) {
+            Ok(text) => from_python_json(&text)
+                .map(Some)
+                .map_err(|error| self.problem(file, error.to_string())),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.problem(file, error.to_string())),
+        }
+    }
+
+    /// Reads the longest text that the model was trained for.
+    fn length(&self, source: &mut ModelSource) -> Result<(), LoadError> {
+        let file = "sentence_bert_config.json";
+        let Some(config) = self.json(file)? else {
+            return Ok(());
+        };
+        if config["do_lower_case"] == Value::Bool(true) {
+            let problem = "do_lower_case is true, but must be false: the tokenizer must do it";
+            return Err(self.problem(file, problem));
+        }
+        match config.get("max_seq_length") {
+            None | Some(Value::Null) => Ok(()),
+            Some(length) => match length.as_u64().filter(|&length| length > 0) {
+                Some(length) => {
+                    source.limit_context(usize::try_from(length).unwrap_or(usize::MAX));
+                    Ok(())
+                }
+                None => {
+                    let problem = format!("max_seq_length is {length}, but must be at least 1");
+                    Err(self.problem(file, problem))
+                }
+            },
+        }
+    }
+
+    /// Reads the texts that are put before other texts.
+    fn prompts(&mut self) -> Result<(), LoadError> {
+        let file = "config_sentence_transformers.json";
+        let Some(config) = self.json(file)? else {
+            return Ok(());
+        };
+        if let Some(prompts) = config.get("prompts").and_then(Value::as_object) {
+            for (name, text) in prompts {
+                let Some(text) = text.as_str() else {
+                    let problem = format!("the prompt {name:?} is {text}, but must be a text");
+                    return Err(self.problem(file, problem));
+                };
+                self.pooling.prompts.insert(name.clone(), text.to_owned());
+            }
+        }
+        if let Some(name) = config.get("default_prompt_name").and_then(Value::as_str) {
+            if !self.pooling.prompts.contains_key(name) {
+                let problem = format!("default_prompt_name is {name:?}, which no prompt has");
+                return Err(self.problem(file, problem));
+            }
+            self.pooling.default_prompt = Some(name.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Reads the modules, of which the first one is the model itself.
+    fn modules(&mut self, modules: &Value) -> Result<(), LoadError> {
+        let file = "modules.json";
+        let modules = modules.as_array().map(Vec::as_slice).unwrap_or_default();
+        let Some((model, stages)) = modules.split_first() else {
+            return Err(self.problem(file, "it is no list of modules, but must be one"));
+        };
+        if kind_of(model) != "Transformer" {
+            let found = kind_of(model);
+            let problem = format!("the first module is {found:?}, but must be \"Transformer\"");
+            return Err(self.problem(file, problem));
+        }
+        let mut size = self.hidden;
+        for module in stages {
+            let place = module["path"].as_str().unwrap_or_default();
+            match kind_of(module) {
+                "Pooling" => self.pooling_module(place)?,
+                "Dense" => size = self.dense_module(place, size)?,
+                "Normalize" => self.pooling.stages.push(PoolingStage::Normalize),
+                other => {
+                    let problem = format!(
+                        "the module {other:?} is not supported; supported are Transformer, \
+                         Pooling, Dense and Normalize"
+                    );
+                    return Err(self.problem(file, problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pooling_module(&mut self, place: &str) -> Result<(), LoadError> {
+        let file = &format!("{place}/config.json");
+        let config = self.json(file)?;
+        let config = config.ok_or_else(|| self.problem(file, "it is missing"))?;
+        let mut modes: Vec<String> = match &config["pooling_mode"] {
+            Value::String(mode) => vec![mode.clone()],
+            Value::Array(modes) => {
+                let modes = modes.iter().filter_map(Value::as_str);
+                modes.map(str::to_owned).collect()
+            }
+            _ => Vec::new(),
+        };
+        if modes.is_empty() {
+            let switches = config.as_object().into_iter().flatten();
+            let on = switches.filter(|(_, value)| **value == Value::Bool(true));
+            let named = on.filter_map(|(key, _)| key.strip_prefix("pooling_mode_"));
+            modes = named.map(str::to_owned).collect();
+        }
+        self.pooling.tokens = match modes.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            [] | ["mean" | "mean_tokens"] => PooledTokens::All,
+            ["cls" | "cls_token"] => PooledTokens::First,
+            ["lasttoken"] => PooledTokens::Last,
+            _ => {
+                let problem = format!(
+                    "the pooling mode is {}, but must be mean, cls or lasttoken",
+                    modes.join(" with ")
+                );
+                return Err(self.problem(file, problem));
+            }
+        };
+        if config["include_prompt"] == Value::Bool(false) {
+            let problem = "include_prompt is false, but must be true";
+            return Err(self.problem(file, problem));
+        }
+        Ok(())
+    }
+
+    /// Reads a linear layer with `inputs` inputs, and returns its number of outputs.
+    fn dense_module(&mut self, place: &str, inputs: usize) -> Result<usize, LoadError> {
+        let file = &format!("{place}/config.json");
+        let config = self.json(file)?;
+        let config = config.ok_or_else(|| self.problem(file, "it is missing"))?;
+        let activation = config["activation_function"].as_str().unwrap_or("Tanh");
+        let is_tanh = match activation.rsplit('.').next() {
+            Some("Tanh") => true,
+            Some("Identity") => false,
+            _ => {
+                let problem =
+                    format!("activation_function is {activation:?}, but must be Identity or Tanh");
+                return Err(self.problem(file, problem));
+            }
+        };
+        let outputs = config["out_features"].as_u64().unwrap_or(0) as usize;
+        let path = self.folder.join(place).join("model.safetensors");
+        let weight = read_tensor(&path, "linear.weight", &[outputs, inputs])?;
+        let bias = match config["bias"] == Value::Bool(false) {
+            true => vec![0.0; outputs],
+            false => read_tensor(&path, "linear.bias", &[outputs])?,
+        };
+        let dense = Dense {
+            weight,
+            bias,
+            is_tanh,
+        };
+        self.pooling.stages.push(PoolingStage::Dense(dense));
+        Ok(outputs)
+    }
+
+    /// Reads the classifier of a model of sequences, if it is one.
+    fn classifier(&mut self, config: &Value, source: &ModelSource) -> Result<(), LoadError> {
+        let file = "config.json";
+        let named = config["architectures"][0].as_str().unwrap_or_default();
+        let task = named.split_once("For").map(|(_, task)| task);
+        match task.filter(|_| !source.config().is_causal()) {
+            None | Some("MaskedLM" | "PreTraining") => return Ok(()),
+            Some("SequenceClassification") => {}
+            Some(task) => {
+                let problem = format!(
+                    "architectures is {named:?}, but {task} is not supported for encoders; \
+                     supported is SequenceClassification"
+                );
+                return Err(self.problem(file, problem));
+            }
+        }
+        let candidates = [
+            ("classifier.dense.weight", true),
+            ("bert.pooler.dense.weight", true),
+            ("classifier.out_proj.weight", false),
+            ("classifier.weight", false),
+        ];
+        for (name, is_tanh) in candidates {
+            self.pooling.add_dense(source, name, is_tanh)?;
+        }
+        let labels = self.pooling.size(self.hidden);
+        if self.pooling.stages.len() != 2 {
+            let problem = format!("{named} has no classifier whose names are known");
+            return Err(self.problem(file, problem));
+        }
+        self.pooling.is_score = true;
+        self.pooling.tokens = PooledTokens::First;
+        let own = &config["sentence_transformers"]["activation_fn"];
+        let older = &config["sbert_ce_default_activation_function"];
+        let activation = own.as_str().or(older.as_str());
+        match activation.and_then(|path| path.rsplit('.').next()) {
+            Some("Identity") => {}
+            Some("Sigmoid") => self.pooling.stages.push(PoolingStage::Sigmoid),
+            None if labels == 1 => self.pooling.stages.push(PoolingStage::Sigmoid),
+            None => {}
+            Some(other) => {
+                let problem = format!("the activation is {other}, but must be Identity or Sigmoid");
+                return Err(self.problem(file, problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the last part of the name of a module's class.
+fn kind_of(module: &Value) -> &str {
+    let class = module["type"].as_str().unwrap_or_default();
+    class.rsplit('.').next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dense(weight: &[f32], bias: &[f32], is_tanh: bool) -> PoolingStage {
+        PoolingStage::Dense(Dense {
+            weight: weight.to_vec(),
+            bias: bias.to_vec(),
+            is_tanh,
+        })
+    }
+
+    #[test]
+    fn stages_are_computed_in_order() {
+        let pooling = Pooling {
+            stages: vec![
+                dense(&[1.0, 2.0, 0.0, 1.0, 1.0, 1.0], &[0.0, 0.5, -1.0], false),
+                dense(&[0.0, 0.0, 1.0, 1.0, 0.0, 0.0], &[0.0, 0.0], true),
+                PoolingStage::Normalize,
+            ],
+            ..Pooling::default()
+        };
+        assert_eq!(pooling.size(2), 2);
+        let found = pooling.finish(vec![0.25, 0.5]);
+        let (a, b) = ((-0.25f32).tanh(), 1.25f32.tanh());
+        let length = a.hypot(b);
+        assert!((found[0] - a / length).abs() < 1e-6 && (found[1] - b / length).abs() < 1e-6);
+        assert_eq!(Pooling::default().finish(vec![3.0, 4.0]), [3.0, 4.0]);
+    }
+
+    #[test]
+    fn long_rows_are_summed_to_their_end() {
+        let weight: Vec<f32> = (0..19).map(|i| i as f32).collect();
+        let stage = dense(&weight, &[0.5], false);
+        let pooling = Pooling {
+            stages: vec![stage],
+            ..Pooling::default()
+        };
+        assert_eq!(pooling.finish(vec![1.0; 19]), [171.5]);
+    }
+
+    #[test]
+    fn an_unknown_purpose_is_no_prompt() {
+        let prompts = [("query".to_owned(), "Q: ".to_owned())];
+        let mut pooling = Pooling {
+            prompts: prompts.into(),
+            ..Pooling::default()
+        };
+        assert_eq!(pooling.prompt(None), Some(""));
+        assert_eq!(pooling.prompt(Some("query")), Some("Q: "));
+        assert_eq!(pooling.prompt(Some("passage")), None);
+        pooling.default_prompt = Some("query".to_owned());
+        assert_eq!(pooling.prompt(None), Some("Q: "));
+    }
+}
