@@ -6,6 +6,7 @@ use super::error::CliError;
 use super::generate::println_json;
 use crate::model::ModelConfig;
 use crate::{DeviceInfo, GenerationConfig, MemoryPlan, ModelFiles};
+use crate::{PooledTokens, Pooling, PoolingStage};
 use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -68,6 +69,8 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
             "context": config.context,
             "sliding_window": config.window(),
             "experts": config.experts().map(|experts| experts.count),
+            "embedding": files.pooling().size(config.hidden),
+            "scores_pairs": files.pooling().is_score,
             "tokenizer": tokenizer.is_some(),
             "chat_template": tokenizer.is_some_and(|t| t.chat_template().is_some()),
             "sampling_defaults": match &sampling {
@@ -128,6 +131,7 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         ("context", context),
         ("tokenizer", text),
         ("sampling", sampling),
+        ("embedding", embedding(files.pooling(), config.hidden)),
         ("device", format!("{}: {}", device.name, device.description)),
         ("weights", mib(plan.weights)),
         ("steps", of_steps(&plan)),
@@ -155,6 +159,23 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
         writeln!(out, "{name:<13} {value}")?;
     }
     Ok(())
+}
+
+/// Describes the vectors or scores that the model computes of texts of this width.
+fn embedding(pooling: &Pooling, hidden: usize) -> String {
+    let of = match pooling.tokens {
+        PooledTokens::All => "the mean of all tokens",
+        PooledTokens::First => "the first token",
+        PooledTokens::Last => "the last token",
+    };
+    let stages = pooling.stages.iter().map(|stage| match stage {
+        PoolingStage::Dense(_) => ", a linear layer",
+        PoolingStage::Normalize => ", scaled to length 1",
+        PoolingStage::Sigmoid => ", a sigmoid",
+    });
+    let (size, stages) = (pooling.size(hidden), stages.collect::<String>());
+    let what = if pooling.is_score { "scores" } else { "values" };
+    format!("{size} {what}: {of}{stages}")
 }
 
 /// Returns the memory plan.

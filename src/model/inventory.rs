@@ -15,9 +15,8 @@ use std::collections::HashSet;
 /// Name prefixes of tensors that do not belong to the text model: vision and audio towers with
 /// their projectors, multi-token prediction layers, the heads of reward models, and those of
 /// encoders, of which [`ModelSource::floats`] reads the ones that are used.
-const OTHER_MODELS: [&str; 27] = [
+const OTHER_MODELS: [&str; 25] = [
     "audio_tower.",
-    "bert.pooler.",
     "classifier.",
     "cls.",
     "lm_head.bias",
@@ -35,7 +34,6 @@ const OTHER_MODELS: [&str; 27] = [
     "mtp.",
     "multi_modal_projector.",
     "pooler.",
-    "roberta.pooler.",
     "v_head.",
     "vision_model.",
     "vision_tower.",
@@ -112,7 +110,7 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
 }
 
 fn is_of_another_model(name: &str) -> bool {
-    OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix))
+    OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix)) || name.contains(".pooler.")
 }
 
 fn is_harmless(name: &str) -> bool {

@@ -19,18 +19,6 @@ pub(super) enum Naming {
     },
 }
 
-/// Possible prefixes of `layers.0` in a Hugging Face checkpoint.
-const PREFIXES: [&str; 7] = [
-    "model.",
-    "language_model.model.",
-    "model.language_model.",
-    "backbone.",
-    "bert.",
-    "roberta.",
-    // Models that were saved without their output projection.
-    "",
-];
-
 /// A model's configuration together with its weights.
 pub struct ModelSource {
     config: ModelConfig,
@@ -79,19 +67,20 @@ impl ModelSource {
         let tied = huggingface::ties_embeddings(folder.config())?;
         let storage = config.architecture.storage;
         let (embedding, layers) = (storage.embedding, storage.layers);
-        let with_embedding = PREFIXES.into_iter().find(|prefix| {
+        let prefixes = storage.prefixes;
+        let with_embedding = prefixes.iter().find(|prefix| {
             let name = format!("{prefix}{embedding}.weight");
             folder.tensor(&name).is_some()
         });
         // Without an embedding, which will be missed by the name that it should have.
         let with_layers = || {
             let names = folder.names();
-            PREFIXES.into_iter().find(|prefix| {
+            prefixes.iter().find(|prefix| {
                 let layer = format!("{prefix}{layers}.0.");
                 names.iter().any(|name| name.starts_with(&layer))
             })
         };
-        let prefix = with_embedding.or_else(with_layers).unwrap_or(PREFIXES[0]);
+        let prefix = with_embedding.or_else(with_layers).unwrap_or(&prefixes[0]);
         let source = Self {
             config,
             weights: Box::new(folder),
@@ -116,7 +105,7 @@ impl ModelSource {
 
         let config = huggingface::read(settings)?;
         let tied = huggingface::ties_embeddings(settings)?;
-        let prefix = PREFIXES[0];
+        let prefix = config.architecture.storage.prefixes[0];
         let tensors = tensors(&config, prefix, tied);
         Ok(Self {
             weights: Box::new(weights(tensors, format)?),
@@ -194,6 +183,14 @@ impl ModelSource {
             None => Err(ModelError::MissingHead {
                 name: names[0].to_owned(),
             }),
+        }
+    }
+
+    /// Returns what precedes the names of the tensors of the model itself, without its heads.
+    pub fn prefix(&self) -> &'static str {
+        match self.naming {
+            Naming::Gguf => "",
+            Naming::HuggingFace { prefix } => prefix,
         }
     }
 

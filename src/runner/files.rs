@@ -110,6 +110,11 @@ impl ModelFiles {
         self.sampling.as_ref()
     }
 
+    /// Returns how embeddings and scores are made of hidden states.
+    pub fn pooling(&self) -> &Pooling {
+        &self.pooling
+    }
+
     /// Returns the tokenizer, if the files have one and it was not taken.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()

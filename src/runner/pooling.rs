@@ -429,9 +429,10 @@ impl Reader<'_> {
                 return Err(self.problem(file, problem));
             }
         }
+        let pooler = format!("{}pooler.dense.weight", source.prefix());
         let candidates = [
             ("classifier.dense.weight", true),
-            ("bert.pooler.dense.weight", true),
+            (&pooler, true),
             ("classifier.out_proj.weight", false),
             ("classifier.weight", false),
         ];

@@ -251,6 +251,7 @@ mod tests {
                 add_eos: flags[1],
                 add_space_prefix: flags[2],
                 remove_extra_whitespaces: flags[3],
+                lowercases: flags[3],
                 chat_template,
                 tool_use_template,
             }

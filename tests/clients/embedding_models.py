@@ -1,83 +1,256 @@
-"""Makes tiny models with random weights and their embeddings, with sentence-transformers."""
-import json, os, shutil, sys, pathlib, torch
-from transformers import (BertConfig, BertModel, BertForSequenceClassification, XLMRobertaConfig, XLMRobertaModel,
-    XLMRobertaForSequenceClassification, Gemma3TextConfig, Gemma3TextModel, Qwen3Config, Qwen3Model)
-out = pathlib.Path(sys.argv[1])
-torch.manual_seed(7)
+#!/usr/bin/env python3
+"""Makes the embedding models and cross-encoders of tests/fixtures/embedding.
+
+The models are tiny and have random weights. What is expected of them is computed with transformers
+and sentence-transformers. Run this by hand, with both installed, and with the folder to write to and
+the folder of all-MiniLM-L6-v2 (target/references/all-minilm-l6-v2).
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import normalize
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+BERT = BertConfig(**SIZES, max_position_embeddings=64, num_labels=1)
+ROBERTA = XLMRobertaConfig(
+    **SIZES, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, num_labels=1
+)
+GEMMA = Gemma3TextConfig(
+    **{**SIZES, "num_hidden_layers": 3},
+    head_dim=16,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    query_pre_attn_scalar=16,
+    sliding_window=16,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    use_bidirectional_attention=True,
+)
+QWEN = Qwen3Config(
+    **SIZES,
+    head_dim=16,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+
+TEXTS = [
+    [5, 9, 40, 3, 77],
+    list(range(2, 49)),
+    [6],
+    [99, 98, 97, 3, 3, 3, 50, 8, 7, 0, 2, 4],
+]
+SENTENCES = ["the cat sat on the mat", "it rains", "where is the cat ?", "a dog runs in the park"]
+MINILM_TEXTS = [
+    "A cat sat on a mat.",
+    "Ein Kätzchen saß auf der Matte – naïve Übung!",
+    "How do I free a GPU's KV cache when the client has gone?",
+    "中文和日本語のテキスト",
+    "x",
+    "The quick brown fox jumps over the lazy dog. " * 20,
+]
+
+
 def randomise(model, scale):
+    """Gives a model random weights that are large enough for errors to show."""
+    is_gemma = isinstance(model, Gemma3TextModel)  # stores norm weights minus 1
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.1 + (1.0 if 'norm' in name.lower() and name.endswith('weight') and 'gemma' not in type(model).__name__.lower() else 0.0))
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight) * scale)
             else:
-                p.copy_(torch.randn_like(p) * scale)
+                is_norm = "norm" in name.lower() and name.endswith("weight")
+                mean = 1.0 if is_norm and not is_gemma else 0.0
+                weight.copy_(torch.randn_like(weight) * 0.1 + mean)
     return model.float().eval()
-texts = [[5, 9, 40, 3, 77], list(range(1, 48)), [6], [99, 98, 97, 3, 3, 3, 50, 8, 1, 0, 2, 4]]
-def save(name, model, extra=None):
-    folder = out / name
+
+
+def run(model, ids, segments=None):
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+    if segments is not None:
+        inputs["token_type_ids"] = torch.tensor([segments])
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def save(folder, model):
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
-    gen = folder / 'generation_config.json'
-    if gen.exists(): gen.unlink()
-    return folder
-def hidden(model, ids, types=None):
-    with torch.no_grad():
-        kw = {}
-        if types is not None: kw['token_type_ids'] = torch.tensor([types])
-        return model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **kw)
-def write(folder, file, value):
-    path = folder / file; path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + '\n')
-def st(folder, mode, dense=None, normalize=True, prompts=None, hidden_size=32):
-    modules = [('', 'Transformer'), ('1_Pooling', 'Pooling')]
-    write(folder, '1_Pooling/config.json', {'word_embedding_dimension': hidden_size, 'pooling_mode_cls_token': mode == 'cls', 'pooling_mode_mean_tokens': mode == 'mean', 'pooling_mode_max_tokens': False, 'pooling_mode_mean_sqrt_len_tokens': False, 'pooling_mode_weightedmean_tokens': False, 'pooling_mode_lasttoken': mode == 'last', 'include_prompt': True})
-    for i, layer in enumerate(dense or []):
-        name = f'{i+2}_Dense'
-        modules.append((name, 'Dense'))
-        o, inn = layer.weight.shape
-        write(folder, f'{name}/config.json', {'in_features': inn, 'out_features': o, 'bias': layer.bias is not None, 'activation_function': 'torch.nn.modules.linear.Identity' if i == 0 else 'torch.nn.modules.activation.Tanh'})
-        from safetensors.torch import save_file
-        save_file({f'linear.{k}': v.contiguous() for k, v in layer.state_dict().items()}, folder / name / 'model.safetensors')
-    if normalize: modules.append((f'{len(modules)}_Normalize', 'Normalize'))
-    write(folder, 'modules.json', [{'idx': i, 'name': str(i), 'path': p, 'type': f'sentence_transformers.models.{t}'} for i, (p, t) in enumerate(modules)])
-    if prompts: write(folder, 'config_sentence_transformers.json', prompts)
-def pooled(h, mode):
-    return {'mean': h.mean(0), 'cls': h[0], 'last': h[-1]}[mode]
-common = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
-# BERT: mean, normalised.
-bert = randomise(BertModel(BertConfig(**common, max_position_embeddings=64)), 0.15)
-folder = save('bert', bert); st(folder, 'mean', prompts={'prompts': {'query': 'search: ', 'document': ''}, 'default_prompt_name': None})
-write(folder, 'expected.json', [{'ids': t, 'values': torch.nn.functional.normalize(pooled(hidden(bert, t).last_hidden_state[0], 'mean'), dim=0).tolist()} for t in texts])
-# XLM-RoBERTa: first token, not normalised.
-xlm = randomise(XLMRobertaModel(XLMRobertaConfig(**common, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1)), 0.15)
-folder = save('xlm-roberta', xlm); st(folder, 'cls', normalize=False)
-# Without the padding token, whose positions differ.
-xlm_texts = [[t if t != 1 else 2 for t in text] for text in texts]
-write(folder, 'expected.json', [{'ids': t, 'values': pooled(hidden(xlm, t).last_hidden_state[0], 'cls').tolist()} for t in xlm_texts])
-# EmbeddingGemma: windows on both sides, two linear layers.
-gemma = randomise(Gemma3TextModel(Gemma3TextConfig(**{**common, 'num_hidden_layers': 3}, head_dim=16, num_key_value_heads=1, max_position_embeddings=64, sliding_window=16, layer_types=['sliding_attention', 'sliding_attention', 'full_attention'], use_bidirectional_attention=True, query_pre_attn_scalar=16)), 0.15)
-dense = [torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 24, bias=True)]
-folder = save('gemma3-embedding', gemma); st(folder, 'mean', dense=dense)
-def finish(h):
-    with torch.no_grad():
-        return torch.nn.functional.normalize(torch.tanh(dense[1](dense[0](pooled(h, 'mean')))), dim=0).tolist()
-write(folder, 'expected.json', [{'ids': t, 'values': finish(hidden(gemma, t).last_hidden_state[0])} for t in texts])
-print(json.loads((folder/'config.json').read_text()).get('sliding_window'), gemma.config.sliding_window)
-# Qwen3-Embedding: last token, saved without the output projection.
-qwen = randomise(Qwen3Model(Qwen3Config(**common, head_dim=16, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False)), 0.15)
-folder = save('qwen3-embedding', qwen); st(folder, 'last')
-write(folder, 'expected.json', [{'ids': t, 'values': torch.nn.functional.normalize(pooled(hidden(qwen, t).last_hidden_state[0], 'last'), dim=0).tolist()} for t in texts])
-# Cross-encoders.
-pairs = [([1, 5, 9, 2], [40, 3, 77, 2]), ([1, 8, 2], list(range(3, 40)) + [2])]
-def cross(name, model, segments):
-    folder = save(name, model)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def save_tokenizer(folder):
+    """Writes a tokenizer of words and single letters, as BERT has them."""
+    words = "the cat sat on mat it rains where is a dog runs in park ? .".split()
+    letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in words]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters]
+    pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(pieces[:5])
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+    config = {f"{name}_token": token for name, token in names.items()}
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **config})
+
+
+def save_modules(folder, mode, dense=(), is_normalised=True):
+    """Writes the settings of sentence-transformers."""
+    modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken"]
+    pooling = {f"pooling_mode_{one}": one == mode for one in modes}
+    write(folder / "1_Pooling/config.json", {"word_embedding_dimension": 32, **pooling})
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    for layer, activation in dense:
+        name = f"{len(modules)}_Dense"
+        modules.append((name, "Dense"))
+        outputs, inputs = layer.weight.shape
+        config = {
+            "in_features": inputs,
+            "out_features": outputs,
+            "bias": layer.bias is not None,
+            "activation_function": f"torch.nn.modules.{activation}",
+        }
+        write(folder / name / "config.json", config)
+        tensors = {f"linear.{key}": value for key, value in layer.state_dict().items()}
+        save_file(tensors, folder / name / "model.safetensors")
+    if is_normalised:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    write(folder / "modules.json", entries)
+
+
+def expect(folder, model, texts, finish):
+    """Writes what `finish` makes of the last hidden states of texts."""
+    states = [run(model, ids).last_hidden_state[0] for ids in texts]
+    rows = [{"ids": ids, "values": finish(own).tolist()} for ids, own in zip(texts, states)]
+    write(folder / "expected.json", rows)
+
+
+def embedding_models(out):
+    folder, model = out / "bert", randomise(BertModel(BERT), 0.15)
+    save(folder, model)
+    save_tokenizer(folder)
+    save_modules(folder, "mean_tokens")
+    prompts = {"query": "the ", "document": ""}
+    settings = {"prompts": prompts, "default_prompt_name": None}
+    write(folder / "config_sentence_transformers.json", settings)
+    expect(folder, model, TEXTS, lambda states: normalize(states.mean(0), dim=0))
+    model = SentenceTransformer(str(folder), device="cpu")
+    vectors = model.encode(SENTENCES, prompt_name="query")
+    rows = [{"text": text, "ids": [], "values": v.tolist()} for text, v in zip(SENTENCES, vectors)]
+    write(folder / "expected_queries.json", rows)
+
+    folder, model = out / "xlm-roberta", randomise(XLMRobertaModel(ROBERTA), 0.15)
+    save(folder, model)
+    save_modules(folder, "cls_token", is_normalised=False)
+    expect(folder, model, TEXTS, lambda states: states[0])
+
+    folder, model = out / "gemma3-embedding", randomise(Gemma3TextModel(GEMMA), 0.15)
+    first, second = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 24)
+    dense = [(first, "linear.Identity"), (second, "activation.Tanh")]
+    save(folder, model)
+    save_modules(folder, "mean_tokens", dense)
+
+    def finish(states):
+        with torch.no_grad():
+            return normalize(torch.tanh(second(first(states.mean(0)))), dim=0)
+
+    expect(folder, model, TEXTS, finish)
+
+    folder, model = out / "qwen3-embedding", randomise(Qwen3Model(QWEN), 0.15)
+    save(folder, model)
+    save_modules(folder, "lasttoken")
+    expect(folder, model, TEXTS, lambda states: normalize(states[-1], dim=0))
+
+
+def expect_scores(folder, model, pairs, has_segments):
+    """Writes the scores of pairs. A token of the second segment is given as its id plus 100."""
     rows = []
-    for a, b in pairs:
-        ids, types = a + b, [0] * len(a) + [1 if segments else 0] * len(b)
-        logits = hidden(model, ids, types).logits[0]
-        ids = [i + 100 * s for i, s in zip(ids, types)]
-        rows.append({'ids': ids, 'values': torch.sigmoid(logits).tolist()})
-    write(folder, 'expected.json', rows)
-cross('bert-classifier', randomise(BertForSequenceClassification(BertConfig(**common, max_position_embeddings=64, num_labels=1)), 0.2), True)
-pairs = [([0, 5, 9, 2, 2], [40, 3, 77, 2]), ([0, 8, 2, 2], list(range(3, 40)) + [2])]
-cross('xlm-roberta-classifier', randomise(XLMRobertaForSequenceClassification(XLMRobertaConfig(**common, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, num_labels=1)), 0.2), False)
+    for first, second in pairs:
+        segments = [0] * len(first) + [int(has_segments)] * len(second)
+        logits = run(model, first + second, segments).logits[0]
+        ids = [token + 100 * segment for token, segment in zip(first + second, segments)]
+        rows.append({"ids": ids, "values": torch.sigmoid(logits).tolist()})
+    write(folder / "expected.json", rows)
+
+
+def cross_encoders(out):
+    folder = out / "bert-classifier"
+    model = randomise(BertForSequenceClassification(BERT), 0.2)
+    save(folder, model)
+    save_tokenizer(folder)
+    pairs = [([2, 5, 9, 3], [40, 30, 77, 3]), ([2, 8, 3], [*range(5, 40), 3])]
+    expect_scores(folder, model, pairs, has_segments=True)
+    query = SENTENCES[2]
+    scores = CrossEncoder(str(folder), device="cpu").predict([(query, text) for text in SENTENCES])
+    rows = [{"text": text, "ids": [], "values": [float(s)]} for text, s in zip(SENTENCES, scores)]
+    write(folder / "expected_scores.json", rows)
+
+    folder = out / "xlm-roberta-classifier"
+    model = randomise(XLMRobertaForSequenceClassification(ROBERTA), 0.2)
+    save(folder, model)
+    pairs = [([0, 5, 9, 2, 2], [40, 30, 77, 2]), ([0, 8, 2, 2], [*range(3, 40), 2])]
+    expect_scores(folder, model, pairs, has_segments=False)
+
+
+def minilm(out, folder):
+    model = SentenceTransformer(folder, device="cpu")
+    rows = []
+    for text, vector in zip(MINILM_TEXTS, model.encode(MINILM_TEXTS)):
+        ids = model.tokenizer(text, truncation=True, max_length=256)["input_ids"]
+        rows.append({"text": text, "ids": ids, "values": [round(float(x), 7) for x in vector]})
+    write(out / "all-minilm-l6-v2.json", rows)
+
+
+def main():
+    out = Path(sys.argv[1])
+    torch.manual_seed(7)
+    embedding_models(out)
+    cross_encoders(out)
+    minilm(out, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,33 @@ fn tiny_models_agree_with_sentence_transformers_in_any_batch() {
     }
 }
 
+/// The file was made by llama.cpp's converter.
+#[test]
+fn a_gguf_file_gives_the_embeddings_and_the_tokens_of_its_folder() {
+    let (folder, file) = (
+        load(&fixture("bert"), EngineConfig::default()),
+        load(&fixture("bert.gguf"), EngineConfig::default()),
+    );
+    for one in expected(&fixture("bert").join("expected.json")) {
+        let future = file.embed(EmbedRequest::new(one.ids.clone())).unwrap();
+        let mut found = future.wait().unwrap().values;
+        // Such files do not say that embeddings are scaled to length 1.
+        let length = found.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((length - 1.0).abs() > 0.1);
+        found.iter_mut().for_each(|x| *x /= length);
+        assert!(
+            largest_difference(&found, &one.values) < 1e-5,
+            "{:?}",
+            one.ids
+        );
+    }
+    for text in ["the cat sat", "It rains on THE mat?", "", "zzz Ω"] {
+        assert_eq!(file.tokenize(text).unwrap(), folder.tokenize(text).unwrap());
+        let pair = |engine: &Engine| engine.pair_tokens(text, "a dog").unwrap();
+        assert_eq!(pair(&file), pair(&folder));
+    }
+}
+
 #[test]
 fn a_text_that_does_not_fit_in_the_rest_of_a_step_waits_for_the_next() {
     let config = EngineConfig {

@@ -8,6 +8,7 @@ mod keys;
 mod malformed;
 mod operations;
 mod page;
+mod rerank;
 mod responses;
 mod router;
 mod runs;

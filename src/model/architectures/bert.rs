@@ -41,6 +41,7 @@ pub(super) const CLASS: ConfigClass = ConfigClass {
 
 pub(super) const STORAGE: Storage = Storage {
     embedding: "embeddings.word_embeddings",
+    prefixes: &["bert.", "roberta.", ""],
     layers: "encoder.layer",
     huggingface_name,
     gguf_name,

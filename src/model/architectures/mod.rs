@@ -136,6 +136,9 @@ pub(super) struct GgufFormat {
 pub(super) struct Storage {
     /// Name of the token embedding in Hugging Face checkpoints, between the prefix and `.weight`.
     pub(super) embedding: &'static str,
+    /// What may precede all these names in Hugging Face checkpoints. Models that were saved without
+    /// their output projection have nothing there.
+    pub(super) prefixes: &'static [&'static str],
     /// What precedes a layer's number in Hugging Face checkpoints, between the prefix and `.N.`.
     pub(super) layers: &'static str,
     /// Name of the norm before the output projection.
@@ -203,6 +206,13 @@ impl Storage {
     /// The layout of most architectures.
     const COMMON: Self = Self {
         embedding: "embed_tokens",
+        prefixes: &[
+            "model.",
+            "language_model.model.",
+            "model.language_model.",
+            "backbone.",
+            "",
+        ],
         layers: "layers",
         final_norm: FinalNorm {
             huggingface: "norm",

@@ -6,7 +6,8 @@ use crate::config::Preemption;
 use crate::id::{RequestId, SessionId};
 use crate::sampling::{Constraint, ConstraintError, ConstraintState};
 use crate::schedule::{
-    FinishReason, PlanItem, Report, Sequence, SequenceSpec, StepPlan, Task, TokenInput,
+    FinishReason, PlanItem, PooledTokens, Report, Sequence, SequenceSpec, StepPlan, Task,
+    TokenInput,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -865,7 +866,7 @@ fn host_memory_that_a_step_reads_is_not_written_by_it() {
 
 fn embedding(prompt: Vec<u32>) -> SequenceSpec {
     SequenceSpec {
-        task: Task::Embed,
+        task: Task::Embed(PooledTokens::All),
         ..spec(prompt, 0)
     }
 }
@@ -922,6 +923,48 @@ fn an_embedding_computes_its_whole_prompt_even_if_cached_and_publishes_it() {
     }
     let counts = bench.scheduler.counts();
     assert_eq!((counts.prefix_queries, counts.prefix_hits), (0, 0));
+}
+
+#[test]
+fn an_embedding_of_one_token_reports_only_that_token() {
+    let policy = Policy {
+        max_batch_tokens: 6,
+        ..Policy::default()
+    };
+    for (tokens, first, last) in [
+        (PooledTokens::First, Report::Sum(0..1), Report::Nothing),
+        (PooledTokens::Last, Report::Nothing, Report::Sum(9..10)),
+    ] {
+        let mut bench = Bench::new(16, policy);
+        bench.add(SequenceSpec {
+            task: Task::Embed(tokens),
+            ..spec(prompt(10, 1), 0)
+        });
+        let begin = bench.launch().unwrap();
+        assert_eq!(reports(&begin), [(0, 6, false, false, first)]);
+        let end = bench.launch().unwrap();
+        assert_eq!(reports(&end), [(6, 4, false, true, last)]);
+    }
+}
+
+#[test]
+fn whole_prompts_wait_for_a_step_that_has_room_for_them() {
+    let policy = Policy {
+        max_batch_tokens: 10,
+        whole_prompts: true,
+        ..Policy::default()
+    };
+    let mut bench = Bench::new(16, policy);
+    for length in [4, 5, 3, 7, 10] {
+        bench.add(embedding(prompt(length, length as u32)));
+    }
+    for lengths in [&[4, 5][..], &[3, 7], &[10]] {
+        let plan = bench.launch().unwrap();
+        let counts: Vec<usize> = plan.items.iter().map(|item| item.count).collect();
+        assert_eq!(counts, lengths);
+        assert!(plan.items.iter().all(|item| item.start == 0 && item.end));
+    }
+    assert!(bench.launch().is_none());
 }
 
 /// Rows whose report is in flight are neither reported twice nor computed again.

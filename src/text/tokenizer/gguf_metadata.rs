@@ -68,6 +68,7 @@ impl GgufVocabulary {
             add_bos: read.flag("tokenizer.ggml.add_bos_token")?,
             add_eos: read.flag("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: read.flag("tokenizer.ggml.add_space_prefix")?,
+            lowercases: read.flag("tokenizer.ggml.normalizer.lowercase")?,
             remove_extra_whitespaces: read.flag("tokenizer.ggml.remove_extra_whitespaces")?,
             chat_template: read.text("tokenizer.chat_template")?,
             tool_use_template: read.text("tokenizer.chat_template.tool_use")?,

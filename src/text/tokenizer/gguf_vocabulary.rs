@@ -42,6 +42,8 @@ pub struct GgufVocabulary {
     pub eot: Option<u32>,
     /// `tokenizer.ggml.eom_token_id`.
     pub eom: Option<u32>,
+    /// `tokenizer.ggml.normalizer.lowercase`: whether a `bert` model makes all letters small.
+    pub lowercases: Option<bool>,
     /// `tokenizer.ggml.cls_token_id`: the token in front of the texts of a `bert` model.
     pub cls: Option<u32>,
     /// `tokenizer.ggml.seperator_token_id`: the token after them.

@@ -18,7 +18,7 @@ const MAX_WORD_CHARACTERS: usize = 100;
 impl GgufVocabulary {
     /// Builds a WordPiece tokenizer, which the `tokenizers` library runs.
     ///
-    /// A GGUF file does not say whether the model tells capital letters apart. It does if the
+    /// Old GGUF files do not say whether the model tells capital letters apart. It does if the
     /// vocabulary has any.
     pub(super) fn word_piece(self, vocabulary: Vocabulary) -> Result<Tokenizer, TextError> {
         let is_named = |text: &str, kind| {
@@ -51,7 +51,7 @@ impl GgufVocabulary {
             "added_tokens": special,
             "normalizer": {
                 "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
-                "strip_accents": null, "lowercase": !is_cased,
+                "strip_accents": null, "lowercase": self.lowercases.unwrap_or(!is_cased),
             },
             "pre_tokenizer": {"type": "BertPreTokenizer"},
             "model": {
@@ -65,16 +65,19 @@ impl GgufVocabulary {
             part: "word pieces",
             message: error.to_string(),
         })?;
-        let eos = self.eos.or(self.sep);
+        // Newer files have the token in front of a text under the usual name.
+        let cls = self.cls.or(self.bos);
+        let sep = self.sep.or(self.eos);
+        let eos = self.eos.or(sep);
         Ok(Tokenizer {
             model: Model::HuggingFace(Box::new(HuggingFace::without_frame(parsing))),
             strip_leading_space: true,
-            bos: self.bos.or(self.cls),
+            bos: self.bos.or(cls),
             eos,
             ends: eos.into_iter().collect(),
             frame: super::Frame {
-                before: frame_token("cls", None, true, self.cls)?,
-                after: frame_token("sep", None, true, self.sep)?,
+                before: frame_token("cls", None, true, cls)?,
+                after: frame_token("sep", None, true, sep)?,
             },
             template: None,
             vocabulary,
