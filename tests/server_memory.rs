@@ -157,6 +157,8 @@ fn small(route: Route) -> Value {
         Route::Chat => json!({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
         Route::Responses => json!({"input": "a", "max_output_tokens": 1}),
         Route::Embeddings => json!({"input": "a"}),
+        Route::Rerank => json!({"query": "a", "documents": ["b"]}),
+        Route::Score => json!({"text_1": "a", "text_2": "b"}),
         Route::Tokenize => json!({"prompt": "a"}),
         Route::Detokenize => json!({"tokens": [1]}),
     }

@@ -96,11 +96,11 @@ impl Pooling {
 
     /// Returns the length of the results for vectors of `hidden` elements.
     pub fn size(&self, hidden: usize) -> usize {
-        let dense = self.stages.iter().filter_map(|stage| match stage {
+        let mut dense = self.stages.iter().rev().filter_map(|stage| match stage {
             PoolingStage::Dense(dense) => Some(dense.bias.len()),
             _ => None,
         });
-        dense.last().unwrap_or(hidden)
+        dense.next().unwrap_or(hidden)
     }
 
     /// Computes the result from the average of the hidden states.

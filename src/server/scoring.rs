@@ -4,7 +4,7 @@ use super::App;
 use super::error::ApiError;
 use super::http::auth::Caller;
 use super::http::workers::{Job, Work};
-use super::submit::Submission;
+use super::submit::{Length, Submission, Tokenization};
 use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt, Request, SubmitError};
 use crate::engine::{TokenStream, normalize};
 use crate::sampling::{SamplingParams, TokenLimits};
@@ -22,6 +22,12 @@ const AT_ONCE: usize = 64;
 /// Number of likeliest tokens among which the two answers of a generating model are looked up. An
 /// answer that is not among them counts as likely as the last of them.
 const LIKELIEST: u32 = 64;
+
+/// How texts that are embedded become tokens.
+const WITH_SPECIAL: Tokenization = Tokenization {
+    add_special: true,
+    length: Length::Context,
+};
 
 /// What a generating model is told about its answers. It is that of Qwen3-Reranker.
 const SYSTEM: &str = "Judge whether the Document meets the requirements based on the Query and the \
@@ -110,7 +116,10 @@ impl App {
             let each = pairs.into_iter().map(|(query, document)| {
                 job.check()?;
                 let document = shortened(tokenizer, document, most_tokens)?;
-                Ok(app.engine.pair_tokens(&query, &document)?.into())
+                app.check_texts([&*query, &document], Length::Context)?;
+                let tokens = app.engine.pair_tokens(&query, &document)?;
+                app.check_count(tokens.len())?;
+                Ok(tokens.into())
             });
             each.collect::<Result<Vec<Arc<[u32]>>, ApiError>>()
         };
@@ -159,10 +168,12 @@ impl App {
             let tokenizer = app.text_tokenizer()?;
             let pooling = &app.engine.info().pooling;
             let encode = |purposes: &[&str], text: &str| {
-                job.check()?;
                 let mut prompts = purposes.iter().map(|purpose| pooling.prompt(Some(purpose)));
                 let prompt = prompts.find_map(|prompt| prompt).unwrap_or_default();
-                Ok(app.engine.tokenize(format!("{prompt}{text}"))?)
+                let prompt = Prompt::Text(format!("{prompt}{text}"));
+                let tokens = app.encode(job, prompt, WITH_SPECIAL)?;
+                app.check_count(tokens.len())?;
+                Ok(tokens)
             };
             let queries = queries.iter().map(|query| encode(&["query"], query));
             let documents = documents.into_iter().map(|document| {
@@ -204,19 +215,19 @@ impl App {
             extra: Map::from_iter([("enable_thinking".to_owned(), Value::Bool(false))]),
             ..RenderOptions::default()
         };
-        let mut prompts = Vec::with_capacity(scoring.pairs.len());
-        for (query, document) in scoring.pairs {
+        let prompt = |(query, document): (Arc<str>, String)| {
             let document = shortened(tokenizer, document, scoring.most_tokens)?;
+            self.check_texts([instruction, &*query, &document], Length::Context)?;
             let question =
                 format!("<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}");
-            prompts.push(Prompt::Conversation {
+            Ok::<_, ApiError>(Prompt::Conversation {
                 messages: vec![
                     Message::new("system", SYSTEM),
                     Message::new("user", question),
                 ],
                 options: options.clone(),
-            });
-        }
+            })
+        };
         let EmbedRequest {
             priority,
             tenant,
@@ -240,13 +251,14 @@ impl App {
             cache_salt,
             ..Request::new(Prompt::Tokens(Arc::default()))
         };
-        let mut scores = Vec::with_capacity(prompts.len());
+        let mut scores = Vec::with_capacity(scoring.pairs.len());
         let mut prompt_tokens = 0;
-        let mut prompts = prompts.into_iter();
+        // The prompts repeat the query, so only some of them exist at a time.
+        let mut prompts = scoring.pairs.into_iter().map(prompt);
         loop {
             let submission = Submission {
                 request: request.clone(),
-                prompts: prompts.by_ref().take(AT_ONCE).collect(),
+                prompts: prompts.by_ref().take(AT_ONCE).collect::<Result<_, _>>()?,
                 samples: 1,
                 add_special: false,
                 session: None,
@@ -263,6 +275,18 @@ impl App {
             scores,
             prompt_tokens,
         })
+    }
+
+    /// Refuses a text of more tokens than the context, before others are tokenized.
+    fn check_count(&self, tokens: usize) -> Result<(), ApiError> {
+        let limit = self.engine.max_sequence_tokens();
+        if tokens <= limit {
+            return Ok(());
+        }
+        let problem = format!(
+            "this model's maximum context length is {limit} tokens, but a text has {tokens} tokens"
+        );
+        Err(ApiError::invalid(problem).code("context_length_exceeded"))
     }
 
     fn text_tokenizer(&self) -> Result<&Arc<Tokenizer>, ApiError> {

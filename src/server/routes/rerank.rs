@@ -12,7 +12,10 @@ use crate::server::{App, unix_time};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -23,7 +26,7 @@ const MAX_PAIRS: usize = 2048;
 struct RerankRequest {
     model: Option<String>,
     query: String,
-    documents: Vec<Document>,
+    documents: Documents,
     #[serde(default, deserialize_with = "integer::optional")]
     top_n: Option<usize>,
     return_documents: Option<bool>,
@@ -68,18 +71,96 @@ struct Common {
 }
 
 /// A document: a text, alone or as Cohere's and Jina's clients wrap it.
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a text, or an object with a text")]
-enum Document {
-    Text(String),
-    Object { text: String },
-}
+struct Document(String);
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a text or a list of texts")]
+/// One text or a list of texts.
 enum Texts {
     One(String),
     Many(Vec<String>),
+}
+
+/// The documents of a request, no more than are accepted.
+struct Documents(Vec<String>);
+
+impl<'de> Deserialize<'de> for Document {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(DocumentVisitor)
+    }
+}
+
+struct DocumentVisitor;
+
+impl<'de> Visitor<'de> for DocumentVisitor {
+    type Value = Document;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a string, or an object with a text")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Document, E> {
+        Ok(Document(text.to_owned()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Document, A::Error> {
+        #[derive(Deserialize)]
+        struct Wrapped {
+            text: String,
+        }
+        let wrapped = Wrapped::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(Document(wrapped.text))
+    }
+}
+
+impl<'de> Deserialize<'de> for Documents {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match deserializer.deserialize_any(TextsVisitor { takes_one: false })? {
+            Texts::One(text) => Ok(Self(vec![text])),
+            Texts::Many(texts) => Ok(Self(texts)),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextsVisitor { takes_one: true })
+    }
+}
+
+/// Reads a list of documents, or one text if `takes_one`. A list that is too long is not read to its
+/// end, since each of its texts takes more memory than it has bytes.
+struct TextsVisitor {
+    takes_one: bool,
+}
+
+impl<'de> Visitor<'de> for TextsVisitor {
+    type Value = Texts;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self.takes_one {
+            true => "a string or a list of strings",
+            false => "a list of strings or of objects with a text",
+        })
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Texts, E> {
+        match self.takes_one {
+            true => Ok(Texts::One(text.to_owned())),
+            false => Err(E::invalid_type(Unexpected::Str(text), &self)),
+        }
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Texts, A::Error> {
+        let mut texts = Vec::new();
+        while let Some(Document(text)) = list.next_element()? {
+            if texts.len() == MAX_PAIRS {
+                let problem =
+                    format!("there are more than {MAX_PAIRS} texts, the accepted maximum");
+                return Err(A::Error::custom(problem));
+            }
+            texts.push(text);
+        }
+        Ok(Texts::Many(texts))
+    }
 }
 
 #[derive(Serialize)]
@@ -146,11 +227,6 @@ impl Common {
         if pairs.is_empty() {
             return Err(ApiError::invalid(format!("{field} is an empty list")).param(field));
         }
-        if pairs.len() > MAX_PAIRS {
-            let found = pairs.len();
-            let problem = format!("{field} has {found} texts, at most {MAX_PAIRS} are accepted");
-            return Err(ApiError::invalid(problem).param(field));
-        }
         if self.max_tokens_per_doc == Some(0) {
             let problem = "max_tokens_per_doc is 0, but must be at least 1";
             return Err(ApiError::invalid(problem).param("max_tokens_per_doc"));
@@ -186,13 +262,7 @@ pub(crate) async fn rerank(
     if request.top_n == Some(0) {
         return Err(ApiError::invalid("top_n is 0, but must be at least 1").param("top_n"));
     }
-    let texts = request
-        .documents
-        .into_iter()
-        .map(|document| match document {
-            Document::Text(text) | Document::Object { text } => text,
-        });
-    let texts: Vec<String> = texts.collect();
+    let Documents(texts) = request.documents;
     let query: Arc<str> = request.query.into();
     let pairs = texts.iter().map(|text| (Arc::clone(&query), text.clone()));
     let common = Common {
