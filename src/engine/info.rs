@@ -1,7 +1,7 @@
 //! What an engine runs, and within which limits.
 
+use crate::engine::sync::Arc;
 use crate::runner::{ModelInfo, Pooling, RunnerInfo};
-use std::sync::Arc;
 
 /// Description of an engine: what it runs, and how large its KV cache is.
 #[derive(Clone, Debug)]

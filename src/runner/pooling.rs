@@ -419,7 +419,7 @@ impl Reader<'_> {
         let named = config["architectures"][0].as_str().unwrap_or_default();
         let task = named.split_once("For").map(|(_, task)| task);
         match task.filter(|_| !source.config().is_causal()) {
-            None | Some("MaskedLM" | "PreTraining") => return Ok(()),
+            None | Some("MaskedLM" | "PreTraining" | "CausalLM") => return Ok(()),
             Some("SequenceClassification") => {}
             Some(task) => {
                 let problem = format!(

@@ -530,7 +530,7 @@ fn what_cannot_run_exits_with_one_line_and_code_1() {
         generate(gguf.to_str().unwrap(), &["--prompt", "x"]),
         &["broken.gguf"],
     );
-    broken("config.json", r#"{"model_type": "bert"}"#);
+    broken("config.json", r#"{"model_type": "t5"}"#);
     refused(
         generate(folder.path().to_str().unwrap(), &["--prompt-ids", "1"]),
         &[folder.path().to_str().unwrap()],
@@ -665,9 +665,13 @@ fn unusable_files_in_a_model_folder_are_reported() {
     copy("model.safetensors");
     let generate = ["generate", "--model", path, "--prompt", "x"];
     let tokenize = ["tokenize", "--model", path, "--text", "x"];
+    write("spiece.model", b"");
+    for args in [&generate, &tokenize] {
+        assert_refused(args, 1, &["spiece.model", "tokenizer.json"]);
+    }
     write("tokenizer.model", b"\n\x0e\n\x05<unk>");
     for args in [&generate, &tokenize] {
-        assert_refused(args, 1, &["tokenizer.model", "tokenizer.json"]);
+        assert_refused(args, 1, &["tokenizer.model", "SentencePiece"]);
     }
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
     write("tokenizer.json", pointer);
@@ -681,12 +685,12 @@ fn unusable_files_in_a_model_folder_are_reported() {
     copy("model.safetensors");
     write(
         "config.json",
-        br#"{"model_type": "bert", "architectures": ["BertModel"]}"#,
+        br#"{"model_type": "t5", "architectures": ["T5Model"]}"#,
     );
     write("tokenizer.json", br#"{"version": "1.0", "added_tokens": [], "decoder": {"type": "WordPiece",
         "prefix": "\u0023\u0023", "cleanup": true}, "model": {"type": "WordPiece", "unk_token": "a",
         "continuing_subword_prefix": "\u0023\u0023", "max_input_chars_per_word": 9, "vocab": {"a": 0}}}"#);
-    assert_refused(&generate, 1, &["architecture 'bert' is not supported"]);
+    assert_refused(&generate, 1, &["architecture 't5' is not supported"]);
 }
 
 #[test]
@@ -711,7 +715,7 @@ fn a_folder_whose_settings_contradict_its_tensors_is_refused() {
             parts,
         );
     };
-    refused("\"llama\"", "\"bert\"", &["'bert'", "qwen3"]);
+    refused("\"llama\"", "\"t5\"", &["'t5'", "qwen3"]);
     refused(
         "\"hidden_size\": 64",
         "\"hidden_size\": 96",
