@@ -453,12 +453,12 @@ struct PrefillCopies {
 
 // Computes prefill attention. Grid (work items, kv_heads · pieces), 128 threads. A work item is {sequence,
 // first packed row} and covers 64 packed rows; packed row token · group + head is a head of a token. The
-// last items, which see the most keys, start first.
-template <int HEAD>
+// last items, which see the most keys, start first. If `BOTH`, rows also see `after` keys after their own.
+template <int HEAD, bool BOTH = false>
 INLINE void attend_prefill(
     T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,
     const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,
-    u32 block_vectors, float scale, float softcap, u32 window, u32 chunks, u32 after
+    u32 block_vectors, float scale, float softcap, u32 window, u32 chunks, u32 after = 0
 ) {
     wait_for_kernels_before();
     extern __shared__ __align__(16) u8 shared[];
@@ -468,8 +468,8 @@ INLINE void attend_prefill(
     const u32 first_column = blockIdx.y % PIECES<HEAD> * COLUMNS<HEAD>;
     const u32 first_position = sequence.z - sequence.y;
     const auto sight_of = [&](u32 packed) {
-        const u32 token = packed / group;
-        return Sight::of(first_position + token, window, chunks, after, sequence.y - 1 - token);
+        const u32 position = first_position + packed / group;
+        return BOTH ? Sight::around(position, window, after, sequence.z) : Sight::of(position, window, chunks);
     };
 
     // The keys that the block, the warp and each of the lane's two rows see. Rows beyond the last one are
@@ -569,10 +569,10 @@ INLINE void attend_prefill(
     KERNEL(128) attend_prefill_hd##HEAD(                                                                               \
         T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,           \
         const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,       \
-        u32 block_vectors, float scale, float softcap, u32 window, u32 chunks, u32 after                               \
+        u32 block_vectors, float scale, float softcap, u32 window, u32 chunks                                          \
     ) {                                                                                                                \
         attend_prefill<HEAD>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads, kv_heads,    \
-                             columns, block_tokens, block_vectors, scale, softcap, window, chunks, after);             \
+                             columns, block_tokens, block_vectors, scale, softcap, window, chunks);                    \
     }
 
 ATTEND(16)
@@ -583,3 +583,18 @@ ATTEND(96)
 ATTEND(128)
 ATTEND(256)
 ATTEND(512)
+
+// Prefill of encoders, whose tokens also see tokens after them.
+#define ATTEND_BOTH(HEAD)                                                                                              \
+    KERNEL(128) attend_both_hd##HEAD(                                                                                  \
+        T* out, const T* qkv, const T* k_cache, const T* v_cache, const u32* tables, const uint4* sequences,           \
+        const uint2* prefill_work, const float* sinks, u32 q_heads, u32 kv_heads, u32 columns, u32 block_tokens,       \
+        u32 block_vectors, float scale, float softcap, u32 window, u32 after                                           \
+    ) {                                                                                                                \
+        attend_prefill<HEAD, true>(out, qkv, k_cache, v_cache, tables, sequences, prefill_work, sinks, q_heads,        \
+                                   kv_heads, columns, block_tokens, block_vectors, scale, softcap, window, 0, after);  \
+    }
+
+ATTEND_BOTH(32)
+ATTEND_BOTH(64)
+ATTEND_BOTH(256)

@@ -111,14 +111,17 @@ struct Scoring {
 };
 
 // The keys that a row sees: `begin .. end`. A row sees only keys within its window (0: no window) and
-// of its own chunk, which begins at `position & chunks`; a mask of 0 means a single chunk. It sees at most
-// `after` of the keys after its own, of which there are `rest`.
+// of its own chunk, which begins at `position & chunks`; a mask of 0 means a single chunk.
 struct Sight {
     u32 begin, end;
 
-    INLINE static Sight of(u32 position, u32 window, u32 chunks, u32 after = 0, u32 rest = 0) {
+    INLINE static Sight of(u32 position, u32 window, u32 chunks) {
         const u32 end = position + 1;
-        return {max(window != 0 && end > window ? end - window : 0, position & chunks), end + min(after, rest)};
+        return {max(window != 0 && end > window ? end - window : 0, position & chunks), end};
+    }
+    // In an encoder, a row also sees at most `after` of the keys after its own, of a sequence of `length`.
+    INLINE static Sight around(u32 position, u32 window, u32 after, u32 length) {
+        return {of(position, window, 0).begin, min(position + 1 + after, length)};
     }
     INLINE static Sight nothing() { return {0, 0}; }
     INLINE bool sees(u32 key) const { return key - begin < end - begin; }

@@ -118,8 +118,10 @@ pub struct AttentionSpec {
 
 /// The part of a [`Device`](super::Device) that computes attention.
 pub trait AttentionOps: RopeOps {
-    /// Fails with [`DeviceError::Unsupported`] unless the device computes attention of these heads.
-    fn check_heads(&self, _: HeadShape) -> Result<(), DeviceError> {
+    /// Fails with [`DeviceError::Unsupported`] unless the device computes attention of these heads:
+    /// causal attention if `causal`, and otherwise in both directions.
+    fn check_heads(&self, heads: HeadShape, causal: bool) -> Result<(), DeviceError> {
+        let _ = (heads, causal);
         Ok(())
     }
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 SIZES = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
@@ -44,10 +44,10 @@ ROBERTA = XLMRobertaConfig(
 )
 GEMMA = Gemma3TextConfig(
     **{**SIZES, "num_hidden_layers": 3},
-    head_dim=16,
+    head_dim=32,
     num_key_value_heads=1,
     max_position_embeddings=64,
-    query_pre_attn_scalar=16,
+    query_pre_attn_scalar=32,
     sliding_window=16,
     layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     use_bidirectional_attention=True,
@@ -137,7 +137,7 @@ def save_modules(folder, mode, dense=(), is_normalised=True):
     """Writes the settings of sentence-transformers."""
     modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken"]
     pooling = {f"pooling_mode_{one}": one == mode for one in modes}
-    write(folder / "1_Pooling/config.json", {"word_embedding_dimension": 32, **pooling})
+    write(folder / "1_Pooling/config.json", {"word_embedding_dimension": 64, **pooling})
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     for layer, activation in dense:
         name = f"{len(modules)}_Dense"
@@ -188,7 +188,7 @@ def embedding_models(out):
     expect(folder, model, TEXTS, lambda states: states[0])
 
     folder, model = out / "gemma3-embedding", randomise(Gemma3TextModel(GEMMA), 0.15)
-    first, second = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 24)
+    first, second = torch.nn.Linear(64, 48, bias=False), torch.nn.Linear(48, 24)
     dense = [(first, "linear.Identity"), (second, "activation.Tanh")]
     save(folder, model)
     save_modules(folder, "mean_tokens", dense)

@@ -807,8 +807,8 @@ fn attention_in_both_directions_agrees_with_float64_in_any_batch() {
     let lengths = [1, 2, 17, 64, 129, 200, 300];
     for kind in TYPES {
         let mut device = layer::device(kind);
-        for (index, head_dim) in [16, 32, 64, 128, 256].into_iter().enumerate() {
-            let window = [None, Some(1), Some(20), Some(130)][index % 4];
+        for (index, head_dim) in [32, 64, 256, 64].into_iter().enumerate() {
+            let window = [None, Some(1), Some(20), Some(130)][index];
             let mut case = case((6, 2, head_dim), window, None, 16);
             case.spec.causal = false;
             let spec = &case.spec;

@@ -205,8 +205,10 @@ fn queries_alone_attend_to_the_cache_of_another_layer() {
 fn heads_without_a_kernel_are_refused_when_a_layer_is_loaded() {
     let _gpu = gpu::lock();
     let device = device(CudaActivations::F16);
-    device.check_heads(heads(8, 1, 512)).unwrap();
-    let refused = device.check_heads(heads(8, 1, 320)).unwrap_err();
+    device.check_heads(heads(8, 1, 512), true).unwrap();
+    let both = device.check_heads(heads(8, 1, 128), false).unwrap_err();
+    assert!(both.to_string().contains("both directions"), "{both}");
+    let refused = device.check_heads(heads(8, 1, 320), true).unwrap_err();
     assert!(matches!(refused, DeviceError::Unsupported { .. }));
 }
 

@@ -76,9 +76,42 @@ kernels! {
             softcap: f32,
             window: u32,
             chunks: u32,
+        );
+        attend_both_hd[32, 64, 256](
+            out: Ptr,
+            qkv: Ptr,
+            k_cache: Ptr,
+            v_cache: Ptr,
+            tables: Ptr,
+            sequences: Ptr,
+            prefill_work: Ptr,
+            sinks: Ptr,
+            q_heads: u32,
+            kv_heads: u32,
+            columns: u32,
+            block_tokens: u32,
+            block_vectors: u32,
+            scale: f32,
+            softcap: f32,
+            window: u32,
             after: u32,
         );
     }
+}
+
+/// Sizes of heads with kernels for attention in both directions: those of encoders.
+const BOTH_DIMS: [usize; 3] = [32, 64, 256];
+
+/// Fails unless there is a kernel for attention in both directions with heads of this size.
+fn require_both(head_dim: usize) -> Result<(), DeviceError> {
+    if BOTH_DIMS.contains(&head_dim) {
+        return Ok(());
+    }
+    let known = BOTH_DIMS.map(|dim| dim.to_string()).join(", ");
+    Err(unsupported(
+        format!("attention in both directions with heads of {head_dim} elements"),
+        format!("supported head sizes are {known}"),
+    ))
 }
 
 /// Warps per CUDA block.
@@ -245,8 +278,9 @@ struct ScalarParameters {
     window: u32,
     /// What of a position is the beginning of its chunk, as a mask.
     chunks: u32,
-    /// Number of keys after its own that a row attends to, if there are so many.
-    after: u32,
+    /// Number of keys after its own that a row attends to, if there are so many; `None` for causal
+    /// attention.
+    after: Option<u32>,
 }
 
 impl ScalarParameters {
@@ -269,18 +303,16 @@ impl ScalarParameters {
                 (Some(chunk), true) => u32::try_from(chunk).map_or(0, |chunk| !(chunk - 1)),
                 _ => 0,
             },
-            after: match spec.causal {
-                true => 0,
-                // Without a window, all of them.
-                false => window.wrapping_sub(1),
-            },
+            // Without a window, all of them. The sum of this and a position fits in `u32`.
+            after: (!spec.causal).then(|| window.wrapping_sub(1).min(u32::MAX / 2)),
         }
     }
 }
 
 impl AttentionOps for CudaDevice {
-    fn check_heads(&self, heads: HeadShape) -> Result<(), DeviceError> {
+    fn check_heads(&self, heads: HeadShape, causal: bool) -> Result<(), DeviceError> {
         match heads.values {
+            Values::BesideKeys if !causal => require_both(heads.head_dim),
             Values::BesideKeys => require_head_dim(heads.head_dim),
             Values::InKeys(_) => Ok(()),
         }
@@ -358,7 +390,10 @@ impl CudaDevice {
         const NAME: &str = "attend";
         let Rows { qkv, rotary, sinks } = rows;
         let (heads, shape) = (spec.heads, *cache.shape());
-        require_head_dim(heads.head_dim)?;
+        match spec.causal {
+            true => require_head_dim(heads.head_dim)?,
+            false => require_both(heads.head_dim)?,
+        }
         require_heads(NAME, heads, cache, layer)?;
         let known = self.limits.map(|limits| limits.block_tokens);
         require(known == Some(shape.block_tokens), NAME, || {
@@ -502,7 +537,32 @@ impl CudaDevice {
         ];
         let grid = Grid::new(blocks, [32 * WARPS as u32, 1, 1])
             .shared(prefill_shared(heads.head_dim) as u32);
-        self.attention.kernels.attend_prefill_hd(
+        let kernels = &self.attention.kernels;
+        if let Some(after) = scalars.after {
+            return kernels.attend_both_hd(
+                heads.head_dim,
+                context,
+                grid,
+                operands.out,
+                operands.qkv,
+                operands.keys,
+                operands.values,
+                self.step.tables(),
+                operands.sequences,
+                work,
+                operands.sinks,
+                scalars.q_heads,
+                scalars.kv_heads,
+                scalars.columns,
+                scalars.block_tokens,
+                scalars.block_vectors,
+                scalars.scale,
+                scalars.softcap,
+                scalars.window,
+                after,
+            );
+        }
+        kernels.attend_prefill_hd(
             heads.head_dim,
             context,
             grid,
@@ -523,7 +583,6 @@ impl CudaDevice {
             scalars.softcap,
             scalars.window,
             scalars.chunks,
-            scalars.after,
         )
     }
 }

@@ -238,7 +238,7 @@ impl<D: Device> Loader<'_, D> {
 
     fn attention(&mut self, spec: Attention) -> Result<AttentionWeights<D>, ModelError> {
         let (source, layer, heads) = (self.source, self.layer, spec.heads);
-        self.device.check_heads(heads)?;
+        self.device.check_heads(heads, spec.is_causal)?;
         let qk_norm = self.qk_norm(&spec)?;
         let sinks = match spec.has_sinks {
             true => Some(self.device.load_vector(&source.sinks(layer, heads)?)?),
