@@ -18,16 +18,16 @@ KERNEL(256) resolve_words(u32* resolved, const u32* tokens, u32 words, u32 rows)
     if (row < rows) resolved[row] = tokens[row] % words;
 }
 
-// out[r] += places[segment · count + position], where the segment of row r is its token divided by
+// out[r] += added[segment · count + position], where the segment of row r is its token divided by
 // `words`. A place that does not exist is that of row 0. One block per row.
-KERNEL(256) add_places(
-    float* out, const float* places, const u32* tokens, const u32* positions, u32 words, u32 count, u32 segments,
+KERNEL(256) add_positions(
+    float* out, const float* added, const u32* tokens, const u32* positions, u32 words, u32 count, u32 segments,
     u32 columns
 ) {
     wait_for_kernels_before();
     const u32 segment = tokens[blockIdx.x] / words, position = positions[blockIdx.x];
     const u64 place = segment < segments && position < count ? u64(segment) * count + position : 0;
-    const float* from = places + place * columns;
+    const float* from = added + place * columns;
     float* to = out + u64(blockIdx.x) * columns;
     for (u32 column = threadIdx.x * 8; column < columns; column += blockDim.x * 8) {
         float x[8], own[8];

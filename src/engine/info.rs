@@ -20,7 +20,8 @@ pub struct EngineInfo {
     pub embedding: Option<usize>,
     /// How embeddings and scores are computed.
     pub pooling: Arc<Pooling>,
-    /// Number of segments that the model tells apart; see [`Engine::pair_tokens`](crate::Engine::pair_tokens).
+    /// Number of segments that the model tells apart. See
+    /// [`Engine::pair_tokens`](crate::Engine::pair_tokens).
     pub segments: usize,
     /// Whether the engine can generate tokens. Otherwise, it only computes embeddings or scores.
     pub generates: bool,

@@ -5,7 +5,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, QkNormKind, Streams,
 };
-use super::{ModelError, Places, RopeConfig};
+use super::{LearnedPositions, ModelError, RopeConfig};
 use crate::device::{Device, HeadShape, StatePart};
 use std::fmt::Debug;
 
@@ -72,7 +72,7 @@ pub struct ModelConfig {
     /// The residual streams, if there is more than one.
     pub streams: Option<Streams>,
     /// Learned embeddings of positions and segments, if the model has them.
-    pub places: Option<Places>,
+    pub learned_positions: Option<LearnedPositions>,
     /// Which projections have a bias.
     pub biases: Biases,
     /// Number of multi-token prediction layers that files hold after these. They are not computed.

@@ -3,11 +3,11 @@
 mod gated_delta;
 mod latent;
 mod layer_step;
+mod learned_positions;
 mod mamba2;
 mod norm;
 mod normed_experts;
 mod per_layer;
-mod places;
 mod short_conv;
 mod streams;
 mod weights;
@@ -19,9 +19,9 @@ use crate::device::{
     Batch, CacheLayer, Device, DeviceError, Finished, RopeSpec, Staged, StatePart,
 };
 use layer_step::LayerStep;
+use learned_positions::PositionWeights;
 use norm::Norm;
 use per_layer::{InputWeights, own_input};
-use places::PlaceWeights;
 use std::ops::Range;
 use streams::StreamWeights;
 use weights::{LayerWeights, MixerWeights};
@@ -48,7 +48,7 @@ pub struct Decoder<D: Device> {
     /// The weights of the residual streams, if there are several.
     streams: Option<StreamWeights<D>>,
     /// The embeddings of positions and segments, if the model has them.
-    place_weights: Option<PlaceWeights<D>>,
+    position_weights: Option<PositionWeights<D>>,
     /// The position embeddings that layers refer to by index, followed by one that rotates nothing,
     /// for layers without a position embedding.
     ropes: Vec<D::Rope>,
@@ -93,7 +93,7 @@ impl<D: Device> Decoder<D> {
         }
         let inputs = InputWeights::load(source, device)?;
         let streams = StreamWeights::load(source, device)?;
-        let place_weights = PlaceWeights::load(source, device)?;
+        let position_weights = PositionWeights::load(source, device)?;
         let mut load = |scale: f32| -> Result<_, ModelError> {
             let Some(mut weight) = source.final_norm()? else {
                 return Ok(None);
@@ -121,7 +121,7 @@ impl<D: Device> Decoder<D> {
             output,
             inputs,
             streams,
-            place_weights,
+            position_weights,
             ropes,
             workspace,
         })
@@ -187,8 +187,8 @@ impl<D: Device> Decoder<D> {
     ) -> Result<(), DeviceError> {
         let norm = Norm::of(&self.config);
         let workspace = &mut self.workspace;
-        match &self.place_weights {
-            Some(places) => places.embed(device, &self.embedding, norm, rows, workspace)?,
+        match &self.position_weights {
+            Some(positions) => positions.embed(device, &self.embedding, norm, rows, workspace)?,
             None => {
                 let scale = self.config.embedding_scale;
                 device.embed(&self.embedding, scale, &mut workspace.residual)?;

@@ -7,7 +7,7 @@ use super::layer::{
     Attention, Experts, FeedForward, GatedDelta, Latent, LayerSpec, Mixer, NormKind, NormPlacement,
     PerLayerInputs, Streams,
 };
-use super::{Biases, ModelConfig, ModelError, Places, RopeConfig};
+use super::{Biases, LearnedPositions, ModelConfig, ModelError, RopeConfig};
 use crate::device::{
     Activation, ConvSpec, DeltaHeads, HeadShape, Mamba2Spec, QueryScale, RouterScore,
 };
@@ -103,7 +103,7 @@ pub(super) struct Variations {
     /// The residual streams, if there is more than one.
     pub(super) streams: Option<Streams>,
     /// Learned embeddings of positions and segments, if the model has them.
-    pub(super) places: Option<Places>,
+    pub(super) learned_positions: Option<LearnedPositions>,
     /// Rank of the paths beside mixers, if there are any.
     pub(super) side_rank: Option<usize>,
     /// Threshold of sparse gates by layer, in standard deviations above their mean. See
@@ -152,7 +152,7 @@ impl Hyperparameters {
             logit_softcap: self.logit_softcap,
             per_layer_inputs: self.variations.inputs,
             streams: self.variations.streams,
-            places: self.variations.places,
+            learned_positions: self.variations.learned_positions,
             biases: self.biases,
             prediction_layers: self.prediction_layers,
             end_tokens: self.end_tokens,
@@ -261,6 +261,7 @@ impl Hyperparameters {
             widths,
             shared_caches,
             inputs,
+            learned_positions,
             ..
         } = &self.variations;
         for heads in heads.values() {
@@ -272,6 +273,9 @@ impl Hyperparameters {
         if let Some(inputs) = inputs {
             self.check_size(|keys| keys.input_width, inputs.width, 1 << 16)?;
             self.check_size(|keys| keys.input_vocabulary, inputs.vocabulary, 1 << 26)?;
+        }
+        if let Some(learned_positions) = learned_positions {
+            self.check_size(|keys| keys.segments, learned_positions.segments, 16)?;
         }
         let first = self.layers.saturating_sub(*shared_caches);
         let mut sharing = first..self.layers;

@@ -4,24 +4,18 @@
 use super::layer::{
     Attention, FeedForward, Latent, LayerSpec, Mamba2, Mixer, NormPlacement, ShortConv,
 };
+use super::learned_positions::PositionPart;
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
-use super::places::PlacePart;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
 use crate::device::Activation;
 use std::collections::HashSet;
 
 /// Name prefixes of tensors that do not belong to the text model: vision and audio towers with
-/// their projectors, multi-token prediction layers, the heads of reward models, and those of
-/// encoders, of which [`ModelSource::floats`] reads the ones that are used.
-const OTHER_MODELS: [&str; 25] = [
+/// their projectors, multi-token prediction layers, and the heads of reward models.
+const OTHER_MODELS: [&str; 18] = [
     "audio_tower.",
-    "classifier.",
-    "cls.",
-    "lm_head.bias",
-    "lm_head.decoder.",
-    "lm_head.dense.",
     "mm_projector.",
     "model.audio_tower.",
     "model.embed_audio.",
@@ -30,10 +24,8 @@ const OTHER_MODELS: [&str; 25] = [
     "model.vision_model.",
     "model.vision_tower.",
     "model.visual.",
-    "lm_head.layer_norm.",
     "mtp.",
     "multi_modal_projector.",
-    "pooler.",
     "v_head.",
     "vision_model.",
     "vision_tower.",
@@ -42,6 +34,20 @@ const OTHER_MODELS: [&str; 25] = [
     "a.",
     "mm.",
     "v.",
+];
+
+/// Name prefixes of the heads of encoders: classifiers, linear layers after pooling, and those that
+/// only training needs.
+const HEADS: [&str; 9] = [
+    "classifier.",
+    "cls.",
+    "dense_2.",
+    "dense_3.",
+    "lm_head.bias",
+    "lm_head.decoder.",
+    "lm_head.dense.",
+    "lm_head.layer_norm.",
+    "pooler.",
 ];
 
 /// Name suffixes of tensors whose contents are computed anyway: RoPE frequencies, sines and
@@ -92,7 +98,11 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
     let mut names = source.names().into_iter();
     let skipped = source.prediction_layers();
     let is_skipped = |name: &str| skipped.iter().any(|layer| name.starts_with(layer));
-    match names.find(|name| !used.contains(*name) && !is_harmless(name) && !is_skipped(name)) {
+    let is_head = |name: &str| is_head(source, name);
+    let is_unused = |name: &&str| {
+        !used.contains(*name) && !is_harmless(name) && !is_skipped(name) && !is_head(name)
+    };
+    match names.find(is_unused) {
         None => {
             let others = source.names().into_iter();
             let tensors = others.filter(|name| is_of_another_model(name)).count();
@@ -109,8 +119,21 @@ pub(super) fn check(source: &ModelSource) -> Result<(), ModelError> {
     }
 }
 
+/// Returns whether a tensor belongs to a head. Those of encoders are read when they are used, with
+/// [`ModelSource::floats`]. A causal model in a GGUF file may hold copies of the rows of its output
+/// projection that two answers have.
+fn is_head(source: &ModelSource, name: &str) -> bool {
+    if source.config().is_causal() {
+        return source.naming() == Naming::Gguf && name == "cls.output.weight";
+    }
+    let own = name.strip_prefix(source.prefix()).unwrap_or(name);
+    HEADS
+        .iter()
+        .any(|prefix| own.starts_with(prefix) || name.starts_with(prefix))
+}
+
 fn is_of_another_model(name: &str) -> bool {
-    OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix)) || name.contains(".pooler.")
+    OTHER_MODELS.iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn is_harmless(name: &str) -> bool {
@@ -148,9 +171,9 @@ impl Inventory<'_> {
         if self.source.config().has_final_norm() {
             self.require(self.source.final_norm_name())?;
         }
-        if self.source.config().places.is_some() {
-            for part in PlacePart::ALL {
-                self.require(self.source.place_name(part))?;
+        if self.source.config().learned_positions.is_some() {
+            for part in PositionPart::ALL {
+                self.require(self.source.position_name(part))?;
             }
         }
         if let Some(name) = self.source.output_name()? {

@@ -34,6 +34,7 @@ pub(super) struct Keys {
     pub(super) state_size: &'static str,
     pub(super) shared_caches: &'static str,
     pub(super) input_width: &'static str,
+    pub(super) segments: &'static str,
     pub(super) input_vocabulary: &'static str,
     pub(super) query_rank: &'static str,
     pub(super) latent: &'static str,
@@ -87,6 +88,8 @@ pub(super) const GGUF: Keys = Keys {
     state_size: "ssm.state_size",
     shared_caches: "attention.shared_kv_layers",
     input_width: "embedding_length_per_layer_input",
+    // GGUF has no key of the architecture's for it: it is the number of rows of their embeddings.
+    segments: "token_type_count",
     // GGUF has no key for it: it is the number of rows of the embeddings.
     input_vocabulary: "vocab_size",
     query_rank: "attention.q_lora_rank",
@@ -138,6 +141,7 @@ pub(super) const HUGGINGFACE: Keys = Keys {
     state_size: "mamba_d_state",
     shared_caches: "num_kv_shared_layers",
     input_width: "hidden_size_per_layer_input",
+    segments: "type_vocab_size",
     input_vocabulary: "vocab_size_per_layer_input",
     query_rank: "q_lora_rank",
     latent: "kv_lora_rank",

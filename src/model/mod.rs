@@ -20,9 +20,9 @@ mod inventory;
 mod key_names;
 mod latent;
 mod layer;
+mod learned_positions;
 mod names;
 mod per_layer;
-mod places;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
 mod recurrent;
@@ -33,6 +33,6 @@ mod tensors;
 pub use config::{Biases, ModelConfig};
 pub use decoder::{Decoder, StepLimits};
 pub use error::ModelError;
-pub use places::Places;
+pub use learned_positions::LearnedPositions;
 pub use rope::{RopeConfig, RopeScaling};
 pub use tensors::ModelSource;

@@ -4,9 +4,9 @@
 use super::layer::{
     Attention, FeedForward, GatedDelta, Latent, LayerSpec, Mamba2, Mixer, NormPlacement, ShortConv,
 };
+use super::learned_positions::PositionPart;
 use super::names::{self, GateUp, Part};
 use super::per_layer::PerLayerPart;
-use super::places::PlacePart;
 use super::{ModelConfig, ModelError};
 use crate::weights::{DType, RandomContent, RandomTensor, RandomWeights};
 
@@ -23,7 +23,7 @@ pub(super) fn tensors(config: &ModelConfig, prefix: &str, tied: bool) -> Vec<Ran
     list.matrix(format!("{prefix}{embedding}.weight"), vocabulary, hidden);
     list.per_layer_inputs();
     list.streams();
-    list.places();
+    list.learned_positions();
     for layer in 0..config.layers.len() {
         list.layer(layer);
     }
@@ -95,20 +95,20 @@ impl List<'_> {
     }
 
     /// Adds the embeddings of positions and segments, and the norm of the input.
-    fn places(&mut self) {
-        let Some(places) = self.config.places else {
+    fn learned_positions(&mut self) {
+        let Some(learned_positions) = self.config.learned_positions else {
             return;
         };
         let hidden = self.config.hidden;
-        for part in PlacePart::ALL {
+        for part in PositionPart::ALL {
             let name = self.prefix.to_owned() + part.huggingface();
             match part {
-                PlacePart::Positions => {
-                    self.matrix(name, places.unused + self.config.context, hidden);
+                PositionPart::Positions => {
+                    self.matrix(name, learned_positions.unused + self.config.context, hidden);
                 }
-                PlacePart::Segments => self.matrix(name, places.segments, hidden),
-                PlacePart::NormWeight => self.norm(name, hidden),
-                PlacePart::NormBias => self.vector(name, hidden, 0.0),
+                PositionPart::Segments => self.matrix(name, learned_positions.segments, hidden),
+                PositionPart::NormWeight => self.norm(name, hidden),
+                PositionPart::NormBias => self.vector(name, hidden, 0.0),
             }
         }
     }

@@ -13,6 +13,9 @@ use crate::model::{Decoder, ModelConfig, ModelSource, StepLimits};
 /// The smallest default of the number of tokens per step.
 const LEAST_STEP_TOKENS: usize = 512;
 
+/// By default, texts that are encoded have at most this many tokens, all of which are in one step.
+const MOST_TEXT_TOKENS: usize = 1 << 15;
+
 /// By default, the number of tokens per step is chosen so that activations and scratch memory
 /// take at most this share of the memory that the weights leave, as a divisor.
 const STEP_SHARE: usize = 4;
@@ -122,7 +125,12 @@ impl<'a> Demand<'a> {
     /// too much of the memory that weights, graphs and the configured KV cache leave, or if that
     /// cache holds fewer tokens.
     fn default_rows<D: Device>(&self, device: &D) -> usize {
-        let mut rows = device.default_step_tokens();
+        let rows = device.default_step_tokens();
+        // A step of an encoder should have room for a longest text.
+        let mut rows = match self.source.config().is_causal() {
+            true => rows,
+            false => rows.max(self.limits.sequence_tokens.min(MOST_TEXT_TOKENS)),
+        };
         // A block of each group.
         let blocks = least_cache(self.source.config(), self.config, &self.layout, device);
         let tokens = self.config.kv_cache_bytes.map_or(usize::MAX, |bytes| {
@@ -142,11 +150,7 @@ impl<'a> Demand<'a> {
         while rows > LEAST_STEP_TOKENS && !suits(rows) {
             rows = (rows / 2).max(LEAST_STEP_TOKENS);
         }
-        match self.source.config().is_causal() {
-            true => rows,
-            // A step must have room for a longest text.
-            false => rows.max(self.limits.sequence_tokens),
-        }
+        rows
     }
 
     /// Returns the memory that steps within `limits` take, and an estimate for the weights.

@@ -39,7 +39,7 @@ pub enum LoadError {
         /// What was found and what was expected.
         problem: String,
     },
-    /// The model's files ask for embeddings that quell does not compute.
+    /// The model's files ask for embeddings or scores that quell does not compute.
     #[error("{path}: {problem}")]
     Pooling {
         /// The file with the setting.

@@ -339,8 +339,19 @@ pub(super) fn cache_shape<D: Device>(
             .most_blocks_of_all(context_tokens(model, config), step, config.block_tokens)
             .saturating_mul(config.max_sequences),
     };
-    let blocks = (budget / block_bytes).min(useful).min(MAX_BLOCKS);
     let least = layout.groups().len();
+    // An encoder keeps texts only while the step that has all their tokens is in flight, of which
+    // there are at most two.
+    let at_once = match model.is_causal() {
+        true => MAX_BLOCKS,
+        false => {
+            let partial = config.max_sequences.min(step);
+            let of_step = (step / config.block_tokens).saturating_add(partial);
+            of_step.saturating_mul(2 * least)
+        }
+    };
+    let most = useful.min(at_once).min(MAX_BLOCKS);
+    let blocks = (budget / block_bytes).min(most);
     if blocks < least {
         let bytes = least.saturating_mul(block_bytes);
         return Err(LoadError::Config {

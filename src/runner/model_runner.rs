@@ -127,7 +127,7 @@ impl<D: Device> ModelRunner<D> {
             embedding: Some(model.hidden),
             pooling: Pooling::default(),
             generates: source.generates(),
-            segments: model.places.map_or(1, |places| places.segments),
+            segments: model.learned_positions.map_or(1, |own| own.segments),
             whole_prompts: !model.is_causal(),
             end_tokens: model.end_tokens.clone(),
             cache_blocks: shape.blocks,

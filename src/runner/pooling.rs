@@ -5,11 +5,10 @@ use super::LoadError;
 use crate::model::ModelSource;
 use crate::schedule::PooledTokens;
 use crate::weights::gguf::Gguf;
-use crate::weights::{from_python_json, read_tensor};
+use crate::weights::{read_json, read_tensor};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Component, Path};
 
 /// How a model turns the last hidden states of a text into a vector or a score. Reimers & Gurevych,
 /// *Sentence-BERT*, 2019.
@@ -23,6 +22,8 @@ pub struct Pooling {
     /// Whether the result is the scores of a classifier, such as the relevance of a document to a
     /// query, instead of a vector to compare with others.
     pub is_score: bool,
+    /// Whether the model's files say how it is made. Otherwise, it is the mean of all tokens.
+    pub is_stated: bool,
     /// Texts to put before a text, by the name of its purpose, such as `query`.
     pub prompts: BTreeMap<String, String>,
     /// The purpose of texts that name none.
@@ -88,12 +89,6 @@ impl Dense {
 }
 
 impl Pooling {
-    /// Returns whether the model's files say nothing about embeddings.
-    #[cfg(feature = "server")]
-    pub(crate) fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-
     /// Returns the length of the results for vectors of `hidden` elements.
     pub fn size(&self, hidden: usize) -> usize {
         let mut dense = self.stages.iter().rev().filter_map(|stage| match stage {
@@ -140,7 +135,9 @@ pub fn normalize(values: &mut [f32]) {
 /// cross-encoder. Limits the length of texts to what the files say.
 ///
 /// # Errors
-/// Returns [`LoadError::Pooling`] if a file is invalid or asks for something that is not supported.
+/// Returns [`LoadError::Pooling`] if a file asks for something that is not supported,
+/// [`LoadError::Weights`] if a file cannot be read or is invalid, and [`LoadError::Model`] if a tensor
+/// has another shape.
 pub(super) fn of_folder(
     path: &Path,
     config: &Value,
@@ -157,13 +154,16 @@ pub(super) fn of_folder(
         Some(modules) => reader.modules(&modules)?,
         None => reader.classifier(config, source)?,
     }
+    reader.pooling.require_one_score(path)?;
     Ok(reader.pooling)
 }
 
 /// Returns the number of the kind of pooling that the metadata of a GGUF file names, if it does.
 pub(super) fn kind_of_gguf(file: &Gguf) -> Option<u64> {
     let name = file.metadata("general.architecture")?.as_str()?;
-    file.metadata(&format!("{name}.pooling_type"))?.as_u64()
+    let kind = file.metadata(&format!("{name}.pooling_type"))?;
+    // What is no such number is refused like an unknown one.
+    Some(kind.as_u64().unwrap_or(u64::MAX))
 }
 
 /// Returns the pooling of the kind with this number in the metadata of the GGUF file at `path`.
@@ -186,8 +186,18 @@ pub(super) fn of_gguf(
         None | Some(0 | 1) => PooledTokens::All,
         Some(2) => PooledTokens::First,
         Some(3) => PooledTokens::Last,
-        // The scores of a causal model are those of two tokens, which it can also generate.
-        Some(4) if source.config().is_causal() => return Ok(pooling),
+        // The scores of a causal model are those of two answers, which it can also generate.
+        Some(4) if source.config().is_causal() => {
+            return match source.shape("cls.output.weight") {
+                Some([2, _]) => Ok(pooling),
+                found => {
+                    let expected = "that of two answers for the pooling_type 4";
+                    Err(problem(format!(
+                        "the shape of cls.output.weight is {found:?}, but must be {expected}"
+                    )))
+                }
+            };
+        }
         Some(4) => {
             pooling.is_score = true;
             PooledTokens::First
@@ -199,6 +209,7 @@ pub(super) fn of_gguf(
             )));
         }
     };
+    pooling.is_stated = kind.is_some_and(|kind| kind > 0);
     let stages = match pooling.is_score {
         true => [("cls", true), ("cls.output", false)],
         false => [("dense_2", false), ("dense_3", false)],
@@ -210,10 +221,27 @@ pub(super) fn of_gguf(
         let missing = "there is no tensor cls.output.weight";
         return Err(problem(format!("pooling_type is 4, but {missing}")));
     }
+    if pooling.is_score {
+        // The file does not say so; it is the default of cross-encoders.
+        pooling.stages.push(PoolingStage::Sigmoid);
+    }
+    pooling.require_one_score(path)?;
     Ok(pooling)
 }
 
 impl Pooling {
+    /// Fails if the model gives several scores for a text.
+    fn require_one_score(&self, path: &Path) -> Result<(), LoadError> {
+        let labels = self.size(1);
+        if !self.is_score || labels == 1 {
+            return Ok(());
+        }
+        Err(LoadError::Pooling {
+            path: path.to_owned(),
+            problem: format!("the classifier has {labels} labels, but must have 1"),
+        })
+    }
+
     /// Adds a linear layer, if it is among the model's tensors.
     fn add_dense(
         &mut self,
@@ -238,6 +266,18 @@ impl Pooling {
     }
 }
 
+/// Files that may limit the length of texts, in the order in which sentence-transformers looks for
+/// them.
+const LENGTH_FILES: [&str; 7] = [
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+];
+
 /// Reads the files of a folder.
 struct Reader<'a> {
     folder: &'a Path,
@@ -246,7 +286,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn problem(&self, file: &str, problem: impl Into<String>) -> LoadError {
+    fn problem(&self, file: impl AsRef<Path>, problem: impl Into<String>) -> LoadError {
         LoadError::Pooling {
             path: self.folder.join(file),
             problem: problem.into(),
@@ -255,19 +295,39 @@ impl Reader<'_> {
 
     /// Reads a JSON file, if there is one.
     fn json(&self, file: &str) -> Result<Option<Value>, LoadError> {
-        match std::fs::read(self.folder.join(file)) {
-            Ok(text) => from_python_json(&text)
-                .map(Some)
-                .map_err(|error| self.problem(file, error.to_string())),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(self.problem(file, error.to_string())),
+        let path = self.folder.join(file);
+        match path.exists() {
+            true => Ok(Some(read_json(&path, "JSON")?)),
+            false => Ok(None),
+        }
+    }
+
+    /// Reads the settings of a module, which are in a folder of its own.
+    fn module(&self, module: &Value) -> Result<(String, Value), LoadError> {
+        let path = module["path"].as_str().unwrap_or_default();
+        let is_name = |part: Component<'_>| matches!(part, Component::Normal(_));
+        if path.is_empty() || !Path::new(path).components().all(is_name) {
+            let problem =
+                format!("the path {path:?} of a module must be a folder within the model's");
+            return Err(self.problem("modules.json", problem));
+        }
+        let file = format!("{path}/config.json");
+        match self.json(&file)? {
+            Some(config) => Ok((file, config)),
+            None => Err(self.problem(&file, "the file is missing, but its module needs it")),
         }
     }
 
     /// Reads the longest text that the model was trained for.
     fn length(&self, source: &mut ModelSource) -> Result<(), LoadError> {
-        let file = "sentence_bert_config.json";
-        let Some(config) = self.json(file)? else {
+        let mut found = None;
+        for name in LENGTH_FILES {
+            if let Some(config) = self.json(name)? {
+                found = Some((name, config));
+                break;
+            }
+        }
+        let Some((file, config)) = found else {
             return Ok(());
         };
         if config["do_lower_case"] == Value::Bool(true) {
@@ -295,7 +355,19 @@ impl Reader<'_> {
         let Some(config) = self.json(file)? else {
             return Ok(());
         };
-        if let Some(prompts) = config.get("prompts").and_then(Value::as_object) {
+        if let Some(function) = config
+            .get("similarity_fn_name")
+            .filter(|value| !value.is_null())
+            && !matches!(function.as_str(), Some("cosine" | "dot"))
+        {
+            let problem = format!("similarity_fn_name is {function}, but must be cosine or dot");
+            return Err(self.problem(file, problem));
+        }
+        if let Some(prompts) = config.get("prompts").filter(|value| !value.is_null()) {
+            let Some(prompts) = prompts.as_object() else {
+                let problem = format!("prompts is {prompts}, but must be texts by their names");
+                return Err(self.problem(file, problem));
+            };
             for (name, text) in prompts {
                 let Some(text) = text.as_str() else {
                     let problem = format!("the prompt {name:?} is {text}, but must be a text");
@@ -304,39 +376,46 @@ impl Reader<'_> {
                 self.pooling.prompts.insert(name.clone(), text.to_owned());
             }
         }
-        if let Some(name) = config.get("default_prompt_name").and_then(Value::as_str) {
-            if !self.pooling.prompts.contains_key(name) {
-                let problem = format!("default_prompt_name is {name:?}, which no prompt has");
+        let default = config.get("default_prompt_name");
+        if let Some(name) = default.filter(|value| !value.is_null()) {
+            let known = name
+                .as_str()
+                .filter(|name| self.pooling.prompts.contains_key(*name));
+            let Some(name) = known else {
+                let problem =
+                    format!("default_prompt_name is {name}, but must be that of a prompt");
                 return Err(self.problem(file, problem));
-            }
+            };
             self.pooling.default_prompt = Some(name.to_owned());
         }
         Ok(())
     }
 
-    /// Reads the modules, of which the first one is the model itself.
+    /// Reads the modules: the model itself, the pooling, and stages after it.
     fn modules(&mut self, modules: &Value) -> Result<(), LoadError> {
         let file = "modules.json";
         let modules = modules.as_array().map(Vec::as_slice).unwrap_or_default();
-        let Some((model, stages)) = modules.split_first() else {
-            return Err(self.problem(file, "it is no list of modules, but must be one"));
-        };
-        if kind_of(model) != "Transformer" {
-            let found = kind_of(model);
-            let problem = format!("the first module is {found:?}, but must be \"Transformer\"");
+        let kinds: Vec<&str> = modules.iter().map(kind_of).collect();
+        let (["Transformer", "Pooling", ..], [_, pooling, stages @ ..]) = (&kinds[..], modules)
+        else {
+            let found = kinds.join(", ");
+            let problem = format!(
+                "the modules are {found:?}, but must begin with Transformer and Pooling of \
+                 sentence_transformers"
+            );
             return Err(self.problem(file, problem));
-        }
-        let mut size = self.hidden;
+        };
+        self.pooling.is_stated = true;
+        self.pooling_module(pooling)?;
         for module in stages {
-            let place = module["path"].as_str().unwrap_or_default();
             match kind_of(module) {
-                "Pooling" => self.pooling_module(place)?,
-                "Dense" => size = self.dense_module(place, size)?,
+                "Dense" => self.dense_module(module)?,
                 "Normalize" => self.pooling.stages.push(PoolingStage::Normalize),
-                other => {
+                _ => {
+                    let found = &module["type"];
                     let problem = format!(
-                        "the module {other:?} is not supported; supported are Transformer, \
-                         Pooling, Dense and Normalize"
+                        "the module {found} is not supported after Pooling; supported are Dense \
+                         and Normalize of sentence_transformers"
                     );
                     return Err(self.problem(file, problem));
                 }
@@ -345,25 +424,27 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn pooling_module(&mut self, place: &str) -> Result<(), LoadError> {
-        let file = &format!("{place}/config.json");
-        let config = self.json(file)?;
-        let config = config.ok_or_else(|| self.problem(file, "it is missing"))?;
-        let mut modes: Vec<String> = match &config["pooling_mode"] {
-            Value::String(mode) => vec![mode.clone()],
-            Value::Array(modes) => {
-                let modes = modes.iter().filter_map(Value::as_str);
-                modes.map(str::to_owned).collect()
-            }
-            _ => Vec::new(),
+    fn pooling_module(&mut self, module: &Value) -> Result<(), LoadError> {
+        let (file, config) = self.module(module)?;
+        let listed = match &config["pooling_mode"] {
+            Value::Null => None,
+            Value::Array(modes) => Some(modes.clone()),
+            mode => Some(vec![mode.clone()]),
         };
-        if modes.is_empty() {
-            let switches = config.as_object().into_iter().flatten();
-            let on = switches.filter(|(_, value)| **value == Value::Bool(true));
-            let named = on.filter_map(|(key, _)| key.strip_prefix("pooling_mode_"));
-            modes = named.map(str::to_owned).collect();
-        }
+        let modes: Vec<String> = match listed {
+            Some(modes) => {
+                let text = |mode: Value| mode.as_str().map_or(mode.to_string(), str::to_owned);
+                modes.into_iter().map(text).collect()
+            }
+            None => {
+                let switches = config.as_object().into_iter().flatten();
+                let on = switches.filter(|(_, value)| **value == Value::Bool(true));
+                let named = on.filter_map(|(key, _)| key.strip_prefix("pooling_mode_"));
+                named.map(str::to_owned).collect()
+            }
+        };
         self.pooling.tokens = match modes.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            // If no mode is named, sentence-transformers averages as well.
             [] | ["mean" | "mean_tokens"] => PooledTokens::All,
             ["cls" | "cls_token"] => PooledTokens::First,
             ["lasttoken"] => PooledTokens::Last,
@@ -372,21 +453,18 @@ impl Reader<'_> {
                     "the pooling mode is {}, but must be mean, cls or lasttoken",
                     modes.join(" with ")
                 );
-                return Err(self.problem(file, problem));
+                return Err(self.problem(&file, problem));
             }
         };
         if config["include_prompt"] == Value::Bool(false) {
             let problem = "include_prompt is false, but must be true";
-            return Err(self.problem(file, problem));
+            return Err(self.problem(&file, problem));
         }
         Ok(())
     }
 
-    /// Reads a linear layer with `inputs` inputs, and returns its number of outputs.
-    fn dense_module(&mut self, place: &str, inputs: usize) -> Result<usize, LoadError> {
-        let file = &format!("{place}/config.json");
-        let config = self.json(file)?;
-        let config = config.ok_or_else(|| self.problem(file, "it is missing"))?;
+    fn dense_module(&mut self, module: &Value) -> Result<(), LoadError> {
+        let (file, config) = self.module(module)?;
         let activation = config["activation_function"].as_str().unwrap_or("Tanh");
         let is_tanh = match activation.rsplit('.').next() {
             Some("Tanh") => true,
@@ -394,23 +472,44 @@ impl Reader<'_> {
             _ => {
                 let problem =
                     format!("activation_function is {activation:?}, but must be Identity or Tanh");
-                return Err(self.problem(file, problem));
+                return Err(self.problem(&file, problem));
             }
         };
-        let outputs = config["out_features"].as_u64().unwrap_or(0) as usize;
-        let path = self.folder.join(place).join("model.safetensors");
-        let weight = read_tensor(&path, "linear.weight", &[outputs, inputs])?;
+        for key in ["module_input_name", "module_output_name"] {
+            let name = config.get(key).filter(|value| !value.is_null());
+            if let Some(name) = name.filter(|name| *name != "sentence_embedding") {
+                let problem = format!("{key} is {name}, but must be sentence_embedding");
+                return Err(self.problem(&file, problem));
+            }
+        }
+        let inputs = self.pooling.size(self.hidden);
+        let size = |key: &str| {
+            let found = config[key]
+                .as_u64()
+                .and_then(|size| usize::try_from(size).ok());
+            found.ok_or_else(|| {
+                let problem = format!("{key} is {}, but must be a whole number", config[key]);
+                self.problem(&file, problem)
+            })
+        };
+        let outputs = size("out_features")?;
+        if size("in_features")? != inputs {
+            let found = &config["in_features"];
+            let problem = format!("in_features is {found}, but must be {inputs}");
+            return Err(self.problem(&file, problem));
+        }
+        let weights = self.folder.join(&file).with_file_name("model.safetensors");
+        let weight = read_tensor(&weights, "linear.weight", &[outputs, inputs])?;
         let bias = match config["bias"] == Value::Bool(false) {
             true => vec![0.0; outputs],
-            false => read_tensor(&path, "linear.bias", &[outputs])?,
+            false => read_tensor(&weights, "linear.bias", &[outputs])?,
         };
-        let dense = Dense {
+        self.pooling.stages.push(PoolingStage::Dense(Dense {
             weight,
             bias,
             is_tanh,
-        };
-        self.pooling.stages.push(PoolingStage::Dense(dense));
-        Ok(outputs)
+        }));
+        Ok(())
     }
 
     /// Reads the classifier of a model of sequences, if it is one.
@@ -430,18 +529,19 @@ impl Reader<'_> {
             }
         }
         let pooler = format!("{}pooler.dense.weight", source.prefix());
-        let candidates = [
-            ("classifier.dense.weight", true),
-            (&pooler, true),
-            ("classifier.out_proj.weight", false),
-            ("classifier.weight", false),
-        ];
-        for (name, is_tanh) in candidates {
+        let stages = match source.shape("classifier.dense.weight") {
+            Some(_) => ["classifier.dense.weight", "classifier.out_proj.weight"],
+            None => [&pooler, "classifier.weight"],
+        };
+        for (name, is_tanh) in stages.into_iter().zip([true, false]) {
             self.pooling.add_dense(source, name, is_tanh)?;
         }
         let labels = self.pooling.size(self.hidden);
         if self.pooling.stages.len() != 2 {
-            let problem = format!("{named} has no classifier whose names are known");
+            let problem = format!(
+                "architectures is {named:?}, but the tensors {} and {} of its classifier are missing",
+                stages[0], stages[1]
+            );
             return Err(self.problem(file, problem));
         }
         self.pooling.is_score = true;
@@ -463,10 +563,14 @@ impl Reader<'_> {
     }
 }
 
-/// Returns the last part of the name of a module's class.
+/// Returns the last part of the name of a module's class; empty unless it is a class of
+/// sentence-transformers.
 fn kind_of(module: &Value) -> &str {
     let class = module["type"].as_str().unwrap_or_default();
-    class.rsplit('.').next().unwrap_or_default()
+    match class.starts_with("sentence_transformers.") {
+        true => class.rsplit('.').next().unwrap_or_default(),
+        false => "",
+    }
 }
 
 #[cfg(test)]

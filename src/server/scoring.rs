@@ -15,8 +15,8 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Number of texts of one request that are computed at a time, so that a request with many texts
-/// does not fill the engine's queue.
+/// Largest number of texts of one request that are computed at a time, so that a request with many
+/// texts does not fill the engine's queue.
 const AT_ONCE: usize = 64;
 
 /// Number of likeliest tokens among which the two answers of a generating model are looked up. An
@@ -56,7 +56,7 @@ pub(super) struct Scores {
 }
 
 impl App {
-    /// Embeds all inputs, [`AT_ONCE`] at a time, and returns the embeddings in order. If the future
+    /// Embeds all inputs, some at a time, and returns the embeddings in order. If the future
     /// is dropped, the inputs in progress are cancelled as after a disconnect.
     pub(super) async fn embed_all(
         &self,
@@ -65,10 +65,9 @@ impl App {
     ) -> Result<Vec<Embedding>, ApiError> {
         let begun = Instant::now();
         let embed = |tokens| {
-            let left = |limit: Duration| limit.saturating_sub(begun.elapsed());
             let request = EmbedRequest {
                 prompt: Prompt::Tokens(tokens),
-                finish_within: self.options.request_timeout.map(left),
+                finish_within: self.time_left(begun),
                 ..template.clone()
             };
             let embedding = self.engine.embed(request);
@@ -78,7 +77,7 @@ impl App {
             }
         };
         let all = stream::iter(inputs).map(embed);
-        all.buffered(AT_ONCE).try_collect().await
+        all.buffered(self.at_once()).try_collect().await
     }
 
     /// Scores pairs of a query and a document: with the classifier of a cross-encoder; by the cosine
@@ -90,7 +89,7 @@ impl App {
         scoring: Scoring,
     ) -> Result<Scores, ApiError> {
         let info = self.engine.info();
-        let embeds = !info.pooling.is_default() || !info.generates;
+        let embeds = info.pooling.is_stated || !info.generates;
         if info.pooling.is_score {
             self.classify(scoring).await
         } else if embeds {
@@ -128,12 +127,10 @@ impl App {
         let mut prompt_tokens = 0;
         for embedding in self.embed_all(tokens, &template).await? {
             prompt_tokens += embedding.prompt_tokens;
-            let &[score] = &embedding.values[..] else {
-                let labels = embedding.values.len();
-                let problem = format!("the model has {labels} scores for a pair, but must have 1");
-                return Err(ApiError::invalid(problem).param("model"));
-            };
-            scores.push(finite(score)?);
+            // A classifier with several labels is refused when it is loaded.
+            scores.push(finite(
+                embedding.values.first().copied().unwrap_or(f32::NAN),
+            )?);
         }
         Ok(Scores {
             scores,
@@ -169,7 +166,8 @@ impl App {
             let pooling = &app.engine.info().pooling;
             let encode = |purposes: &[&str], text: &str| {
                 let mut prompts = purposes.iter().map(|purpose| pooling.prompt(Some(purpose)));
-                let prompt = prompts.find_map(|prompt| prompt).unwrap_or_default();
+                let prompt = prompts.find_map(|prompt| prompt);
+                let prompt = prompt.or(pooling.prompt(None)).unwrap_or_default();
                 let prompt = Prompt::Text(format!("{prompt}{text}"));
                 let tokens = app.encode(job, prompt, WITH_SPECIAL)?;
                 app.check_count(tokens.len())?;
@@ -178,7 +176,7 @@ impl App {
             let queries = queries.iter().map(|query| encode(&["query"], query));
             let documents = documents.into_iter().map(|document| {
                 let document = shortened(tokenizer, document, most_tokens)?;
-                encode(&["document", "passage"], &document)
+                encode(&["document", "passage", "corpus"], &document)
             });
             let all = queries.chain(documents);
             all.collect::<Result<Vec<Arc<[u32]>>, ApiError>>()
@@ -215,18 +213,30 @@ impl App {
             extra: Map::from_iter([("enable_thinking".to_owned(), Value::Bool(false))]),
             ..RenderOptions::default()
         };
+        let (work, most_tokens) = (scoring.work(), scoring.most_tokens);
+        let (app, given, pairs) = (Arc::clone(self), scoring.instruction.clone(), scoring.pairs);
+        let shorten = move |job: &Job| {
+            let tokenizer = app.text_tokenizer()?;
+            let instruction = given.as_deref().unwrap_or(INSTRUCTION);
+            let each = pairs.into_iter().map(|(query, document)| {
+                job.check()?;
+                let document = shortened(tokenizer, document, most_tokens)?;
+                app.check_texts([instruction, &*query, &document], Length::Context)?;
+                Ok((query, document))
+            });
+            each.collect::<Result<Vec<_>, ApiError>>()
+        };
+        let pairs = self.workers.run(work, shorten).await?;
         let prompt = |(query, document): (Arc<str>, String)| {
-            let document = shortened(tokenizer, document, scoring.most_tokens)?;
-            self.check_texts([instruction, &*query, &document], Length::Context)?;
             let question =
                 format!("<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}");
-            Ok::<_, ApiError>(Prompt::Conversation {
+            Prompt::Conversation {
                 messages: vec![
                     Message::new("system", SYSTEM),
                     Message::new("user", question),
                 ],
                 options: options.clone(),
-            })
+            }
         };
         let EmbedRequest {
             priority,
@@ -245,20 +255,23 @@ impl App {
                 allowed: Some(Arc::from(answers)),
                 ..TokenLimits::default()
             },
-            finish_within: self.options.request_timeout,
             priority,
             tenant,
             cache_salt,
             ..Request::new(Prompt::Tokens(Arc::default()))
         };
-        let mut scores = Vec::with_capacity(scoring.pairs.len());
+        let mut scores = Vec::with_capacity(pairs.len());
         let mut prompt_tokens = 0;
+        let begun = Instant::now();
         // The prompts repeat the query, so only some of them exist at a time.
-        let mut prompts = scoring.pairs.into_iter().map(prompt);
+        let mut prompts = pairs.into_iter().map(prompt);
         loop {
             let submission = Submission {
-                request: request.clone(),
-                prompts: prompts.by_ref().take(AT_ONCE).collect::<Result<_, _>>()?,
+                request: Request {
+                    finish_within: self.time_left(begun),
+                    ..request.clone()
+                },
+                prompts: prompts.by_ref().take(self.at_once()).collect(),
                 samples: 1,
                 add_special: false,
                 session: None,
@@ -275,6 +288,17 @@ impl App {
             scores,
             prompt_tokens,
         })
+    }
+
+    /// Returns the number of texts of one request that are computed at a time.
+    fn at_once(&self) -> usize {
+        AT_ONCE.min(self.engine.max_open_requests())
+    }
+
+    /// Returns the time that is left to a request that has begun then, if its time is limited.
+    fn time_left(&self, begun: Instant) -> Option<Duration> {
+        let left = |limit: Duration| limit.saturating_sub(begun.elapsed());
+        self.options.request_timeout.map(left)
     }
 
     /// Refuses a text of more tokens than the context, before others are tokenized.

@@ -250,7 +250,16 @@ fn add_file(
     })
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path, format: &'static str) -> Result<T, WeightsError> {
+/// Reads a JSON file, which may have Python's names of numbers that are not finite. `format` is the
+/// name of its contents in errors.
+///
+/// # Errors
+/// Returns [`WeightsError::Io`] if the file cannot be read, [`WeightsError::Unsupported`] for a Git
+/// LFS pointer, and [`WeightsError::Malformed`] if it is too large or not of this type.
+pub fn read_json<T: DeserializeOwned>(
+    path: &Path,
+    format: &'static str,
+) -> Result<T, WeightsError> {
     let failed = |source| WeightsError::Io {
         path: path.to_owned(),
         source,

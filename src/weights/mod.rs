@@ -16,7 +16,7 @@ mod safetensors;
 mod source;
 
 pub use dtype::DType;
-pub use folder::{ModelFolder, read_tensor};
+pub use folder::{ModelFolder, read_json, read_tensor};
 pub use gguf::Gguf;
 pub use json::from_python_json;
 #[cfg(any(test, feature = "cli", feature = "internals"))]

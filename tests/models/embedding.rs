@@ -177,7 +177,7 @@ fn copy(from: &Path, to: &Path) {
 fn unsupported_poolings_are_refused_by_name() {
     use serde_json::json;
     type Change = fn(&mut serde_json::Value);
-    let cases: [(&str, &str, Change, &str); 7] = [
+    let cases: [(&str, &str, Change, &str); 14] = [
         (
             "bert",
             "1_Pooling/config.json",
@@ -195,6 +195,49 @@ fn unsupported_poolings_are_refused_by_name() {
             "modules.json",
             |modules| modules[2]["type"] = json!("sentence_transformers.models.LSTM"),
             "LSTM",
+        ),
+        // Without pooling, each token has a vector (ColBERT).
+        (
+            "gemma3-embedding",
+            "modules.json",
+            |modules| drop(modules.as_array_mut().unwrap().remove(1)),
+            "Transformer, Dense",
+        ),
+        (
+            "bert",
+            "modules.json",
+            |modules| modules[1]["path"] = json!("../1_Pooling"),
+            "../1_Pooling",
+        ),
+        (
+            "bert",
+            "config_sentence_transformers.json",
+            |config| config["similarity_fn_name"] = json!("manhattan"),
+            "manhattan",
+        ),
+        (
+            "bert",
+            "config.json",
+            |config| config["type_vocab_size"] = json!(0),
+            "type_vocab_size",
+        ),
+        (
+            "bert",
+            "config.json",
+            |config| config["type_vocab_size"] = json!(1 << 20),
+            "type_vocab_size",
+        ),
+        (
+            "xlm-roberta",
+            "config.json",
+            |config| config["pad_token_id"] = json!(u64::MAX),
+            "pad_token_id",
+        ),
+        (
+            "gemma3-embedding",
+            "2_Dense/config.json",
+            |config| config["in_features"] = json!(63),
+            "in_features",
         ),
         (
             "bert",

@@ -5,7 +5,7 @@ use common::api::{ask, refused};
 use common::embedding::{expected, fixture, largest_difference};
 use common::model;
 use common::requests::idle;
-use common::server::{TestServer, options};
+use common::server::{TestServer, null_engine, options, tokenizer};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -21,6 +21,10 @@ fn serve(path: &Path) -> TestServer {
 }
 
 const QUERY: &str = "where is the cat ?";
+
+/// What a generating model is told first.
+const SYSTEM: &str = "Judge whether the Document meets the requirements based on the Query and the \
+                      Instruct provided. Note that the answer can only be \"yes\" or \"no\".";
 
 fn numbers(list: &Value) -> Vec<f32> {
     let list = list.as_array().unwrap().iter();
@@ -153,6 +157,10 @@ fn an_embedding_model_puts_its_own_prompts_before_texts_and_ranks_by_the_cosine(
             .unwrap()
             .contains("document, query")
     );
+    // An id of the second segment is not one that a client may send.
+    let error = json!({"input": [2, 100, 3]});
+    let error = refused(server.address, "/v1/embeddings", &error, 400);
+    assert_eq!(error["param"], "input", "{error}");
     let answer = ask(
         server.address,
         "/v1/rerank",
@@ -182,14 +190,12 @@ fn a_generating_model_is_asked_for_yes_or_no_and_shares_the_beginning_of_its_pro
     assert_eq!(found[0].1, found[2].1);
     assert_ne!(found[0].1, found[1].1);
     // The probability of "yes" where only the two answers are allowed.
-    let system = "Judge whether the Document meets the requirements based on the Query and the \
-                  Instruct provided. Note that the answer can only be \"yes\" or \"no\".";
     let question = "<Instruct>: Find answers.\n<Query>: Where is the cat?\n<Document>: It rains.";
     let tokenizer = server.engine.tokenizer().unwrap();
     let likely = |word: &str| {
         let token = tokenizer.id_of(word).unwrap();
         let body = json!({
-            "messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
+            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
             "max_tokens": 1, "allowed_token_ids": [token], "logprobs": true, "ignore_eos": true,
         });
         let answer = ask(server.address, "/v1/chat/completions", &body);
@@ -204,4 +210,25 @@ fn a_generating_model_is_asked_for_yes_or_no_and_shares_the_beginning_of_its_pro
         "{found:?} {expected}"
     );
     idle(&server.engine);
+}
+
+/// The prompts of a generating model are those that Qwen3-Reranker was trained with.
+#[test]
+fn the_chat_template_of_qwen3_writes_the_prompts_of_its_reranker() {
+    let path = common::root().join("target/references/templates/Qwen-Qwen3-0.6B.jinja");
+    let template = std::fs::read_to_string(path).expect("run scripts/fetch-references");
+    let mut tokenizer = tokenizer(&model::smollm2());
+    tokenizer.set_chat_template(&template).unwrap();
+    let server = TestServer::start(null_engine(tokenizer, EngineConfig::default()), options());
+    let question = "<Instruct>: Find answers.\n<Query>: Where is it?\n<Document>: Here.";
+    let messages =
+        json!([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]);
+    let body = json!({"messages": messages, "chat_template_kwargs": {"enable_thinking": false}});
+    let tokens = ask(server.address, "/tokenize", &body)["tokens"].clone();
+    let text = ask(server.address, "/detokenize", &json!({"tokens": tokens}));
+    let expected = format!(
+        "<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n\
+         <|im_start|>assistant\n<think>\n\n</think>\n\n"
+    );
+    assert_eq!(text["prompt"], expected);
 }

@@ -44,18 +44,18 @@ impl EmbeddingOps for CpuDevice {
             })
     }
 
-    fn embed_places(
+    fn embed_positions(
         &mut self,
         table: &CpuLinear,
-        places: &CpuVector,
+        added: &CpuVector,
         segments: usize,
         out: &mut CpuTensor,
     ) -> Result<(), DeviceError> {
-        const NAME: &str = "embed_places";
+        const NAME: &str = "embed_positions";
         let (rows, columns, words) = (self.staged.rows(), table.columns(), table.rows());
         require_shape(NAME, "the result", out, (rows, columns))?;
-        let places = places.values();
-        let positions = places.len() / (segments * columns).max(1);
+        let added = added.values();
+        let positions = added.len() / (segments * columns).max(1);
         let (tokens, at) = (&self.staged.tokens, &self.staged.positions);
         let most = tokens.iter().max().map_or(0, |token| *token as usize);
         let fits = most < words * segments && self.staged.position_end <= positions;
@@ -75,7 +75,7 @@ impl EmbeddingOps for CpuDevice {
                 let token = tokens[row] as usize;
                 table.read_row(token % words, out);
                 let place = (token / words * positions + at[row] as usize) * columns;
-                let place = &places[place..place + columns];
+                let place = &added[place..place + columns];
                 out.iter_mut().zip(place).for_each(|(out, own)| *out += own);
             }
         })

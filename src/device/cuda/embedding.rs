@@ -14,9 +14,9 @@ kernels! {
     pub(super) struct EmbeddingKernels in "embedding" {
         resolve_tokens(resolved: Ptr, tokens: Ptr, feedback: Ptr, previous: Ptr, rows: u32);
         resolve_words(resolved: Ptr, tokens: Ptr, words: u32, rows: u32);
-        add_places(
+        add_positions(
             out: Ptr,
-            places: Ptr,
+            added: Ptr,
             tokens: Ptr,
             positions: Ptr,
             words: u32,
@@ -49,21 +49,21 @@ impl EmbeddingOps for CudaDevice {
         self.embed_resolved(table, scale, out)
     }
 
-    fn embed_places(
+    fn embed_positions(
         &mut self,
         table: &CudaLinear,
-        places: &CudaVector,
+        added: &CudaVector,
         segments: usize,
         out: &mut CudaTensor,
     ) -> Result<(), DeviceError> {
         let rows = self.step.padded(self.step.rows());
         let (columns, words) = (table.columns(), table.rows());
-        let positions = places.length() / (segments * columns).max(1);
+        let positions = added.length() / (segments * columns).max(1);
         let bounds = Bounds {
             positions,
             ..Bounds::UNLIMITED
         };
-        self.step.require_within(bounds, "embed_places")?;
+        self.step.require_within(bounds, "embed_positions")?;
         self.graphs.limit(bounds);
         let (tokens, context) = (self.step.tokens(), &self.context);
         self.embedding.resolve_words(
@@ -75,11 +75,11 @@ impl EmbeddingOps for CudaDevice {
             rows as u32,
         )?;
         self.embed_resolved(table, 1.0, out)?;
-        self.embedding.add_places(
+        self.embedding.add_positions(
             &self.context,
             row_grid(rows),
             out.ptr(),
-            places.ptr(),
+            added.ptr(),
             tokens,
             self.step.positions(),
             words as u32,

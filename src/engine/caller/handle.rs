@@ -148,6 +148,12 @@ impl Engine {
         self.shared.tokenizer.as_ref()
     }
 
+    /// Returns the maximum number of requests that are open at the same time.
+    #[cfg(feature = "server")]
+    pub(crate) fn max_open_requests(&self) -> usize {
+        self.shared.config.max_open_requests
+    }
+
     /// Returns the maximum number of tokens per sequence, prompt and answer together.
     pub fn max_sequence_tokens(&self) -> usize {
         self.shared.limit.0

@@ -450,7 +450,10 @@ impl Engine {
             _ => vocabulary,
         };
         if let Some(&token) = prompt.iter().find(|&&token| token as usize >= ids) {
-            return Err(SubmitError::UnknownToken { token, vocabulary });
+            return Err(SubmitError::UnknownToken {
+                token,
+                vocabulary: ids,
+            });
         }
         let answer = request.max_tokens.unwrap_or(limit);
         let constraint = request.constraint.clone();

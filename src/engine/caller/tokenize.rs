@@ -55,15 +55,20 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Returns [`SubmitError::NoTokenizer`] if the model has no tokenizer, and
-    /// [`SubmitError::Text`] if a text cannot be tokenized.
+    /// Returns [`SubmitError::NoTokenizer`] if the model has no tokenizer, [`SubmitError::Text`] if a
+    /// text cannot be tokenized, and [`SubmitError::UnknownToken`] if the model does not know a
+    /// token of its tokenizer.
     pub fn pair_tokens(&self, first: &str, second: &str) -> Result<Vec<u32>, SubmitError> {
         let (segments, vocabulary) = (self.shared.info.segments, self.shared.info.vocabulary);
         let tokenizer = self.tokenizer_for("a pair of texts")?;
         let pair = tokenizer.encode_pair(first, second, segments)?;
-        let ids = pair.into_iter();
-        let ids = ids.map(|(id, segment)| id + segment * vocabulary as u32);
-        Ok(ids.collect())
+        let ids = pair.into_iter().map(|(token, segment)| {
+            if token as usize >= vocabulary {
+                return Err(SubmitError::UnknownToken { token, vocabulary });
+            }
+            Ok(token + segment * vocabulary as u32)
+        });
+        ids.collect()
     }
 
     /// Converts a prompt to token ids, like [`Engine::tokenize`], and truncates them.

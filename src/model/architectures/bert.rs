@@ -4,7 +4,7 @@
 use super::{Architecture, GgufFormat, Hyperparameters, ModelError, Storage, llama, names};
 use crate::device::Activation;
 use crate::model::Biases;
-use crate::model::Places;
+use crate::model::LearnedPositions;
 use crate::model::gguf::Metadata;
 use crate::model::huggingface::{Config, ConfigClass};
 use crate::model::hyperparameters::Variations;
@@ -65,7 +65,7 @@ pub(super) fn encoder(config: &Config<'_>, unused: usize) -> Result<Hyperparamet
             return Err(settings.refused(key, true, "false: the model must be an encoder"));
         }
     }
-    let places = Places {
+    let learned_positions = LearnedPositions {
         segments: settings.size_or("type_vocab_size", SEGMENTS)?,
         unused,
     };
@@ -83,7 +83,7 @@ pub(super) fn encoder(config: &Config<'_>, unused: usize) -> Result<Hyperparamet
             feed_forward: Some(true),
             ..Biases::NONE
         },
-        ..encoding(common, places)
+        ..encoding(common, learned_positions)
     };
     numbers.names.keys.norm_epsilon = "layer_norm_eps";
     Ok(numbers)
@@ -95,13 +95,13 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
         return Err(metadata.refused("attention.causal", true, "false"));
     }
     let epsilon = metadata.number("attention.layer_norm_epsilon")?;
-    let places = Places {
+    let learned_positions = LearnedPositions {
         segments: metadata.rows("token_types.weight").unwrap_or(SEGMENTS),
         unused: 0,
     };
     let mut numbers = Hyperparameters {
         norm_epsilon: epsilon.unwrap_or(CLASS.norm_epsilon),
-        ..encoding(common, places)
+        ..encoding(common, learned_positions)
     };
     numbers.names.keys.norm_epsilon = "attention.layer_norm_epsilon";
     Ok(numbers)
@@ -109,13 +109,13 @@ fn read_metadata(metadata: &Metadata<'_>) -> Result<Hyperparameters, ModelError>
 
 /// Returns these hyperparameters for a model that encodes: it attends in both directions, and tokens
 /// are not rotated.
-fn encoding(common: Hyperparameters, places: Places) -> Hyperparameters {
+fn encoding(common: Hyperparameters, learned_positions: LearnedPositions) -> Hyperparameters {
     Hyperparameters {
         norm: NormKind::Layer,
         is_causal: false,
         unrotated: common.leading_layers(common.layers),
         variations: Variations {
-            places: Some(places),
+            learned_positions: Some(learned_positions),
             ..Variations::default()
         },
         ..common
@@ -163,11 +163,17 @@ mod tests {
         let model = huggingface::read(&json!({"model_type": "bert"})).unwrap();
         assert!(!model.is_causal());
         assert!(!model.has_final_norm());
-        assert_eq!((model.context, model.places.unwrap().segments), (512, 2));
+        assert_eq!(
+            (model.context, model.learned_positions.unwrap().segments),
+            (512, 2)
+        );
         let settings = json!({"model_type": "xlm-roberta", "max_position_embeddings": 514,
             "type_vocab_size": 1, "pad_token_id": 1});
         let model = huggingface::read(&settings).unwrap();
-        assert_eq!((model.context, model.places.unwrap().segments), (512, 1));
+        assert_eq!(
+            (model.context, model.learned_positions.unwrap().segments),
+            (512, 1)
+        );
     }
 
     #[test]

@@ -19,8 +19,16 @@ pub(super) static ARCHITECTURE: Architecture = Architecture {
 
 /// Default of `pad_token_id`.
 const PADDING: usize = 1;
+/// The largest plausible `pad_token_id`.
+const LARGEST_PADDING: usize = 1 << 16;
 
 fn read_config(config: &Config<'_>) -> Result<Hyperparameters, ModelError> {
-    let padding = config.settings.size_or("pad_token_id", PADDING)?;
+    let key = "pad_token_id";
+    let padding = config.settings.size_or(key, PADDING)?;
+    // Each position before the first one has an embedding that no token uses.
+    if padding > LARGEST_PADDING {
+        let expected = format!("at most {LARGEST_PADDING}");
+        return Err(config.settings.refused(key, padding, expected));
+    }
     bert::encoder(config, padding + 1)
 }

@@ -1,6 +1,6 @@
 //! `POST /v1/embeddings`: turns texts into vectors.
 
-use crate::engine::{EmbedRequest, Prompt, normalize};
+use crate::engine::{EmbedRequest, Prompt, SubmitError, normalize};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
@@ -121,6 +121,14 @@ pub(crate) async fn embeddings(
         length: Length::of(truncation),
     };
     let inputs = app.tokenize(inputs, tokenization).await.map_err(of_input)?;
+    // Ids beyond the vocabulary are those of a second segment, which pairs of texts have.
+    let vocabulary = app.engine.info().vocabulary;
+    let mut tokens = inputs.iter().flat_map(|input| input.iter());
+    if let Some(&token) = tokens.find(|token| **token as usize >= vocabulary) {
+        return Err(of_input(
+            SubmitError::UnknownToken { token, vocabulary }.into(),
+        ));
+    }
     let embeddings = app.embed_all(inputs, &template).await.map_err(of_input)?;
     let mut usage = Usage::default();
     let encoding = request.encoding_format.unwrap_or_default();

@@ -170,12 +170,17 @@ impl Tokenizer {
             return Ok(pair);
         }
         let mut pair = Vec::new();
-        let options = EncodeOptions::default();
+        // As in Hugging Face's tokenizers, which add the tokens around texts themselves.
+        let options = EncodeOptions {
+            add_special: false,
+            parse_special: true,
+        };
         pair.extend(self.frame.before.map(|id| (id, 0)));
         pair.extend(self.encode(first, options)?.into_iter().map(|id| (id, 0)));
         pair.extend(self.frame.after.map(|id| (id, 0)));
-        // Models without segments, such as RoBERTa, tell texts apart by a second mark.
-        let mark = self.frame.after.filter(|_| last == 0);
+        // RoBERTa and its kin, which have no word pieces, tell texts apart by a second mark.
+        let is_word_piece = matches!(self.model, Model::HuggingFace(_));
+        let mark = self.frame.after.filter(|_| !is_word_piece);
         pair.extend(mark.map(|id| (id, 0)));
         let second = self.encode(second, options)?.into_iter();
         pair.extend(second.chain(self.frame.after).map(|id| (id, last.min(1))));

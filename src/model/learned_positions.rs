@@ -6,7 +6,7 @@ use super::{ModelError, ModelSource};
 
 /// The learned embeddings of positions and segments of a model. Devlin et al., *BERT*, 2018.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Places {
+pub struct LearnedPositions {
     /// Number of segments that tell texts apart, such as a question and an answer (token types).
     pub segments: usize,
     /// Number of stored embeddings before that of the first position, which no token has.
@@ -15,14 +15,14 @@ pub struct Places {
 
 /// Tensors of the input besides the embeddings of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PlacePart {
+pub(super) enum PositionPart {
     Positions,
     Segments,
     NormWeight,
     NormBias,
 }
 
-impl PlacePart {
+impl PositionPart {
     pub(super) const ALL: [Self; 4] = [
         Self::Positions,
         Self::Segments,
@@ -52,7 +52,7 @@ impl PlacePart {
 
 impl ModelSource {
     /// Returns the name of a tensor of the input.
-    pub(super) fn place_name(&self, part: PlacePart) -> String {
+    pub(super) fn position_name(&self, part: PositionPart) -> String {
         match self.naming() {
             Naming::Gguf => part.gguf().to_owned(),
             Naming::HuggingFace { prefix } => format!("{prefix}{}", part.huggingface()),
@@ -60,13 +60,13 @@ impl ModelSource {
     }
 
     /// Reads what is added to token embeddings, `[segments, context, hidden]`.
-    pub(super) fn places(&self, places: Places) -> Result<Vec<f32>, ModelError> {
+    pub(super) fn position_sums(&self, own: LearnedPositions) -> Result<Vec<f32>, ModelError> {
         let (context, hidden) = (self.config().context, self.config().hidden);
-        let name = self.place_name(PlacePart::Positions);
-        let positions = self.table(&name, places.unused + context, hidden)?;
-        let positions = &positions[places.unused * hidden..];
-        let name = self.place_name(PlacePart::Segments);
-        let segments = self.table(&name, places.segments, hidden)?;
+        let name = self.position_name(PositionPart::Positions);
+        let positions = self.table(&name, own.unused + context, hidden)?;
+        let positions = &positions[own.unused * hidden..];
+        let name = self.position_name(PositionPart::Segments);
+        let segments = self.table(&name, own.segments, hidden)?;
         let mut sums = Vec::with_capacity(segments.len() * context);
         for segment in segments.chunks_exact(hidden) {
             for position in positions.chunks_exact(hidden) {
@@ -77,10 +77,13 @@ impl ModelSource {
     }
 
     /// Reads the weight and the bias of the norm of the input.
-    pub(super) fn place_norm(&self) -> Result<[Vec<f32>; 2], ModelError> {
+    pub(super) fn position_norm(&self) -> Result<[Vec<f32>; 2], ModelError> {
         let hidden = self.config().hidden;
-        let read = |part| self.vector(&self.place_name(part), hidden);
-        Ok([read(PlacePart::NormWeight)?, read(PlacePart::NormBias)?])
+        let read = |part| self.vector(&self.position_name(part), hidden);
+        Ok([
+            read(PositionPart::NormWeight)?,
+            read(PositionPart::NormBias)?,
+        ])
     }
 
     /// Reads the first `rows` rows of a matrix of floating-point numbers, which may have more.

@@ -6,23 +6,24 @@ use crate::device::{Device, DeviceError};
 use crate::model::{ModelError, ModelSource};
 
 /// The embeddings of positions and segments, and the norm of their sum with those of tokens.
-pub(super) struct PlaceWeights<D: Device> {
-    places: D::Vector,
+pub(super) struct PositionWeights<D: Device> {
+    /// What is added to token embeddings, by segment and position.
+    added: D::Vector,
     segments: usize,
     /// Weight and bias.
     norm: [D::Vector; 2],
 }
 
-impl<D: Device> PlaceWeights<D> {
+impl<D: Device> PositionWeights<D> {
     /// Loads the weights, if the model has them.
     pub(super) fn load(source: &ModelSource, device: &mut D) -> Result<Option<Self>, ModelError> {
-        let Some(places) = source.config().places else {
+        let Some(positions) = source.config().learned_positions else {
             return Ok(None);
         };
-        let [weight, bias] = source.place_norm()?;
+        let [weight, bias] = source.position_norm()?;
         Ok(Some(Self {
-            places: device.load_vector(&source.places(places)?)?,
-            segments: places.segments,
+            added: device.load_vector(&source.position_sums(positions)?)?,
+            segments: positions.segments,
             norm: [device.load_vector(&weight)?, device.load_vector(&bias)?],
         }))
     }
@@ -39,7 +40,7 @@ impl<D: Device> PlaceWeights<D> {
         let Workspace {
             residual, normed, ..
         } = workspace;
-        device.embed_places(table, &self.places, self.segments, residual)?;
+        device.embed_positions(table, &self.added, self.segments, residual)?;
         let [weight, bias] = &self.norm;
         device.add_layer_norm(residual, None, [weight, bias], norm.epsilon, rows, normed)
     }
