@@ -108,6 +108,12 @@ impl ApiError {
         )
     }
 
+    /// Status 500: an embedding or a score is not finite.
+    pub fn not_finite() -> Self {
+        let problem = "the model produced hidden states that are not finite numbers";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", problem)
+    }
+
     /// Sets the field that is wrong.
     pub fn param(mut self, name: impl Into<String>) -> Self {
         self.body.param = Some(name.into());

@@ -5,23 +5,20 @@ use super::error::ApiError;
 use super::http::auth::Caller;
 use super::http::workers::{Job, Work};
 use super::submit::{Length, Submission, Tokenization};
-use crate::engine::{CancelReason, EmbedRequest, Embedding, Prompt, Request, SubmitError};
-use crate::engine::{TokenStream, normalize};
+use crate::engine::{EmbedRequest, Prompt, Request, SubmitError, TokenStream, normalize};
 use crate::sampling::{SamplingParams, TokenLimits};
 use crate::text::{EncodeOptions, Message, RenderOptions, Tokenizer};
-use axum::http::StatusCode;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::StreamExt;
 use serde_json::{Map, Value};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// Largest number of texts of one request that are computed at a time, so that a request with many
-/// texts does not fill the engine's queue.
-const AT_ONCE: usize = 64;
+use std::time::Instant;
 
 /// Number of likeliest tokens among which the two answers of a generating model are looked up. An
 /// answer that is not among them counts as likely as the last of them.
 const LIKELIEST: u32 = 64;
+
+/// What a tokenizer is needed for, in errors.
+const NEEDED_FOR: &str = "a text";
 
 /// How texts that are embedded become tokens.
 const WITH_SPECIAL: Tokenization = Tokenization {
@@ -45,7 +42,7 @@ pub(super) struct Scoring {
     pub instruction: Option<String>,
     /// Maximum number of tokens of a document. The rest is left out.
     pub most_tokens: Option<usize>,
-    /// The user, the priority and the salt of the request.
+    /// The user, the priority and the salt of the request, as the client asks for them.
     pub template: EmbedRequest,
 }
 
@@ -56,30 +53,6 @@ pub(super) struct Scores {
 }
 
 impl App {
-    /// Embeds all inputs, some at a time, and returns the embeddings in order. If the future
-    /// is dropped, the inputs in progress are cancelled as after a disconnect.
-    pub(super) async fn embed_all(
-        &self,
-        inputs: Vec<Arc<[u32]>>,
-        template: &EmbedRequest,
-    ) -> Result<Vec<Embedding>, ApiError> {
-        let begun = Instant::now();
-        let embed = |tokens| {
-            let request = EmbedRequest {
-                prompt: Prompt::Tokens(tokens),
-                finish_within: self.time_left(begun),
-                ..template.clone()
-            };
-            let embedding = self.engine.embed(request);
-            async move {
-                let embedding = embedding?.when_dropped(CancelReason::Disconnect);
-                embedding.await.map_err(ApiError::from)
-            }
-        };
-        let all = stream::iter(inputs).map(embed);
-        all.buffered(self.at_once()).try_collect().await
-    }
-
     /// Scores pairs of a query and a document: with the classifier of a cross-encoder; by the cosine
     /// of their embeddings, if the model is one for embeddings; or else by how likely the model
     /// answers "yes".
@@ -91,112 +64,97 @@ impl App {
         let info = self.engine.info();
         let embeds = info.pooling.is_stated || !info.generates;
         if info.pooling.is_score {
-            self.classify(scoring).await
+            self.classify(caller, scoring).await
         } else if embeds {
-            self.compare(scoring).await
+            self.compare(caller, scoring).await
         } else {
             self.judge(caller, scoring).await
         }
     }
 
     /// Scores pairs with a classifier.
-    async fn classify(self: &Arc<Self>, scoring: Scoring) -> Result<Scores, ApiError> {
+    async fn classify(
+        self: &Arc<Self>,
+        caller: &Caller,
+        scoring: Scoring,
+    ) -> Result<Scores, ApiError> {
         refuse_instruction(&scoring)?;
-        let work = scoring.work();
-        let Scoring {
-            pairs,
-            most_tokens,
-            template,
-            ..
-        } = scoring;
-        let app = Arc::clone(self);
-        let tokenize = move |job: &Job| {
-            let tokenizer = app.text_tokenizer()?;
-            let each = pairs.into_iter().map(|(query, document)| {
-                job.check()?;
-                let document = shortened(tokenizer, document, most_tokens)?;
-                app.check_texts([&*query, &document], Length::Context)?;
-                let tokens = app.engine.pair_tokens(&query, &document)?;
-                app.check_count(tokens.len())?;
-                Ok(tokens.into())
-            });
-            each.collect::<Result<Vec<Arc<[u32]>>, ApiError>>()
+        let template = scoring.template.clone();
+        let encode = |app: &Self, _: &Job, query: Arc<str>, document: String| {
+            app.check_texts([&*query, &document], Length::Context)?;
+            let tokens = app.engine.pair_tokens(&query, &document)?;
+            // A query is part of every pair, so pairs that are too long would add up.
+            app.engine.require_fits(tokens.len())?;
+            Ok(tokens.into())
         };
-        let tokens = self.workers.run(work, tokenize).await?;
-        let mut scores = Vec::with_capacity(tokens.len());
-        let mut prompt_tokens = 0;
-        for embedding in self.embed_all(tokens, &template).await? {
-            prompt_tokens += embedding.prompt_tokens;
-            // A classifier with several labels is refused when it is loaded.
-            scores.push(finite(
-                embedding.values.first().copied().unwrap_or(f32::NAN),
-            )?);
-        }
+        let tokens = self.of_pairs(scoring, encode).await?;
+        let embeddings = self.embed_all(caller, tokens, template).await?;
+        let prompt_tokens = embeddings.iter().map(|one| one.prompt_tokens).sum();
+        // A classifier with several labels is refused when it is loaded.
+        let scores = embeddings.iter().flat_map(|one| one.values.first());
         Ok(Scores {
-            scores,
+            scores: scores
+                .map(|score| finite(*score))
+                .collect::<Result<_, _>>()?,
             prompt_tokens,
         })
     }
 
-    /// Scores pairs by the cosine of the angle between their embeddings.
-    async fn compare(self: &Arc<Self>, scoring: Scoring) -> Result<Scores, ApiError> {
+    /// Scores pairs by the cosine of the angle between their embeddings. A query that consecutive
+    /// pairs share is embedded once.
+    async fn compare(
+        self: &Arc<Self>,
+        caller: &Caller,
+        scoring: Scoring,
+    ) -> Result<Scores, ApiError> {
         refuse_instruction(&scoring)?;
-        let work = scoring.work();
-        let Scoring {
-            pairs,
-            most_tokens,
-            template,
-            ..
-        } = scoring;
-        // Consecutive pairs usually share their query, which is then embedded once.
-        let mut queries: Vec<Arc<str>> = Vec::new();
-        let mut of_query = Vec::with_capacity(pairs.len());
-        let mut documents = Vec::with_capacity(pairs.len());
-        for (query, document) in pairs {
-            if queries.last() != Some(&query) {
-                queries.push(query);
-            }
-            of_query.push(queries.len() - 1);
-            documents.push(document);
-        }
-        let count = queries.len();
-        let app = Arc::clone(self);
-        let tokenize = move |job: &Job| {
-            let tokenizer = app.text_tokenizer()?;
-            let pooling = &app.engine.info().pooling;
-            let encode = |purposes: &[&str], text: &str| {
-                let mut prompts = purposes.iter().map(|purpose| pooling.prompt(Some(purpose)));
-                let prompt = prompts.find_map(|prompt| prompt);
-                let prompt = prompt.or(pooling.prompt(None)).unwrap_or_default();
-                let prompt = Prompt::Text(format!("{prompt}{text}"));
-                let tokens = app.encode(job, prompt, WITH_SPECIAL)?;
-                app.check_count(tokens.len())?;
-                Ok(tokens)
+        let template = scoring.template.clone();
+        let mut last = None;
+        let encode = move |app: &Self, job: &Job, query: Arc<str>, document: String| {
+            let query_tokens = match last.as_ref() == Some(&query) {
+                true => None,
+                false => Some(app.encode_for(job, &["query"], &query)?),
             };
-            let queries = queries.iter().map(|query| encode(&["query"], query));
-            let documents = documents.into_iter().map(|document| {
-                let document = shortened(tokenizer, document, most_tokens)?;
-                encode(&["document", "passage", "corpus"], &document)
-            });
-            let all = queries.chain(documents);
-            all.collect::<Result<Vec<Arc<[u32]>>, ApiError>>()
+            last = Some(query);
+            let purposes = ["document", "passage", "corpus"];
+            Ok((query_tokens, app.encode_for(job, &purposes, &document)?))
         };
-        let tokens = self.workers.run(work, tokenize).await?;
-        let mut vectors = self.embed_all(tokens, &template).await?;
-        let prompt_tokens = vectors.iter().map(|vector| vector.prompt_tokens).sum();
+        let mut inputs = Vec::new();
+        // Indices in `inputs` of the query and the document of each pair.
+        let mut pairs = Vec::new();
+        let mut query = 0;
+        for (new_query, document) in self.of_pairs(scoring, encode).await? {
+            if let Some(tokens) = new_query {
+                query = inputs.len();
+                inputs.push(tokens);
+            }
+            pairs.push((query, inputs.len()));
+            inputs.push(document);
+        }
+        let mut vectors = self.embed_all(caller, inputs, template).await?;
         for vector in &mut vectors {
             normalize(&mut vector.values);
         }
-        let (queries, documents) = vectors.split_at(count);
-        let pairs = documents.iter().zip(of_query);
-        let scores = pairs.map(|(document, query)| {
-            let products = queries[query].values.iter().zip(&document.values);
-            finite(products.map(|(a, b)| a * b).sum())
+        let scores = pairs.into_iter().map(|(query, document)| {
+            let [a, b] = [query, document].map(|index| &vectors[index].values);
+            finite(a.iter().zip(b).map(|(a, b)| a * b).sum())
         });
         Ok(Scores {
             scores: scores.collect::<Result<_, _>>()?,
-            prompt_tokens,
+            prompt_tokens: vectors.iter().map(|one| one.prompt_tokens).sum(),
         })
+    }
+
+    /// Tokenizes a text to be embedded, after the model's own text for the first of these purposes
+    /// that it has one for.
+    fn encode_for(&self, job: &Job, purposes: &[&str], text: &str) -> Result<Arc<[u32]>, ApiError> {
+        let pooling = &self.engine.info().pooling;
+        let mut prompts = purposes.iter().map(|purpose| pooling.prompt(Some(purpose)));
+        let prompt = prompts.find_map(|prompt| prompt);
+        let prompt = prompt.or(pooling.prompt(None)).unwrap_or_default();
+        let tokens = self.encode(job, Prompt::Text(format!("{prompt}{text}")), WITH_SPECIAL)?;
+        self.engine.require_fits(tokens.len())?;
+        Ok(tokens)
     }
 
     /// Scores pairs by how likely the model answers "yes" rather than "no". Prompts that begin alike
@@ -206,27 +164,20 @@ impl App {
         caller: &Caller,
         scoring: Scoring,
     ) -> Result<Scores, ApiError> {
-        let tokenizer = self.text_tokenizer()?;
+        let tokenizer = self.require_tokenizer(NEEDED_FOR)?;
         let answers = [answer(tokenizer, "yes")?, answer(tokenizer, "no")?];
-        let instruction = scoring.instruction.as_deref().unwrap_or(INSTRUCTION);
+        let instruction: Arc<str> = scoring.instruction.as_deref().unwrap_or(INSTRUCTION).into();
         let options = RenderOptions {
             extra: Map::from_iter([("enable_thinking".to_owned(), Value::Bool(false))]),
             ..RenderOptions::default()
         };
-        let (work, most_tokens) = (scoring.work(), scoring.most_tokens);
-        let (app, given, pairs) = (Arc::clone(self), scoring.instruction.clone(), scoring.pairs);
-        let shorten = move |job: &Job| {
-            let tokenizer = app.text_tokenizer()?;
-            let instruction = given.as_deref().unwrap_or(INSTRUCTION);
-            let each = pairs.into_iter().map(|(query, document)| {
-                job.check()?;
-                let document = shortened(tokenizer, document, most_tokens)?;
-                app.check_texts([instruction, &*query, &document], Length::Context)?;
-                Ok((query, document))
-            });
-            each.collect::<Result<Vec<_>, ApiError>>()
+        let template = scoring.template.clone();
+        let asked = Arc::clone(&instruction);
+        let check = move |app: &Self, _: &Job, query: Arc<str>, document: String| {
+            app.check_texts([&*asked, &query, &document], Length::Context)?;
+            Ok((query, document))
         };
-        let pairs = self.workers.run(work, shorten).await?;
+        let pairs = self.of_pairs(scoring, check).await?;
         let prompt = |(query, document): (Arc<str>, String)| {
             let question =
                 format!("<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}");
@@ -243,7 +194,7 @@ impl App {
             tenant,
             cache_salt,
             ..
-        } = scoring.template;
+        } = template;
         let request = Request {
             max_tokens: Some(1),
             ignore_eos: true,
@@ -290,46 +241,31 @@ impl App {
         })
     }
 
-    /// Returns the number of texts of one request that are computed at a time.
-    fn at_once(&self) -> usize {
-        AT_ONCE.min(self.engine.max_open_requests())
-    }
-
-    /// Returns the time that is left to a request that has begun then, if its time is limited.
-    fn time_left(&self, begun: Instant) -> Option<Duration> {
-        let left = |limit: Duration| limit.saturating_sub(begun.elapsed());
-        self.options.request_timeout.map(left)
-    }
-
-    /// Refuses a text of more tokens than the context, before others are tokenized.
-    fn check_count(&self, tokens: usize) -> Result<(), ApiError> {
-        let limit = self.engine.max_sequence_tokens();
-        if tokens <= limit {
-            return Ok(());
-        }
-        let problem = format!(
-            "this model's maximum context length is {limit} tokens, but a text has {tokens} tokens"
-        );
-        Err(ApiError::invalid(problem).code("context_length_exceeded"))
-    }
-
-    fn text_tokenizer(&self) -> Result<&Arc<Tokenizer>, ApiError> {
-        let none = SubmitError::NoTokenizer {
-            needed_for: "a text",
+    /// Shortens the document of each pair, and returns what `each` makes of the pairs, on a thread for
+    /// long work.
+    async fn of_pairs<T: Send + 'static>(
+        self: &Arc<Self>,
+        scoring: Scoring,
+        mut each: impl FnMut(&Self, &Job, Arc<str>, String) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<Vec<T>, ApiError> {
+        let Scoring {
+            pairs, most_tokens, ..
+        } = scoring;
+        let bytes = pairs
+            .iter()
+            .map(|(query, document)| query.len() + document.len());
+        let work = Work::on(bytes.sum());
+        let app = Arc::clone(self);
+        let run = move |job: &Job| {
+            let tokenizer = app.require_tokenizer(NEEDED_FOR)?;
+            let pairs = pairs.into_iter().map(|(query, document)| {
+                job.check()?;
+                let document = shortened(tokenizer, document, most_tokens)?;
+                each(&app, job, query, document)
+            });
+            pairs.collect()
         };
-        Ok(self.engine.tokenizer().ok_or(none)?)
-    }
-}
-
-impl Scoring {
-    /// Returns how much there is to tokenize.
-    fn work(&self) -> Work {
-        let pairs = self.pairs.iter();
-        Work::on(
-            pairs
-                .map(|(query, document)| query.len() + document.len())
-                .sum(),
-        )
+        self.workers.run(work, run).await
     }
 }
 
@@ -410,10 +346,6 @@ fn refuse_instruction(scoring: &Scoring) -> Result<(), ApiError> {
 fn finite(score: f32) -> Result<f32, ApiError> {
     match score.is_finite() {
         true => Ok(score),
-        false => {
-            let problem = "the model produced hidden states that are not finite numbers";
-            let status = StatusCode::INTERNAL_SERVER_ERROR;
-            Err(ApiError::new(status, "server_error", problem))
-        }
+        false => Err(ApiError::not_finite()),
     }
 }

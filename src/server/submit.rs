@@ -5,13 +5,21 @@ use super::error::ApiError;
 use super::http::auth::Caller;
 use super::http::workers::{Job, Work};
 use super::openai::session_turn::SessionTurn;
-use crate::engine::{CancelReason, Prompt, Request, TokenStream, Truncation};
+use crate::engine::{
+    CancelReason, EmbedRequest, Embedding, Prompt, Request, TokenStream, Truncation,
+};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Maximum number of tokens in all prompts of a request together, where a prompt counts once
 /// per answer to it. Every answer keeps its prompt's tokens, so this bounds the memory of a
 /// request.
 const MAX_BATCH_TOKENS: usize = 4 << 20;
+
+/// Largest number of texts of one request that are computed at a time, so that a request with many
+/// texts does not fill the engine's queue.
+const AT_ONCE: usize = 64;
 
 /// How texts become tokens.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +121,43 @@ impl App {
         };
         let owned = |stream: TokenStream| stream.when_dropped(CancelReason::Disconnect);
         Ok(streams.into_iter().map(owned).collect())
+    }
+
+    /// Embeds all inputs for a caller, some at a time, and returns the embeddings in order. If the
+    /// future is dropped, the inputs in progress are cancelled as after a disconnect.
+    pub(super) async fn embed_all(
+        &self,
+        caller: &Caller,
+        inputs: Vec<Arc<[u32]>>,
+        mut template: EmbedRequest,
+    ) -> Result<Vec<Embedding>, ApiError> {
+        caller.admit_embedding(&mut template);
+        let begun = Instant::now();
+        let embed = |tokens| {
+            let request = EmbedRequest {
+                prompt: Prompt::Tokens(tokens),
+                finish_within: self.time_left(begun),
+                ..template.clone()
+            };
+            let embedding = self.engine.embed(request);
+            async move {
+                let embedding = embedding?.when_dropped(CancelReason::Disconnect);
+                embedding.await.map_err(ApiError::from)
+            }
+        };
+        let all = stream::iter(inputs).map(embed);
+        all.buffered(self.at_once()).try_collect().await
+    }
+
+    /// Returns the number of texts of one request that are computed at a time.
+    pub(super) fn at_once(&self) -> usize {
+        AT_ONCE.min(self.engine.max_open_requests())
+    }
+
+    /// Returns the time that is left to a request that has begun then, if its time is limited.
+    pub(super) fn time_left(&self, begun: Instant) -> Option<Duration> {
+        let left = |limit: Duration| limit.saturating_sub(begun.elapsed());
+        self.options.request_timeout.map(left)
     }
 
     /// Tokenizes the prompt of a session's turn, unless the session does that.

@@ -173,6 +173,13 @@ pub fn post(path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
+/// Adds headers to a request. Each ends with a line break.
+pub fn with_headers(request: &[u8], headers: &str) -> Vec<u8> {
+    let text = String::from_utf8(request.to_vec()).unwrap();
+    text.replacen("\r\n", &format!("\r\n{headers}"), 1)
+        .into_bytes()
+}
+
 /// Builds a GET request.
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: quell\r\n\r\n").into_bytes()

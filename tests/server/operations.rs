@@ -1,7 +1,7 @@
 //! What operators of a server rely on: keys, TLS, origins, ids, timeouts, and a shutdown that
 //! loses nothing.
 
-use common::http::{Connection, Reply, answered, exchange, get, post};
+use common::http::{Connection, Reply, answered, exchange, get, post, with_headers};
 use common::serve::Serve;
 use common::server::{TestServer, null_engine, options, tokenizer};
 use common::{api, model, parrot, serve};
@@ -26,13 +26,6 @@ fn start(change: impl FnOnce(&mut ServerOptions)) -> TestServer {
     change(&mut options);
     let engine = null_engine(tokenizer(&model::smollm2()), EngineConfig::default());
     TestServer::start(engine, options)
-}
-
-/// Adds headers to a request.
-fn with_headers(request: &[u8], headers: &str) -> Vec<u8> {
-    let text = String::from_utf8(request.to_vec()).unwrap();
-    text.replacen("\r\n", &format!("\r\n{headers}"), 1)
-        .into_bytes()
 }
 
 fn ask(address: SocketAddr, request: &[u8]) -> Reply {

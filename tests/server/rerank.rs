@@ -3,9 +3,11 @@
 
 use common::api::{ask, refused};
 use common::embedding::{expected, fixture, largest_difference};
+use common::http::{exchange, post, with_headers};
 use common::model;
 use common::requests::idle;
 use common::server::{TestServer, null_engine, options, tokenizer};
+use quell::server::{ApiKeys, ServerOptions};
 use quell::{Engine, EngineConfig, LoadOptions};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -231,4 +233,38 @@ fn the_chat_template_of_qwen3_writes_the_prompts_of_its_reranker() {
          <|im_start|>assistant\n<think>\n\n</think>\n\n"
     );
     assert_eq!(text["prompt"], expected);
+}
+
+/// A key has one part of the prefix cache, whichever route its requests use.
+#[test]
+fn requests_for_scores_share_the_cached_prefixes_of_their_key() {
+    let config = EngineConfig {
+        kv_cache_bytes: Some(64 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load_with(model::smollm2(), config, LoadOptions::cpu()).unwrap();
+    let with_keys = ServerOptions {
+        api_keys: ApiKeys::parse("alice\nmallory"),
+        ..options()
+    };
+    let server = TestServer::start(engine, with_keys);
+    let question = "<Instruct>: Find answers.\n<Query>: Where is it?\n<Document>: Here.";
+    let chat = json!({
+        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
+        "max_tokens": 1,
+    });
+    let rank =
+        json!({"query": "Where is it?", "documents": ["Here."], "instruction": "Find answers."});
+    let hits = |key: &str, path: &str, body: &Value| {
+        let before = server.engine.stats().unwrap().prefix_hits;
+        let key = format!("X-API-Key: {key}\r\n");
+        let request = with_headers(&post(path, body.to_string()), &key);
+        let reply = exchange(server.address, &request).unwrap();
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        server.engine.stats().unwrap().prefix_hits - before
+    };
+    assert_eq!(hits("alice", "/v1/chat/completions", &chat), 0);
+    assert_eq!(hits("mallory", "/v1/rerank", &rank), 0);
+    assert!(hits("alice", "/v1/rerank", &rank) > 32);
 }

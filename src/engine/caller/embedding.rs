@@ -55,8 +55,8 @@ impl EmbedRequest {
 pub struct Embedding {
     /// What [`EngineInfo::pooling`](crate::EngineInfo::pooling) makes of the model's last hidden
     /// states, after the final norm: the scores of a classifier, or a vector. By default, it is
-    /// their mean over all positions of the prompt, not normalised. A value is NaN if a hidden state was not finite or exceeded
-    /// 32,768 in magnitude.
+    /// their mean over all positions of the prompt, not normalised. A value is NaN if a hidden state
+    /// was not finite or exceeded 32,768 in magnitude.
     pub values: Vec<f32>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,

@@ -417,6 +417,19 @@ impl Engine {
         (stream, Submission { id, spec, account })
     }
 
+    /// Refuses an input of more tokens than a sequence may have.
+    pub(crate) fn require_fits(&self, tokens: usize) -> Result<(), SubmitError> {
+        let (limit, limited_by) = self.shared.limit;
+        match tokens <= limit {
+            true => Ok(()),
+            false => Err(SubmitError::InputTooLong {
+                tokens,
+                limit,
+                limited_by,
+            }),
+        }
+    }
+
     /// Returns the scheduler's specification of a request with this tokenized prompt, or an
     /// error if the prompt is invalid.
     fn sequence_spec(
@@ -438,13 +451,7 @@ impl Engine {
                 limited_by,
             });
         }
-        if tokens > limit {
-            return Err(SubmitError::InputTooLong {
-                tokens,
-                limit,
-                limited_by,
-            });
-        }
+        self.require_fits(tokens)?;
         let ids = match settings.task {
             Task::Embed(_) => vocabulary.saturating_mul(self.shared.info.segments),
             _ => vocabulary,

@@ -1,7 +1,7 @@
 //! The fields that all requests for text share.
 
 use super::session_turn::{SessionPrompt, SessionTurn};
-use crate::engine::{Prompt, Request, Truncation};
+use crate::engine::{EmbedRequest, Prompt, Request, Truncation};
 use crate::sampling::{Constraint, SamplingParams, TokenLimits};
 use crate::server::App;
 use crate::server::error::ApiError;
@@ -206,7 +206,7 @@ impl SamplingFields {
         request.finish_within = app.options.request_timeout;
         request.priority = self.priority.unwrap_or(0);
         request.cache_salt = cache_salt(self.cache_salt)?;
-        request.tenant = self.user.filter(|user| !user.is_empty()).map(Into::into);
+        request.tenant = tenant(self.user);
         let default = app.engine.sampling_defaults().params();
         // A `top_p` of 0 leaves only the likeliest token.
         let greedy = self.top_p == Some(0.0);
@@ -310,13 +310,32 @@ fn banned(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiE
 }
 
 /// Checks a cache salt, which must not be empty, as in vLLM.
-pub(crate) fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, ApiError> {
+fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, ApiError> {
     let length = salt.as_ref().map_or(1, |salt| salt.chars().count());
     if (1..=MAX_SALT).contains(&length) {
         return Ok(salt.map(Into::into));
     }
     let problem = format!("cache_salt has {length} characters, but must have from 1 to {MAX_SALT}");
     Err(ApiError::invalid(problem).param("cache_salt"))
+}
+
+/// Returns the tenant that a request's user is.
+fn tenant(user: Option<String>) -> Option<Arc<str>> {
+    user.filter(|user| !user.is_empty()).map(Into::into)
+}
+
+/// Returns the request of an embedding, without a prompt, by what the client says of itself.
+pub(crate) fn embed_request(
+    user: Option<String>,
+    priority: Option<i32>,
+    salt: Option<String>,
+) -> Result<EmbedRequest, ApiError> {
+    Ok(EmbedRequest {
+        priority: priority.unwrap_or(0),
+        cache_salt: cache_salt(salt)?,
+        tenant: tenant(user),
+        ..EmbedRequest::new(Prompt::Tokens(Arc::default()))
+    })
 }
 
 /// Refuses a field that has more of something than is accepted.

@@ -1,13 +1,13 @@
 //! `POST /v1/embeddings`: turns texts into vectors.
 
-use crate::engine::{EmbedRequest, Prompt, SubmitError, normalize};
+use crate::engine::{Prompt, SubmitError, normalize};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
 use crate::server::http::body::{JsonBody, integer};
 use crate::server::openai::fields::Route;
 use crate::server::openai::prompts::Prompts;
-use crate::server::openai::sampling::{Side, cache_salt, truncation};
+use crate::server::openai::sampling::{Side, embed_request, truncation};
 use crate::server::submit::{Length, Tokenization};
 use axum::Json;
 use axum::extract::State;
@@ -100,13 +100,7 @@ pub(crate) async fn embeddings(
         let problem = format!("dimensions is {dimensions}, but must be from 1 to {size}");
         return Err(ApiError::invalid(problem).param("dimensions"));
     }
-    let mut template = EmbedRequest {
-        priority: request.priority.unwrap_or(0),
-        cache_salt: cache_salt(request.cache_salt)?,
-        tenant: request.user.filter(|user| !user.is_empty()).map(Into::into),
-        ..EmbedRequest::new(Prompt::Tokens(Arc::default()))
-    };
-    caller.admit_embedding(&mut template);
+    let template = embed_request(request.user, request.priority, request.cache_salt)?;
     let room = app.engine.max_sequence_tokens();
     let truncation = truncation(
         request.truncate_prompt_tokens,
@@ -129,7 +123,8 @@ pub(crate) async fn embeddings(
             SubmitError::UnknownToken { token, vocabulary }.into(),
         ));
     }
-    let embeddings = app.embed_all(inputs, &template).await.map_err(of_input)?;
+    let embeddings = app.embed_all(&caller, inputs, template);
+    let embeddings = embeddings.await.map_err(of_input)?;
     let mut usage = Usage::default();
     let encoding = request.encoding_format.unwrap_or_default();
     let mut data = Vec::with_capacity(embeddings.len());
@@ -192,9 +187,7 @@ fn of_input(mut error: ApiError) -> ApiError {
 /// Scales a vector to length 1; a zero vector is returned unchanged.
 fn normalized(mut values: Vec<f32>) -> Result<Vec<f32>, ApiError> {
     if !values.iter().all(|value| value.is_finite()) {
-        let problem = "the model produced hidden states that are not finite numbers";
-        let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
-        return Err(ApiError::new(status, "server_error", problem));
+        return Err(ApiError::not_finite());
     }
     normalize(&mut values);
     Ok(values)

@@ -1,23 +1,21 @@
 //! `POST /v1/rerank`: orders documents by how well they answer a query. `POST /v1/score`: scores
 //! pairs of texts.
 
-use crate::engine::{EmbedRequest, Prompt};
 use crate::server::error::ApiError;
 use crate::server::http::auth::Caller;
 use crate::server::http::body::{JsonBody, integer};
 use crate::server::openai::fields::Route;
-use crate::server::openai::sampling::cache_salt;
+use crate::server::openai::sampling::embed_request;
 use crate::server::scoring::{Scores, Scoring};
 use crate::server::{App, unix_time};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
-use uuid::Uuid;
 
 /// Maximum number of pairs of one request.
 const MAX_PAIRS: usize = 2048;
@@ -79,7 +77,8 @@ enum Texts {
     Many(Vec<String>),
 }
 
-/// The documents of a request, no more than are accepted.
+/// The documents of a request. A list that is too long is not read to its end, since each of its
+/// texts takes more memory than it has bytes.
 struct Documents(Vec<String>);
 
 impl<'de> Deserialize<'de> for Document {
@@ -113,43 +112,20 @@ impl<'de> Visitor<'de> for DocumentVisitor {
 
 impl<'de> Deserialize<'de> for Documents {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match deserializer.deserialize_any(TextsVisitor { takes_one: false })? {
-            Texts::One(text) => Ok(Self(vec![text])),
-            Texts::Many(texts) => Ok(Self(texts)),
-        }
+        deserializer.deserialize_any(DocumentsVisitor)
     }
 }
 
-impl<'de> Deserialize<'de> for Texts {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TextsVisitor { takes_one: true })
-    }
-}
+struct DocumentsVisitor;
 
-/// Reads a list of documents, or one text if `takes_one`. A list that is too long is not read to its
-/// end, since each of its texts takes more memory than it has bytes.
-struct TextsVisitor {
-    takes_one: bool,
-}
-
-impl<'de> Visitor<'de> for TextsVisitor {
-    type Value = Texts;
+impl<'de> Visitor<'de> for DocumentsVisitor {
+    type Value = Documents;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self.takes_one {
-            true => "a string or a list of strings",
-            false => "a list of strings or of objects with a text",
-        })
+        formatter.write_str("a list of strings or of objects with a text")
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<Texts, E> {
-        match self.takes_one {
-            true => Ok(Texts::One(text.to_owned())),
-            false => Err(E::invalid_type(Unexpected::Str(text), &self)),
-        }
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Texts, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Documents, A::Error> {
         let mut texts = Vec::new();
         while let Some(Document(text)) = list.next_element()? {
             if texts.len() == MAX_PAIRS {
@@ -159,6 +135,31 @@ impl<'de> Visitor<'de> for TextsVisitor {
             }
             texts.push(text);
         }
+        Ok(Documents(texts))
+    }
+}
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextsVisitor)
+    }
+}
+
+struct TextsVisitor;
+
+impl<'de> Visitor<'de> for TextsVisitor {
+    type Value = Texts;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a string or a list of strings")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Texts, E> {
+        Ok(Texts::One(text.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Texts, A::Error> {
+        let Documents(texts) = DocumentsVisitor.visit_seq(list)?;
         Ok(Texts::Many(texts))
     }
 }
@@ -220,7 +221,6 @@ impl Common {
     /// Returns what to compute for pairs of texts.
     fn scoring(
         self,
-        caller: &Caller,
         pairs: Vec<(Arc<str>, String)>,
         field: &'static str,
     ) -> Result<Scoring, ApiError> {
@@ -231,18 +231,11 @@ impl Common {
             let problem = "max_tokens_per_doc is 0, but must be at least 1";
             return Err(ApiError::invalid(problem).param("max_tokens_per_doc"));
         }
-        let mut template = EmbedRequest {
-            priority: self.priority.unwrap_or(0),
-            cache_salt: cache_salt(self.cache_salt)?,
-            tenant: self.user.filter(|user| !user.is_empty()).map(Into::into),
-            ..EmbedRequest::new(Prompt::Tokens(Arc::default()))
-        };
-        caller.admit_embedding(&mut template);
         Ok(Scoring {
             pairs,
             instruction: self.instruction,
             most_tokens: self.max_tokens_per_doc,
-            template,
+            template: embed_request(self.user, self.priority, self.cache_salt)?,
         })
     }
 }
@@ -272,7 +265,7 @@ pub(crate) async fn rerank(
         priority: request.priority,
         cache_salt: request.cache_salt,
     };
-    let scoring = common.scoring(&caller, pairs.collect(), "documents")?;
+    let scoring = common.scoring(pairs.collect(), "documents")?;
     let scores = app.score(&caller, scoring).await.map_err(of_documents)?;
     let with_text = request.return_documents.unwrap_or(true);
     let ranked = scores.scores.iter().zip(texts).enumerate();
@@ -285,7 +278,7 @@ pub(crate) async fn rerank(
     results.sort_by(|a, b| b.relevance_score.total_cmp(&a.relevance_score));
     results.truncate(request.top_n.unwrap_or(usize::MAX));
     Ok(Json(Ranking {
-        id: format!("rerank-{}", Uuid::new_v4().simple()),
+        id: app.answer_id("rerank"),
         model,
         results,
         usage: Usage::of(&scores),
@@ -343,7 +336,7 @@ pub(crate) async fn score(
         priority: request.priority,
         cache_salt: request.cache_salt,
     };
-    let scoring = common.scoring(&caller, pairs, "text_2")?;
+    let scoring = common.scoring(pairs, "text_2")?;
     let scores = app.score(&caller, scoring).await.map_err(of_documents)?;
     let usage = Usage::of(&scores);
     let data = scores.scores.into_iter().enumerate();
@@ -353,7 +346,7 @@ pub(crate) async fn score(
         score,
     });
     Ok(Json(ScoreList {
-        id: format!("score-{}", Uuid::new_v4().simple()),
+        id: app.answer_id("score"),
         object: "list",
         created: unix_time(),
         model,
