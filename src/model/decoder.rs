@@ -94,18 +94,15 @@ impl<D: Device> Decoder<D> {
         let inputs = InputWeights::load(source, device)?;
         let streams = StreamWeights::load(source, device)?;
         let position_weights = PositionWeights::load(source, device)?;
-        let mut load = |scale: f32| -> Result<_, ModelError> {
-            let Some(mut weight) = source.final_norm()? else {
-                return Ok(None);
-            };
-            weight.iter_mut().for_each(|weight| *weight *= scale);
-            Ok(Some(device.load_vector(&weight)?))
-        };
-        let final_norm = load(1.0)?;
-        let logit_norm = match config.logit_scale {
-            1.0 => None,
-            scale => load(scale)?,
-        };
+        let (mut final_norm, mut logit_norm) = (None, None);
+        if let Some(mut weight) = source.final_norm()? {
+            final_norm = Some(device.load_vector(&weight)?);
+            let scale = config.logit_scale;
+            if scale != 1.0 {
+                weight.iter_mut().for_each(|weight| *weight *= scale);
+                logit_norm = Some(device.load_vector(&weight)?);
+            }
+        }
         let ropes = rope_specs(&config, limits).into_iter();
         let ropes = ropes.map(|spec| device.load_rope(&spec));
         let ropes = ropes.collect::<Result<Vec<_>, _>>()?;

@@ -4,7 +4,7 @@ use super::architectures::StackedExperts;
 use super::layer::Experts;
 use super::names::{self, GateUp, Part};
 use super::stored::{StoredLinear, StoredRows};
-use super::tensors::Naming;
+use super::tensors::{Naming, require_shape};
 use super::{ModelError, ModelSource};
 use crate::device::{Activation, RowOrder};
 use crate::weights::TensorView;
@@ -212,13 +212,7 @@ impl ModelSource {
         shape: [usize; 3],
     ) -> Result<StoredRows<'_>, ModelError> {
         let tensor = self.tensor(name)?;
-        if tensor.shape != shape {
-            return Err(ModelError::WrongShape {
-                name: name.to_owned(),
-                found: tensor.shape.to_vec(),
-                expected: shape.to_vec(),
-            });
-        }
+        require_shape(&tensor, &shape)?;
         let [_, rows, columns] = shape;
         self.rows(&self.entry(name, index, &[rows, columns])?, rows, columns)
     }

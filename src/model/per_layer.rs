@@ -6,7 +6,6 @@ use super::names::Part;
 use super::stored::StoredLinear;
 use super::tensors::Naming;
 use super::{ModelError, ModelSource};
-use crate::weights::TensorView;
 
 /// Tensors of per-layer inputs that belong to no single layer, but serve all layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,20 +117,7 @@ impl ModelSource {
         part: Part,
         [rows, streams]: [usize; 2],
     ) -> Result<Vec<f32>, ModelError> {
-        let name = self.name(layer, part);
-        let tensor = self.tensor(&name)?;
-        if tensor.shape != [rows, streams] {
-            return Err(ModelError::WrongShape {
-                name,
-                found: tensor.shape.to_vec(),
-                expected: vec![rows, streams],
-            });
-        }
-        let flat = TensorView {
-            shape: &[rows * streams],
-            ..tensor
-        };
-        self.numbers(&flat, rows * streams)
+        self.floats(&self.name(layer, part), &[rows, streams])
     }
 
     /// Reads the factor on the residual stream after a layer.

@@ -218,19 +218,8 @@ impl ModelSource {
     /// there is none with this name, this shape and a floating-point format.
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
         let tensor = self.tensor(name)?;
-        if tensor.shape != shape {
-            return Err(ModelError::WrongShape {
-                name: name.to_owned(),
-                found: tensor.shape.to_vec(),
-                expected: shape.to_vec(),
-            });
-        }
-        let length = shape.iter().product();
-        let flat = TensorView {
-            shape: &[length],
-            ..tensor
-        };
-        self.numbers(&flat, length)
+        require_shape(&tensor, shape)?;
+        self.all_numbers(&tensor)
     }
 
     /// Returns the name of the norm before the output projection.
@@ -417,11 +406,7 @@ impl ModelSource {
                 expected: vec![channels, taps],
             });
         }
-        let flat = TensorView {
-            shape: &[channels * taps],
-            ..tensor
-        };
-        let by_channel = self.numbers(&flat, channels * taps)?;
+        let by_channel = self.all_numbers(&tensor)?;
         let taps = (0..taps).map(|tap| by_channel.iter().skip(tap).step_by(taps));
         Ok(taps.flatten().copied().collect())
     }
@@ -555,13 +540,7 @@ impl ModelSource {
         rows: usize,
         columns: usize,
     ) -> Result<StoredRows<'_>, ModelError> {
-        if tensor.shape != [rows, columns] {
-            return Err(ModelError::WrongShape {
-                name: tensor.name.to_owned(),
-                found: tensor.shape.to_vec(),
-                expected: vec![rows, columns],
-            });
-        }
+        require_shape(tensor, &[rows, columns])?;
         Ok(StoredRows {
             dtype: tensor.dtype,
             rows,
@@ -594,23 +573,36 @@ impl ModelSource {
         tensor: &TensorView<'_>,
         length: usize,
     ) -> Result<Vec<f32>, ModelError> {
-        let name = tensor.name;
-        if tensor.shape != [length] {
-            return Err(ModelError::WrongShape {
-                name: name.to_owned(),
-                found: tensor.shape.to_vec(),
-                expected: vec![length],
-            });
-        }
+        require_shape(tensor, &[length])?;
+        self.all_numbers(tensor)
+    }
+
+    /// Reads a tensor of floating-point numbers of any shape as float32.
+    ///
+    /// # Errors
+    /// [`ModelError::WrongFormat`] if it has another format.
+    fn all_numbers(&self, tensor: &TensorView<'_>) -> Result<Vec<f32>, ModelError> {
         if !tensor.dtype.is_float() {
             return Err(ModelError::WrongFormat {
-                name: name.to_owned(),
+                name: tensor.name.to_owned(),
                 found: tensor.dtype.to_string(),
                 expected: "F32, F16 or BF16",
             });
         }
-        let mut values = vec![0.0; length];
+        let mut values = vec![0.0; tensor.shape.iter().product()];
         quant::dequantize(tensor.dtype, &self.weights.read(tensor)?, &mut values);
         Ok(values)
+    }
+}
+
+/// Fails with [`ModelError::WrongShape`] unless a tensor has this shape.
+pub(super) fn require_shape(tensor: &TensorView<'_>, shape: &[usize]) -> Result<(), ModelError> {
+    match tensor.shape == shape {
+        true => Ok(()),
+        false => Err(ModelError::WrongShape {
+            name: tensor.name.to_owned(),
+            found: tensor.shape.to_vec(),
+            expected: shape.to_vec(),
+        }),
     }
 }

@@ -320,16 +320,11 @@ impl Reader<'_> {
 
     /// Reads the longest text that the model was trained for.
     fn length(&self, source: &mut ModelSource) -> Result<(), LoadError> {
-        let mut found = None;
-        for name in LENGTH_FILES {
-            if let Some(config) = self.json(name)? {
-                found = Some((name, config));
-                break;
-            }
-        }
-        let Some((file, config)) = found else {
+        let is_there = |name: &&str| self.folder.join(name).exists();
+        let Some(file) = LENGTH_FILES.into_iter().find(is_there) else {
             return Ok(());
         };
+        let config: Value = read_json(&self.folder.join(file), "JSON")?;
         if config["do_lower_case"] == Value::Bool(true) {
             let problem = "do_lower_case is true, but must be false: the tokenizer must do it";
             return Err(self.problem(file, problem));
@@ -536,7 +531,6 @@ impl Reader<'_> {
         for (name, is_tanh) in stages.into_iter().zip([true, false]) {
             self.pooling.add_dense(source, name, is_tanh)?;
         }
-        let labels = self.pooling.size(self.hidden);
         if self.pooling.stages.len() != 2 {
             let problem = format!(
                 "architectures is {named:?}, but the tensors {} and {} of its classifier are missing",
@@ -551,9 +545,8 @@ impl Reader<'_> {
         let activation = own.as_str().or(older.as_str());
         match activation.and_then(|path| path.rsplit('.').next()) {
             Some("Identity") => {}
-            Some("Sigmoid") => self.pooling.stages.push(PoolingStage::Sigmoid),
-            None if labels == 1 => self.pooling.stages.push(PoolingStage::Sigmoid),
-            None => {}
+            // The default of a classifier with one label. Others are refused.
+            Some("Sigmoid") | None => self.pooling.stages.push(PoolingStage::Sigmoid),
             Some(other) => {
                 let problem = format!("the activation is {other}, but must be Identity or Sigmoid");
                 return Err(self.problem(file, problem));
