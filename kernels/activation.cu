@@ -19,29 +19,26 @@ KERNEL(256) gated_activation(T* out, const T* gate_up, u32 rows, u32 columns, u3
     store8(out + u64(index) * 8, x);
 }
 
-// out = max(up, 0)², for `count` numbers, a multiple of eight. NaN stays NaN.
-KERNEL(256) squared_relu(T* out, const T* up, u32 count) {
+// out = activate(up), for `count` numbers, a multiple of eight.
+template <class Activate>
+INLINE void ungated(T* out, const T* up, u32 count, Activate activate) {
     wait_for_kernels_before();
     u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (index >= count) return;
     float x[8];
     load8(x, up + index);
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i] * x[i];
+    for (int i = 0; i < 8; i++) x[i] = activate(x[i]);
     store8(out + index, x);
 }
 
-// out = up/2 · (1 + erf(up / √2)), for `count` numbers, a multiple of eight.
-KERNEL(256) gelu(T* out, const T* up, u32 count) {
-    wait_for_kernels_before();
-    u32 index = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (index >= count) return;
-    float x[8];
-    load8(x, up + index);
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = exact_gelu(x[i]);
-    store8(out + index, x);
+// out = max(up, 0)². NaN stays NaN.
+KERNEL(256) squared_relu(T* out, const T* up, u32 count) {
+    ungated(out, up, count, [](float x) { return x < 0.0f ? 0.0f : x * x; });
 }
+
+// out = up/2 · (1 + erf(up / √2)).
+KERNEL(256) gelu(T* out, const T* up, u32 count) { ungated(out, up, count, exact_gelu); }
 
 // x → cap · tanh(x / cap), for `count` numbers.
 KERNEL(256) softcap(float* x, float cap, u32 count) {

@@ -537,32 +537,12 @@ impl CudaDevice {
         ];
         let grid = Grid::new(blocks, [32 * WARPS as u32, 1, 1])
             .shared(prefill_shared(heads.head_dim) as u32);
-        let kernels = &self.attention.kernels;
-        if let Some(after) = scalars.after {
-            return kernels.attend_both_hd(
-                heads.head_dim,
-                context,
-                grid,
-                operands.out,
-                operands.qkv,
-                operands.keys,
-                operands.values,
-                self.step.tables(),
-                operands.sequences,
-                work,
-                operands.sinks,
-                scalars.q_heads,
-                scalars.kv_heads,
-                scalars.columns,
-                scalars.block_tokens,
-                scalars.block_vectors,
-                scalars.scale,
-                scalars.softcap,
-                scalars.window,
-                after,
-            );
-        }
-        kernels.attend_prefill_hd(
+        let launch = match scalars.after {
+            Some(_) => Kernels::attend_both_hd,
+            None => Kernels::attend_prefill_hd,
+        };
+        launch(
+            &self.attention.kernels,
             heads.head_dim,
             context,
             grid,
@@ -582,7 +562,8 @@ impl CudaDevice {
             scalars.scale,
             scalars.softcap,
             scalars.window,
-            scalars.chunks,
+            // Encoders have no chunks.
+            scalars.after.unwrap_or(scalars.chunks),
         )
     }
 }
