@@ -345,6 +345,22 @@ impl Source {
         }
     }
 
+    /// Compiles the source with `compile`. If that fails and keywords may be left out, compiles it again
+    /// without those that the compiler does not support.
+    fn compiled<T>(
+        &mut self,
+        compiler: &Compiler,
+        keywords: SchemaKeywords,
+        compile: impl Fn(&Self) -> Result<T, GrammarError>,
+    ) -> Result<T, GrammarError> {
+        match compile(self) {
+            Err(error) if keywords == SchemaKeywords::Lenient && self.relax(compiler, &error) => {
+                compile(self)
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Drops patterns that the compiler cannot follow, after compilation failed with
     /// `error`. Returns whether it dropped any.
     fn relax(&mut self, compiler: &Compiler, error: &GrammarError) -> bool {
@@ -448,14 +464,8 @@ impl Grammar {
             let grammar = TopLevelGrammar::from_grammar(source.grammar.clone());
             compiler.compile(source.kind, grammar)
         };
-        let mut compiled = compile(&source);
-        if let Err(error) = &compiled
-            && keywords == SchemaKeywords::Lenient
-            && source.relax(compiler, error)
-        {
-            compiled = compile(&source);
-        }
-        Ok(Self::of(source, compiled?))
+        let compiled = source.compiled(compiler, keywords, compile)?;
+        Ok(Self::of(source, compiled))
     }
 
     fn of(source: Source, (matcher, warnings): Compiled) -> Self {

@@ -204,9 +204,10 @@ impl Structure {
             form: Some(form),
             calls,
         };
-        // If the form alone compiles, the error lies in the tools.
+        // If the form alone compiles, the error lies in the tools, if there are any.
+        let field = if calls.is_some() { "tools" } else { self.field };
         Grammar::answer(tokenizer, answer, keywords)
-            .or_else(|error| alone().and_then(|_| Err(refused("tools", error))))
+            .or_else(|error| alone().and_then(|_| Err(refused(field, error))))
     }
 }
 

@@ -70,17 +70,12 @@ impl Grammar {
         let source = answer.form.map(|form| Source::new(form, keywords));
         let mut source = source.transpose()?.unwrap_or_else(Source::empty);
         let compiler = Compiler::of(tokenizer)?;
-        let mut compiled = compile(tokenizer, compiler, &source, answer, keywords);
-        let is_lenient = keywords == SchemaKeywords::Lenient;
-        if let Err(error) = &compiled
-            && is_lenient
-            && source.relax(compiler, error)
-        {
-            compiled = compile(tokenizer, compiler, &source, answer, keywords);
-        }
+        let compile_of =
+            |source: &Source, answer| compile(tokenizer, compiler, source, answer, keywords);
+        let mut compiled = source.compiled(compiler, keywords, |source| compile_of(source, answer));
         if let Some(calls) = answer.calls
             && compiled.is_err()
-            && is_lenient
+            && keywords == SchemaKeywords::Lenient
         {
             // The schemas of the tools may be what fails, so try again with arguments of
             // any kind.
@@ -96,7 +91,7 @@ impl Grammar {
                 ..answer
             };
             source.unenforced.insert("parameters".to_owned());
-            compiled = compile(tokenizer, compiler, &source, answer, keywords);
+            compiled = compile_of(&source, answer);
         }
         let (compiled, unenforced) = compiled?;
         source.unenforced.extend(unenforced);
