@@ -9,6 +9,8 @@ pub mod browser;
 pub mod clients;
 pub mod conditioning;
 pub mod cpu;
+#[cfg(feature = "product")]
+pub mod cuda;
 pub mod embedding;
 pub mod experts;
 pub mod gguf_writer;

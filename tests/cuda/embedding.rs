@@ -1,22 +1,16 @@
 //! Encoders on the CUDA device: embeddings and scores agree with those of sentence-transformers, and
 //! are the same in any batch.
 
+use common::cuda::load_options;
 use common::embedding::{TINY, expected, fixture, largest_difference};
 use common::gpu;
-use quell::{
-    CudaActivations, CudaOptions, DeviceChoice, EmbedRequest, Engine, EngineConfig, LoadOptions,
-};
+use quell::{CudaActivations, CudaOptions, EmbedRequest, Engine, EngineConfig};
 
 fn load(name: &str, activations: CudaActivations) -> Engine {
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        cuda: CudaOptions {
-            activations,
-            warm_up: 0,
-            ..CudaOptions::default()
-        },
-        ..LoadOptions::default()
-    };
+    let options = load_options(CudaOptions {
+        activations,
+        ..CudaOptions::default()
+    });
     let config = EngineConfig {
         max_batch_tokens: Some(128),
         kv_cache_bytes: Some(1 << 20),

@@ -4,6 +4,7 @@
 //! After every step, the engine's invariants are checked and freed blocks are filled with NaN,
 //! so that a request that reads a block of another one gets a different answer.
 
+use common::cuda::load_options;
 use common::golden::tiny;
 use common::gpu;
 use common::requests::idle;
@@ -21,12 +22,7 @@ fn engine(model: &str, cuda: CudaOptions, kv_blocks: usize) -> Engine {
 }
 
 fn engine_with(model: &str, cuda: CudaOptions, kv_blocks: usize, config: EngineConfig) -> Engine {
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        // `memory.rs` tests the warm-up.
-        cuda: CudaOptions { warm_up: 0, ..cuda },
-        ..LoadOptions::default()
-    };
+    let options = load_options(cuda);
     // Two layers of two heads, and keys and values of two bytes.
     let head_dim = if model == "llama" { 16 } else { 32 };
     let block_bytes = 2 * 2 * 2 * 2 * head_dim * 16;
@@ -174,11 +170,7 @@ fn graphs_change_no_token() {
 fn graphs_and_other_requests_change_no_token_of_recurrent_models() {
     let _gpu = gpu::lock();
     let load = |model: &str, cuda: CudaOptions| {
-        let options = LoadOptions {
-            device: DeviceChoice::Cuda(0),
-            cuda: CudaOptions { warm_up: 0, ..cuda },
-            ..LoadOptions::default()
-        };
+        let options = load_options(cuda);
         let config = EngineConfig {
             max_batch_tokens: Some(64),
             max_sequences: REQUESTS,

@@ -1,9 +1,10 @@
 //! Compares every supported architecture on the CUDA device with transformers, by the rule in
 //! ARCHITECTURE.md for each type of activations.
 
+use common::cuda::load_options;
 use common::golden::{Tolerance, gguf, tiny, tiny_cases};
 use common::{conditioning, golden, gpu};
-use quell::{CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions};
+use quell::{CudaActivations, CudaOptions, Engine, EngineConfig};
 use std::path::Path;
 
 fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
@@ -12,15 +13,10 @@ fn check(name: &str, activations: CudaActivations, tolerance: Tolerance) {
 
 /// Loads a model on the virtual GPU.
 fn load(path: &Path, activations: CudaActivations) -> Engine {
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        cuda: CudaOptions {
-            activations,
-            warm_up: 0,
-            ..CudaOptions::default()
-        },
-        ..LoadOptions::default()
-    };
+    let options = load_options(CudaOptions {
+        activations,
+        ..CudaOptions::default()
+    });
     // Small steps, so that the longest prompt is prefilled in chunks.
     let config = EngineConfig {
         max_batch_tokens: Some(64),

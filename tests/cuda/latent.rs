@@ -1,25 +1,19 @@
 //! Latent attention on the CUDA device: a token has the same bits however its prompt is cut, and
 //! whoever else is in the batch, and what the kernels cannot compute is refused.
 
+use common::cuda::load_options;
 use common::golden::{tiny, tiny_cases};
 use common::gpu;
 use quell::internals::device::cuda::CudaDevice;
 use quell::internals::device::*;
-use quell::{
-    CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Request, SamplingParams,
-};
+use quell::{CudaOptions, Engine, EngineConfig, Request, SamplingParams};
 
 /// The bits of the log probabilities of some tokens after the longest prompt of a checkpoint, which
 /// is computed in chunks of this many tokens, `copies` times at once.
 fn logprobs(chunk: usize, copies: usize) -> Vec<Vec<(u32, u32)>> {
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        cuda: CudaOptions {
-            warm_up: 0,
-            ..CudaOptions::default()
-        },
-        ..LoadOptions::default()
-    };
+    let options = load_options(CudaOptions {
+        ..CudaOptions::default()
+    });
     let config = EngineConfig {
         max_batch_tokens: Some(chunk),
         max_sequences: 4,

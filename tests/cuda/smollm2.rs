@@ -4,12 +4,10 @@
 //! A step takes seconds on the virtual GPU, so only the shortest case is used, and only as many
 //! of its steps as time allows. Each step continues from the engine's own tokens.
 
+use common::cuda::load_options;
 use common::golden::{smollm2_case, smollm2_reference};
 use common::{gpu, model};
-use quell::{
-    CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Request,
-    SamplingParams,
-};
+use quell::{CudaActivations, CudaOptions, Engine, EngineConfig, Request, SamplingParams};
 
 fn check(activations: CudaActivations, steps: usize, mean_allowed: f32, max_allowed: f32) {
     let _gpu = gpu::lock();
@@ -20,15 +18,10 @@ fn check(activations: CudaActivations, steps: usize, mean_allowed: f32, max_allo
         kv_cache_bytes: Some(4 << 20),
         ..EngineConfig::default()
     };
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        cuda: CudaOptions {
-            activations,
-            warm_up: 0,
-            ..CudaOptions::default()
-        },
-        ..LoadOptions::default()
-    };
+    let options = load_options(CudaOptions {
+        activations,
+        ..CudaOptions::default()
+    });
     let engine = Engine::load_with(model::smollm2(), config, options).unwrap();
     let cases = smollm2_reference();
     let cases = cases.iter().map(smollm2_case);

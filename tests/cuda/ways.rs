@@ -2,24 +2,18 @@
 //! bits in whatever way the engine computes its answers. `tests/models/ways.rs` has all checkpoints
 //! on the CPU device, and `make test-cuda-all` runs all of them on the virtual GPU, too.
 
+use common::cuda::load_options;
 use common::golden::{checkpoints, gguf, tiny};
 use common::gpu;
 use common::ways::{Lengths, Undisturbed};
-use quell::{
-    CudaActivations, CudaOptions, DeviceChoice, Engine, EngineConfig, LoadOptions, Preemption,
-};
+use quell::{CudaActivations, CudaOptions, Engine, EngineConfig, Preemption};
 use std::path::{Path, PathBuf};
 
 fn load(path: &Path, config: EngineConfig) -> Engine {
-    let options = LoadOptions {
-        device: DeviceChoice::Cuda(0),
-        cuda: CudaOptions {
-            activations: CudaActivations::F16,
-            warm_up: 0,
-            ..CudaOptions::default()
-        },
-        ..LoadOptions::default()
-    };
+    let options = load_options(CudaOptions {
+        activations: CudaActivations::F16,
+        ..CudaOptions::default()
+    });
     Engine::load_with(path, config, options)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }

@@ -280,7 +280,8 @@ pub(super) fn types(schema: &Value) -> Option<Types> {
     )
 }
 
-fn json_type(value: &Value) -> &'static str {
+/// Returns the name of a value's type in JSON schemas.
+pub(super) fn json_type(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "boolean",

@@ -722,17 +722,8 @@ fn gemma(value: &Value, quoted_keys: bool) -> String {
 
 /// Declares a tool whose arguments have the types of these.
 fn declared(name: &str, arguments: &Value) -> ToolDeclaration {
-    let property = |(key, value): (&String, &Value)| {
-        let name = match value {
-            Value::Null => "null",
-            Value::Bool(_) => "boolean",
-            Value::Number(_) => "number",
-            Value::String(_) => "string",
-            Value::Array(_) => "array",
-            Value::Object(_) => "object",
-        };
-        (key.clone(), json!({"type": name}))
-    };
+    let property =
+        |(key, value): (&String, &Value)| (key.clone(), json!({"type": tagged::json_type(value)}));
     let properties: serde_json::Map<_, _> = arguments
         .as_object()
         .unwrap()
