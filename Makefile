@@ -6,7 +6,7 @@ LESS_OPTIMISED := --config profile.test.package.quell.opt-level=1
 # The model checkers' tests need features that exclude each other.
 ALL := --locked --workspace --exclude interleavings
 
-.PHONY: demo check test test-cuda test-cuda-all test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients references
+.PHONY: demo check test test-cuda test-cuda-all test-others models soak mutations stalls lint bench kernels kernels-check kernel-counts model clients references oracles
 
 ## Fetches a small model if it is missing, builds quell, and answers a question.
 demo: model
@@ -144,3 +144,8 @@ clients:
 ## sentence-transformers.
 references:
 	@$(PYTHON) scripts/fetch-references
+
+## Compares the parsers of tool calls and reasoning with those of SMG and NVIDIA Dynamo, and records
+## answers for the unit tests.
+oracles:
+	$(CARGO) run --locked --manifest-path tests/oracles/Cargo.toml -- --write

@@ -217,7 +217,7 @@ impl ReasoningSplitter {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tools::tests::pieces;
+    use super::super::tools::tests::{pieces, recorded};
     use super::*;
     use proptest::prelude::*;
 
@@ -240,6 +240,29 @@ mod tests {
 
     fn think() -> ReasoningSplitter {
         ReasoningSplitter::new(ReasoningFormat::THINK)
+    }
+
+    #[test]
+    fn recorded_answers_are_split_as_by_smg_and_dynamo() {
+        let formats = [
+            ReasoningFormat::THINK,
+            ReasoningFormat::MISTRAL,
+            ReasoningFormat::COMMAND_R,
+            ReasoningFormat::GEMMA,
+        ];
+        let answers = recorded("reasoning");
+        for format in formats {
+            let answers = answers
+                .iter()
+                .filter(|answer| answer["open"] == format.open);
+            assert_ne!(answers.clone().count(), 0, "{}", format.open);
+            for answer in answers {
+                let text = answer["answer"].as_str().unwrap();
+                let (reasoning, content) = split(ReasoningSplitter::new(format), [text]);
+                assert_eq!(answer["reasoning"], reasoning.trim(), "{text}");
+                assert_eq!(answer["content"], content.trim(), "{text}");
+            }
+        }
     }
 
     #[test]

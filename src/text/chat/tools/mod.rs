@@ -24,6 +24,8 @@ mod rules;
 mod scan;
 mod tagged;
 mod words;
+#[cfg(test)]
+mod written;
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -35,6 +37,8 @@ use serde_json::Value;
 use std::str::FromStr;
 use std::sync::Arc;
 use tagged::TaggedCalls;
+#[cfg(any(test, feature = "internals"))]
+pub use tagged::json_type;
 pub use words::{in_words, with_described};
 
 /// Format in which a model writes tool calls.

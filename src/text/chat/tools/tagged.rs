@@ -281,7 +281,7 @@ pub(super) fn types(schema: &Value) -> Option<Types> {
 }
 
 /// Returns the name of a value's type in JSON schemas.
-pub(super) fn json_type(value: &Value) -> &'static str {
+pub fn json_type(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "boolean",

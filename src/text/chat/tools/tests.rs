@@ -1,8 +1,11 @@
 //! Tests of every format, on whole answers and on answers that arrive one character at a time.
 
+use super::written::{MARKS, Segment, any_segment, any_string, declared, written};
 use super::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
 
 /// Returns the events of an answer that arrives in these pieces, with adjacent events of
 /// the same kind merged.
@@ -601,216 +604,66 @@ fn formats_are_detected_by_the_marks_of_their_templates() {
     );
 }
 
-/// A call, or text between calls.
-#[derive(Clone, Debug)]
-enum Segment {
-    Text(String),
-    Call(String, Value),
+/// Returns the recorded answers that have this field.
+pub(in super::super) fn recorded(field: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text/answers.jsonl");
+    let lines = std::fs::read_to_string(path).unwrap();
+    let answers = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    answers
+        .filter(|answer: &Value| answer.get(field).is_some())
+        .collect()
+}
+
+#[test]
+fn recorded_answers_are_read_as_by_smg_and_dynamo() {
+    let mut formats = BTreeSet::new();
+    for answer in recorded("calls") {
+        let format: ToolFormat = answer["format"].as_str().unwrap().parse().unwrap();
+        formats.insert(format.name());
+        let declare = |tool: &Value| {
+            let name = tool[0].as_str().unwrap();
+            ToolDeclaration::new(name, Some(tool[1].clone()))
+        };
+        let tools = answer["tools"].as_array().unwrap().iter().map(declare);
+        let (mut text, mut calls) = (String::new(), Vec::new());
+        let mut arguments = String::new();
+        let answer_text = answer["answer"].as_str().unwrap();
+        for event in parse(ToolParser::new(format, tools), [answer_text]) {
+            match event {
+                ToolEvent::Text(more) => text.push_str(&more),
+                ToolEvent::CallBegin { name, .. } => calls.push(json!([name])),
+                ToolEvent::CallArguments { delta, .. } => arguments.push_str(&delta),
+                ToolEvent::CallEnd { .. } => {
+                    let value: Value = serde_json::from_str(&arguments).unwrap();
+                    calls
+                        .last_mut()
+                        .unwrap()
+                        .as_array_mut()
+                        .unwrap()
+                        .push(value);
+                    arguments.clear();
+                }
+            }
+        }
+        text.retain(|c| !c.is_whitespace());
+        assert_eq!(json!(text), answer["text"], "{answer_text}");
+        assert_eq!(json!(calls), answer["calls"], "{answer_text}");
+    }
+    let without_peer = ["granite", "harmony", "lfm2", "seed"];
+    for format in ToolFormat::ALL {
+        let name = format.name();
+        assert_ne!(
+            formats.contains(name),
+            without_peer.contains(&name),
+            "{name}"
+        );
+    }
 }
 
 fn any_format() -> impl Strategy<Value = ToolFormat> {
     proptest::sample::select(&ToolFormat::ALL)
-}
-
-fn any_string() -> impl Strategy<Value = String> {
-    const PIECES: &[&str] = &[
-        "a",
-        "é",
-        " ",
-        "\"",
-        "\\",
-        "{",
-        "}",
-        "[",
-        "]",
-        "(",
-        ")",
-        "'",
-        "\n",
-        "\u{1}",
-        "```",
-        "</tool_call>",
-        "<tool_call>",
-        "[TOOL_CALLS]",
-        "<｜tool▁call▁end｜>",
-    ];
-    proptest::collection::vec(proptest::sample::select(PIECES), 0..5)
-        .prop_map(|pieces| pieces.concat())
-}
-
-fn any_value() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(json!(null)),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        Just(json!(-1.5e-7)),
-        any_string().prop_map(Value::from),
-    ];
-    leaf.prop_recursive(3, 12, 3, |inner| {
-        prop_oneof![
-            proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
-            proptest::collection::vec((any_string(), inner), 0..3)
-                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
-        ]
-    })
-}
-
-fn any_segment() -> impl Strategy<Value = Segment> {
-    const WORDS: &[&str] = &[
-        "So",
-        "a < b",
-        "<tool",
-        "<｜tool▁",
-        "[TOOL_",
-        "<|",
-        "{",
-        "[x]",
-        "é",
-        "f(a=1)",
-        "</tool_",
-    ];
-    let text = proptest::collection::vec(proptest::sample::select(WORDS), 1..4)
-        .prop_map(|words| Segment::Text(words.join(" ") + "."));
-    let arguments = proptest::collection::vec(("[a-z_]{1,3}", any_value()), 0..3)
-        .prop_map(|fields| Value::Object(fields.into_iter().collect()));
-    let call = ("[a-z_]{1,8}", arguments).prop_map(|(name, value)| Segment::Call(name, value));
-    prop_oneof![text, call]
-}
-
-/// Writes a value in Python's syntax.
-fn python(value: &Value) -> String {
-    let list = |values: Vec<String>| values.join(", ");
-    match value {
-        Value::Null => "None".to_owned(),
-        Value::Bool(true) => "True".to_owned(),
-        Value::Bool(false) => "False".to_owned(),
-        Value::Number(number) => number.to_string(),
-        Value::String(text) => {
-            let escaped = text.replace('\\', "\\\\").replace('\'', "\\'");
-            format!("'{}'", escaped.replace('\n', "\\n"))
-        }
-        Value::Array(values) => format!("[{}]", list(values.iter().map(python).collect())),
-        Value::Object(fields) => {
-            let field = |(key, value): (&String, _)| {
-                format!("{}: {}", python(&key.as_str().into()), python(value))
-            };
-            format!("{{{}}}", list(fields.iter().map(field).collect()))
-        }
-    }
-}
-
-/// Writes a value in Gemma's syntax.
-fn gemma(value: &Value, quoted_keys: bool) -> String {
-    let text = |text: &str| format!("<|\"|>{text}<|\"|>");
-    match value {
-        Value::String(value) => text(value),
-        Value::Array(values) => {
-            let values: Vec<_> = values.iter().map(|value| gemma(value, true)).collect();
-            format!("[{}]", values.join(","))
-        }
-        Value::Object(fields) => {
-            let field = |(key, value): (&String, &Value)| {
-                let key = if quoted_keys { text(key) } else { key.clone() };
-                format!("{key}:{}", gemma(value, true))
-            };
-            let fields: Vec<_> = fields.iter().map(field).collect();
-            format!("{{{}}}", fields.join(","))
-        }
-        other => other.to_string(),
-    }
-}
-
-/// Declares a tool whose arguments have the types of these.
-fn declared(name: &str, arguments: &Value) -> ToolDeclaration {
-    let property =
-        |(key, value): (&String, &Value)| (key.clone(), json!({"type": tagged::json_type(value)}));
-    let properties: serde_json::Map<_, _> = arguments
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(property)
-        .collect();
-    ToolDeclaration::new(
-        name,
-        Some(json!({"type": "object", "properties": properties})),
-    )
-}
-
-/// Writes a call as a model does.
-fn written(format: ToolFormat, name: &str, arguments: &Value) -> String {
-    let json = match format {
-        ToolFormat::Llama => json!({"name": name, "parameters": arguments}),
-        ToolFormat::CommandR => {
-            json!({"tool_call_id": "0", "tool_name": name, "parameters": arguments})
-        }
-        _ => json!({"name": name, "arguments": arguments}),
-    };
-    let each = |argument: &dyn Fn(&str, &str) -> String| -> String {
-        let fields = arguments.as_object().unwrap().iter();
-        let text = |value: &Value| value.as_str().map_or(value.to_string(), str::to_owned);
-        fields
-            .map(|(key, value)| argument(key, &text(value)))
-            .collect()
-    };
-    match format {
-        ToolFormat::QwenCoder => {
-            let arguments = each(&|key, text| format!("<parameter={key}>\n{text}\n</parameter>\n"));
-            format!("<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>")
-        }
-        ToolFormat::Seed => {
-            let arguments = each(&|key, text| format!("<parameter={key}>{text}</parameter>\n"));
-            format!(
-                "<seed:tool_call>\n<function={name}>\n{arguments}</function>\n</seed:tool_call>"
-            )
-        }
-        ToolFormat::Glm => {
-            let arguments = each(&|key, text| {
-                format!("<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n")
-            });
-            format!("<tool_call>{name}\n{arguments}</tool_call>")
-        }
-        ToolFormat::MiniMax => {
-            let arguments =
-                each(&|key, text| format!("<parameter name=\"{key}\">{text}</parameter>\n"));
-            format!(
-                "<minimax:tool_call>\n<invoke name=\"{name}\">{arguments}</invoke>\n</minimax:tool_call>"
-            )
-        }
-        ToolFormat::Kimi => format!(
-            "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:3<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|>"
-        ),
-        ToolFormat::Gemma => {
-            format!(
-                "<|tool_call>call:{name}{}<tool_call|>",
-                gemma(arguments, false)
-            )
-        }
-        ToolFormat::CommandR => format!("<|START_ACTION|>[\n    {json}\n]<|END_ACTION|>"),
-        ToolFormat::Harmony => format!(
-            "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
-        ),
-        ToolFormat::Nemotron => format!("<TOOLCALL>[{json}]</TOOLCALL>"),
-        ToolFormat::Hermes => format!("<tool_call>\n{json}\n</tool_call>"),
-        ToolFormat::Llama => format!("<|python_tag|>{json}"),
-        ToolFormat::Mistral => format!("[TOOL_CALLS] [{json}]"),
-        ToolFormat::Granite => format!("<|tool_call|>[{json}]"),
-        ToolFormat::DeepSeek => format!(
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
-        ),
-        ToolFormat::Pythonic | ToolFormat::Lfm2 => {
-            let fields = arguments.as_object().unwrap().iter();
-            let fields: Vec<_> = fields
-                .map(|(key, value)| format!("{key}={}", python(value)))
-                .collect();
-            let fields = fields.join(", ");
-            match format {
-                ToolFormat::Lfm2 => {
-                    format!("<|tool_call_start|>[{name}({fields})]<|tool_call_end|>")
-                }
-                _ => format!("<|python_start|>[{name}({fields})]<|python_end|>"),
-            }
-        }
-    }
 }
 
 /// Splits `text` before each character whose entry in `cuts`, repeated as needed, is true.
@@ -829,7 +682,7 @@ proptest! {
     #[test]
     fn what_a_model_writes_comes_back_in_any_pieces(
         format in any_format(),
-        segments in proptest::collection::vec(any_segment(), 0..6),
+        segments in proptest::collection::vec(any_segment(MARKS), 0..6),
         space in proptest::sample::select(&["", " ", "\n\n"]),
         cuts in proptest::collection::vec(any::<bool>(), 1..40),
     ) {
@@ -900,7 +753,7 @@ proptest! {
                     "<|END_ACTION|>", "\"tool_name\":", "<TOOLCALL>", "</TOOLCALL>", "Action: ```json",
                     "<|channel|>", "<|start|>", "commentary to=functions.", "f <|message|>", "<|call|>",
                 ]).prop_map(str::to_owned),
-                any_string(),
+                any_string(MARKS),
             ],
             0..15,
         ),
