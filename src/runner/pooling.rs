@@ -169,7 +169,7 @@ pub(super) fn kind_of_gguf(file: &Gguf) -> Option<u64> {
 /// Returns the pooling of the kind with this number in the metadata of the GGUF file at `path`.
 ///
 /// # Errors
-/// Returns [`LoadError::Pooling`] if there is no such kind or a classifier is missing, and
+/// Returns [`LoadError::Pooling`] if there is no such kind or a part of a classifier is missing, and
 /// [`LoadError::Model`] if a tensor has another shape.
 pub(super) fn of_gguf(
     kind: Option<u64>,
@@ -181,13 +181,30 @@ pub(super) fn of_gguf(
         path: path.to_owned(),
         problem,
     };
+    let has = |name| source.shape(name).is_some();
+    let is_encoder = !source.config().is_causal();
+    // Files of cross-encoders that have no settings of sentence-transformers say only this much.
+    let kind = match kind {
+        None if is_encoder && has("cls.output.weight") => {
+            if !has("cls.weight") {
+                return Err(problem(
+                    "there is a classifier (cls.output.weight), but not the layer before it \
+                     (cls.weight), which llama.cpp's converter leaves out for BERT; load the \
+                     model's Hugging Face folder"
+                        .to_owned(),
+                ));
+            }
+            Some(4)
+        }
+        kind => kind,
+    };
     pooling.tokens = match kind {
         // Embeddings of models without a kind are averages, as in sentence-transformers.
         None | Some(0 | 1) => PooledTokens::All,
         Some(2) => PooledTokens::First,
         Some(3) => PooledTokens::Last,
         // The scores of a causal model are those of two answers, which it can also generate.
-        Some(4) if source.config().is_causal() => {
+        Some(4) if !is_encoder => {
             return match source.shape("cls.output.weight") {
                 Some([2, _]) => Ok(pooling),
                 found => {

@@ -234,6 +234,7 @@ mod tests {
             merges in proptest::collection::vec("[ab]{1,2} [abĠ]{1,2}", 0..2),
             ids in proptest::collection::vec(proptest::option::weighted(0.3, 0..13u32), 8),
             flags in proptest::collection::vec(proptest::option::of(any::<bool>()), 4),
+            character_map in proptest::collection::vec(any::<u8>(), 0..3),
             chat_template in proptest::option::weighted(0.1, "[{}% a-z+~()]{0,9}"),
             tool_use_template in proptest::option::weighted(0.1, "[{}% a-z+~()]{0,9}"),
         ) -> GgufVocabulary {
@@ -251,6 +252,7 @@ mod tests {
                 add_eos: flags[1],
                 add_space_prefix: flags[2],
                 remove_extra_whitespaces: flags[3],
+                character_map,
                 lowercases: flags[3],
                 chat_template,
                 tool_use_template,

@@ -4,9 +4,13 @@
 The models are tiny and have random weights. What is expected of them is computed with transformers
 and sentence-transformers. Run this by hand, with both installed, and with the folder to write to and
 the folder of all-MiniLM-L6-v2 (target/references/all-minilm-l6-v2).
+
+bert.gguf and xlm-roberta-classifier.gguf are what llama.cpp's convert_hf_to_gguf.py makes of those
+folders with --outtype f32. The latter needs a vocabulary, which save_unigram makes.
 """
 
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -131,6 +135,28 @@ def save_tokenizer(folder):
     names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
     config = {f"{name}_token": token for name, token in names.items()}
     write(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **config})
+
+
+def save_unigram(folder):
+    """Writes a unigram model of SentencePiece that replaces some characters."""
+    from sentencepiece import SentencePieceTrainer
+
+    random.seed(1)
+    words = "the cat sat on mat it rains where is a dog runs in park".split()
+    lines = [" ".join(random.choice(words) for _ in range(8)) for _ in range(400)]
+    lines += ["abcdefghijklmnopqrstuvwxyz"] * 5
+    (folder / "text").write_text("\n".join(lines))
+    rules = {"FB01": "66 69", "9": "20", "FF21": "41", "41": "61", "3000": "20"}
+    text = "".join(f"{before}\t{after}\n" for before, after in rules.items())
+    (folder / "rules").write_text(text)
+    SentencePieceTrainer.train(
+        input=folder / "text",
+        model_prefix=folder / "sentencepiece.bpe",
+        vocab_size=60,
+        normalization_rule_tsv=folder / "rules",
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+    )
 
 
 def save_modules(folder, mode, dense=(), is_normalised=True):

@@ -2,6 +2,8 @@
 //! models with random weights, which `tests/clients/embedding_models.py` makes.
 
 use common::embedding::{TINY, expected, fixture, largest_difference};
+use common::gguf_writer::GgufWriter;
+use quell::internals::weights::Gguf;
 use quell::{EmbedRequest, Engine, EngineConfig, LoadOptions, PoolingStage, SubmitError};
 use std::path::Path;
 
@@ -70,6 +72,53 @@ fn a_gguf_file_gives_the_embeddings_and_the_tokens_of_its_folder() {
         let pair = |engine: &Engine| engine.pair_tokens(text, "a dog").unwrap();
         assert_eq!(pair(&file), pair(&folder));
     }
+}
+
+/// The file was made by llama.cpp's converter, with a vocabulary that `save_unigram` of
+/// `tests/clients/embedding_models.py` makes. The ids are those of SentencePiece, moved as the
+/// converter moves them.
+#[test]
+fn a_gguf_file_of_xlm_roberta_gives_the_scores_of_its_folder_and_the_tokens_of_sentencepiece() {
+    let file = load(
+        &fixture("xlm-roberta-classifier.gguf"),
+        EngineConfig::default(),
+    );
+    for one in expected(&fixture("xlm-roberta-classifier/expected.json")) {
+        let future = file.embed(EmbedRequest::new(one.ids.clone())).unwrap();
+        let found = future.wait().unwrap().values;
+        assert!(
+            largest_difference(&found, &one.values) < 1e-5,
+            "{:?}",
+            one.ids
+        );
+    }
+    let mat: &[u32] = &[5, 45, 3];
+    for (text, ids) in [
+        ("the cat sat", &[12, 11, 16][..]),
+        ("ﬁt  Ａ\tA", &[45, 40, 29, 34, 45, 3, 6]),
+        ("", &[]),
+        (" mat Ω", mat),
+    ] {
+        let framed = [&[0], ids, &[2]].concat();
+        assert_eq!(*file.tokenize(text).unwrap(), *framed, "{text:?}");
+        let pair = file.pair_tokens(text, " mat Ω").unwrap();
+        assert_eq!(*pair, *[&framed, &[2][..], mat, &[2]].concat(), "{text:?}");
+    }
+}
+
+/// llama.cpp's converter leaves out the pooler of BERT, without which its scores are wrong.
+#[test]
+fn a_gguf_file_of_a_cross_encoder_without_its_pooler_is_refused() {
+    let path = fixture("xlm-roberta-classifier.gguf");
+    let file = Gguf::open(&path).unwrap();
+    let copy = GgufWriter::copy_renamed(
+        &file,
+        |_| true,
+        |name| name.replace("cls.weight", "cls.left"),
+    );
+    let (_folder, path) = copy.written();
+    let error = Engine::load(&path).unwrap_err().to_string();
+    assert!(error.contains("cls.weight"), "{error}");
 }
 
 #[test]

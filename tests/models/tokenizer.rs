@@ -237,21 +237,7 @@ fn field(number: u8, bytes: &[u8], to: &mut Vec<u8>) {
 fn a_model_of_sentencepiece_has_the_ids_of_the_same_gguf_file() {
     for name in ["ggml-vocab-llama-spm.gguf", "ggml-vocab-phi-3.gguf"] {
         let (vocabulary, texts) = reference(name);
-        let mut model = Vec::new();
-        for ((text, score), kind) in
-            (vocabulary.tokens.iter().zip(&vocabulary.scores)).zip(&vocabulary.token_types)
-        {
-            let mut piece = Vec::new();
-            field(1, text.as_bytes(), &mut piece);
-            piece.push(2 << 3 | 5);
-            piece.extend(score.to_le_bytes());
-            piece.push(3 << 3);
-            varint(usize::try_from(*kind).unwrap(), &mut piece);
-            field(1, &piece, &mut model);
-        }
-        // The trainer's settings: a BPE.
-        field(2, &[3 << 3, 2], &mut model);
-        field(3, &[], &mut model);
+        let mut model = sentencepiece_model(&vocabulary, 2);
         let folder = original_folder("tokenizer.model", &model, "llama", &[(1, "<s>")]);
         let original = Tokenizer::from_folder(folder.path()).unwrap();
         require_ids(&original, &texts);
@@ -265,6 +251,62 @@ fn a_model_of_sentencepiece_has_the_ids_of_the_same_gguf_file() {
         let error = Tokenizer::from_folder(folder.path()).unwrap_err();
         assert!(error.to_string().contains("tokenizer.model"), "{error}");
     }
+}
+
+/// Builds the `tokenizer.model` of a vocabulary of kind `model_type` (1: unigram, 2: BPE).
+fn sentencepiece_model(vocabulary: &GgufVocabulary, model_type: u8) -> Vec<u8> {
+    let mut model = Vec::new();
+    for ((text, score), kind) in
+        (vocabulary.tokens.iter().zip(&vocabulary.scores)).zip(&vocabulary.token_types)
+    {
+        let mut piece = Vec::new();
+        field(1, text.as_bytes(), &mut piece);
+        piece.push(2 << 3 | 5);
+        piece.extend(score.to_le_bytes());
+        piece.push(3 << 3);
+        varint(usize::try_from(*kind).unwrap(), &mut piece);
+        field(1, &piece, &mut model);
+    }
+    let mut trainer = vec![3 << 3, model_type];
+    if let Some(unknown) = vocabulary.unk {
+        varint(40 << 3, &mut trainer);
+        varint(unknown as usize, &mut trainer);
+    }
+    field(2, &trainer, &mut model);
+    let mut normalizer = Vec::new();
+    if !vocabulary.character_map.is_empty() {
+        field(2, &vocabulary.character_map, &mut normalizer);
+    }
+    field(3, &normalizer, &mut model);
+    model
+}
+
+/// XLM-R's vocabulary, which multilingual embedding models have. The ids are those of SentencePiece
+/// (`tests/clients/sentencepiece_ids.py`).
+#[test]
+fn a_unigram_model_with_a_map_of_characters_has_the_ids_of_sentencepiece() {
+    let name = "target/references/vocabularies/ggml-vocab-nomic-bert-moe.gguf";
+    let file = Gguf::open(&root().join(name)).expect("run scripts/fetch-references");
+    let vocabulary = GgufVocabulary::from_file(&file).unwrap();
+    let texts: Vec<_> = fixture("sentencepiece_unigram.json")
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|case| (case["text"].as_str().unwrap().to_owned(), ids(&case["ids"])))
+        .collect();
+    assert_eq!(texts.len(), 70);
+    let model = sentencepiece_model(&vocabulary, 1);
+    let special = [(0, "<s>"), (2, "</s>"), (3, "<unk>")];
+    let folder = original_folder("tokenizer.model", &model, "xlm-roberta", &special);
+    require_ids(&Tokenizer::from_folder(folder.path()).unwrap(), &texts);
+    let tokenizer = vocabulary.into_tokenizer().unwrap();
+    require_ids(&tokenizer, &texts);
+    let framed = EncodeOptions {
+        add_special: true,
+        ..PLAIN
+    };
+    let framed = tokenizer.encode("ﬁne", framed).unwrap();
+    assert_eq!((framed[0], framed.last()), (0, Some(&2)));
 }
 
 /// Intended differences from jinja2: the template, or `*` for all of them, the conversation,

@@ -10,8 +10,7 @@ impl GgufVocabulary {
     /// The types of the values are checked, but not whether the values are consistent.
     ///
     /// # Errors
-    /// Returns an error if the file has no tokenizer, if a value has the wrong type, or if
-    /// a `t5` model has a normalizer, which is not supported.
+    /// Returns an error if the file has no tokenizer, or if a value has the wrong type.
     pub fn from_file(file: &Gguf) -> Result<Self, TextError> {
         let read = Metadata(file);
         let model = read.required("tokenizer.ggml.model", "a string", Value::as_str)?;
@@ -20,14 +19,6 @@ impl GgufVocabulary {
             "an array of strings",
             Value::as_strings,
         )?;
-        let normalizer = "tokenizer.ggml.precompiled_charsmap";
-        if model == "t5" && file.metadata(normalizer).is_some() {
-            return Err(TextError::Unsupported {
-                part: "normalizer",
-                found: normalizer.to_owned(),
-                expected: "a unigram model without a normalizer",
-            });
-        }
         Ok(Self {
             model: model.to_owned(),
             pre: read.text("tokenizer.ggml.pre")?,
@@ -70,6 +61,13 @@ impl GgufVocabulary {
             add_space_prefix: read.flag("tokenizer.ggml.add_space_prefix")?,
             lowercases: read.flag("tokenizer.ggml.normalizer.lowercase")?,
             remove_extra_whitespaces: read.flag("tokenizer.ggml.remove_extra_whitespaces")?,
+            character_map: read
+                .optional(
+                    "tokenizer.ggml.precompiled_charsmap",
+                    "an array of bytes",
+                    Value::as_bytes,
+                )?
+                .unwrap_or_default(),
             chat_template: read.text("tokenizer.chat_template")?,
             tool_use_template: read.text("tokenizer.chat_template.tool_use")?,
         })

@@ -2,6 +2,7 @@
 //! [`Tokenizer`].
 
 use super::byte_level::{ByteLevelBpe, token_bytes};
+use super::character_map::CharacterMap;
 use super::end_tokens::end_tokens;
 use super::pre_tokenizer::PreTokenizer;
 use super::ranked::{RankedBpe, SpacePrefix};
@@ -56,6 +57,9 @@ pub struct GgufVocabulary {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.ggml.remove_extra_whitespaces`.
     pub remove_extra_whitespaces: Option<bool>,
+    /// `tokenizer.ggml.precompiled_charsmap`: by what a `t5` model replaces characters. Empty if
+    /// it replaces none.
+    pub character_map: Vec<u8>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
     /// `tokenizer.chat_template.tool_use`: the template to use if tools are given.
@@ -165,6 +169,7 @@ impl GgufVocabulary {
             }
             TokenizerKind::Unigram => PlainModel::Unigram {
                 model: Unigram::new(&vocabulary, self.scores, unknown),
+                map: CharacterMap::read(&self.character_map)?,
                 space_prefix,
                 merge_spaces: self.remove_extra_whitespaces.unwrap_or(false),
             },

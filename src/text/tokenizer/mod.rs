@@ -1,6 +1,7 @@
 //! Converts text to token ids and back, for every kind of tokenizer.
 
 mod byte_level;
+mod character_map;
 mod converted;
 mod detokenize;
 mod end_tokens;
@@ -29,6 +30,7 @@ pub use gguf_vocabulary::GgufVocabulary;
 use crate::text::grammar::{Compiler, GrammarError};
 use crate::text::{ChatTemplate, TextError};
 use byte_level::ByteLevelBpe;
+use character_map::CharacterMap;
 use detokenize::Utf8Assembler;
 use folder::HuggingFace;
 use ranked::{Place, RankedBpe};
@@ -99,6 +101,7 @@ enum PlainModel {
     },
     Unigram {
         model: Unigram,
+        map: Option<CharacterMap>,
         space_prefix: bool,
         merge_spaces: bool,
     },
@@ -232,14 +235,17 @@ impl Tokenizer {
             }
             PlainModel::Unigram {
                 model,
+                map,
                 space_prefix,
                 merge_spaces,
             } => {
-                let words = if *merge_spaces {
-                    single_spaces(text)
-                } else {
-                    text.to_owned()
+                let mut words = match map {
+                    Some(map) => map.apply(text),
+                    None => text.to_owned(),
                 };
+                if *merge_spaces {
+                    words = single_spaces(&words);
+                }
                 let spaced = (*space_prefix || *merge_spaces) && words.contains(|c| c != ' ');
                 let prefix = if spaced { SPACE } else { "" };
                 let text = format!("{prefix}{}", words.replace(' ', SPACE));

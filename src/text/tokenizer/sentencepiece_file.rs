@@ -69,7 +69,7 @@ const NORMAL: i32 = 1;
 ///
 /// # Errors
 /// Returns [`TextError::File`] if the bytes are not such a file, and [`TextError::Unsupported`] for
-/// models of words or characters, and for normalizers that replace characters.
+/// models of words or characters, and for BPEs that replace characters.
 pub(super) fn read(bytes: &[u8], path: &Path) -> Result<GgufVocabulary, TextError> {
     let model = Model::decode(bytes).map_err(|error| TextError::File {
         path: path.to_owned(),
@@ -91,13 +91,11 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<GgufVocabulary, TextErro
             return Err(unsupported("model_type", other.to_string(), expected));
         }
     };
-    if normalizer.character_map.is_some_and(|map| !map.is_empty()) {
+    let character_map = normalizer.character_map.unwrap_or_default();
+    if kind == "llama" && !character_map.is_empty() {
         let found = "a precompiled_charsmap".to_owned();
-        return Err(unsupported(
-            "normalizer",
-            found,
-            "one that changes no characters",
-        ));
+        let expected = "one that changes no characters, since this is a BPE";
+        return Err(unsupported("normalizer", found, expected));
     }
     if normalizer.escape_whitespaces == Some(false) || trainer.whitespace_as_suffix == Some(true) {
         let found = "one that keeps spaces, or puts them after words".to_owned();
@@ -119,6 +117,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<GgufVocabulary, TextErro
         pad: id(trainer.pad, -1),
         add_space_prefix: Some(normalizer.add_space_prefix.unwrap_or(true)),
         remove_extra_whitespaces: Some(normalizer.remove_extra_whitespaces.unwrap_or(true)),
+        character_map,
         ..GgufVocabulary::default()
     })
 }

@@ -117,6 +117,17 @@ impl Value {
         }
     }
 
+    /// Returns the value if it is an array of integers of 8 bits.
+    pub fn as_bytes(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Array(Array::U8(values)) => Some(values.clone()),
+            Self::Array(Array::I8(values)) => {
+                Some(values.iter().map(|value| value.cast_unsigned()).collect())
+            }
+            _ => None,
+        }
+    }
+
     /// Returns the value if it is an array of signed 32-bit integers.
     pub fn as_i32s(&self) -> Option<&[i32]> {
         match self {
