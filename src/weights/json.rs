@@ -1,10 +1,15 @@
 //! JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity`, which standard JSON
-//! does not have.
+//! does not have, and as transformers 5 writes these numbers.
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// Python's number literals that are not valid JSON, longest first.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// Key of the object that transformers 5 writes for a number that is not finite:
+/// `{"__float__": "Infinity"}`.
+const FLOAT: &str = "__float__";
 
 /// Parses JSON that may contain Python's non-finite numbers. They become strings, so that
 /// code that needs a number there can name the value in its error, and unused ones do no
@@ -14,13 +19,43 @@ const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 /// Returns the error of the strict JSON parser, which says what is wrong and where.
 pub fn from_python_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
     let strict = serde_json::from_slice(text);
-    let (Err(error), Ok(text)) = (&strict, std::str::from_utf8(text)) else {
+    let Ok(text) = std::str::from_utf8(text) else {
         return strict;
     };
-    if error.is_io() || !NUMBERS.iter().any(|number| text.contains(number)) {
+    if !NUMBERS.iter().any(|number| text.contains(number)) {
         return strict;
     }
-    serde_json::from_str(&quoted(text)).or(strict)
+    if text.contains(FLOAT) {
+        let value = serde_json::from_str(text).or_else(|_| serde_json::from_str(&quoted(text)));
+        return match value {
+            Ok(value) => serde_json::from_value(without_objects(value)),
+            Err(_) => strict,
+        };
+    }
+    match strict {
+        Ok(value) => Ok(value),
+        Err(error) => serde_json::from_str(&quoted(text)).map_err(|_| error),
+    }
+}
+
+/// Returns the value with the strings in place of the objects with [`FLOAT`].
+fn without_objects(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(without_objects).collect(),
+        Value::Object(mut fields) => {
+            let is_alone = fields.len() == 1;
+            match fields.get_mut(FLOAT) {
+                Some(number @ Value::String(_)) if is_alone => number.take(),
+                _ => {
+                    let fields = fields.into_iter();
+                    fields
+                        .map(|(key, value)| (key, without_objects(value)))
+                        .collect()
+                }
+            }
+        }
+        other => other,
+    }
 }
 
 /// Returns the text with quotes around each of the [`NUMBERS`] outside of strings.
@@ -54,7 +89,7 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     #[test]
     fn pythons_numbers_are_read_outside_of_strings_only() {
@@ -62,6 +97,18 @@ mod tests {
         let value: Value = from_python_json(text.as_bytes()).unwrap();
         let expected = json!({
             "a": ["NaN", "-Infinity", "Infinity", 1.5], "b\"NaN": "Infinity é\\", "c": -1,
+        });
+        assert_eq!(value, expected);
+    }
+
+    #[test]
+    fn numbers_of_transformers_are_read_in_any_depth() {
+        let text = r#"{"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": "-Infinity"}},
+            "d": {"__float__": 1, "e": {"__float__": "NaN", "f": 2}}, "g": NaN}"#;
+        let value: Value = from_python_json(text.as_bytes()).unwrap();
+        let expected = json!({
+            "a": [0.0, "Infinity"], "b": {"c": "-Infinity"},
+            "d": {"__float__": 1, "e": {"__float__": "NaN", "f": 2}}, "g": "NaN",
         });
         assert_eq!(value, expected);
     }

@@ -39,6 +39,7 @@ fn is_skipped(name: &str) -> bool {
 fn names_a_replacement(error: &str, name: &str) -> bool {
     let replacements = [
         ("qkv_proj", "q_proj"),
+        ("attn_qkv", "attn_q"),
         ("in_proj_ba", "in_proj_b"),
         ("in_proj_qkvz", "in_proj_qkv"),
         ("ssm_ba", "ssm_beta"),

@@ -1,10 +1,11 @@
 //! Models with latent attention: what their cache takes, and what their GGUF files must say.
 
+use crate::golden_gguf::agrees;
 use common::gguf_writer::GgufWriter;
 use common::golden::{gguf, tiny};
 use quell::internals::model::ModelSource;
 use quell::internals::weights::gguf::Value as Metadata;
-use quell::internals::weights::{DType, Gguf};
+use quell::internals::weights::{DType, Gguf, WeightSource};
 use quell::{CpuOptions, Engine, EngineConfig, KvType, LoadOptions};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -106,6 +107,78 @@ fn both_formats_describe_the_same_layers() {
     compare(changed("", &scaling).unwrap(), &[("rope_parameters", rope)]);
     // Older files do not say that the router has sigmoids, but have corrections.
     compare(changed("deepseek2.expert_gating_func", &[]).unwrap(), &[]);
+}
+
+/// Returns the file of a checkpoint as older versions of llama.cpp's converter made it, which did
+/// not split the projection from the latent.
+pub(crate) fn unsplit(name: &str) -> GgufWriter {
+    let file = Gguf::open(&gguf(name)).unwrap();
+    let key = |key: &str| format!("deepseek2.attention.{key}");
+    let size = |name: &str| file.metadata(&key(name)).unwrap().as_u64().unwrap() as u32;
+    let changes = [
+        ("head_count_kv", Some(size("head_count"))),
+        ("key_length", Some(size("key_length_mla"))),
+        ("value_length", Some(size("value_length_mla"))),
+        ("key_length_mla", None),
+        ("value_length_mla", None),
+    ];
+    let mut old = GgufWriter::new();
+    for name in file.metadata_keys() {
+        let change = changes.iter().find(|(changed, _)| key(changed) == name);
+        let value = match change {
+            Some((_, None)) => continue,
+            Some((_, Some(value))) => Metadata::U32(*value),
+            None => file.metadata(name).unwrap().clone(),
+        };
+        old = old.metadata(name, value);
+    }
+    let numbers = |name: &str| {
+        let tensor = file.tensor(name).unwrap();
+        assert_eq!(tensor.dtype, DType::BF16);
+        let data = file.read(&tensor).unwrap().into_owned();
+        let shape: [usize; 3] = tensor.shape.try_into().unwrap();
+        (
+            shape,
+            data.chunks(2).map(<[u8]>::to_vec).collect::<Vec<_>>(),
+        )
+    };
+    for name in file.names() {
+        if name.ends_with(".attn_v_b.weight") {
+            continue;
+        }
+        let Some(layer) = name.strip_suffix(".attn_k_b.weight") else {
+            let tensor = file.tensor(name).unwrap();
+            let data = file.read(&tensor).unwrap().into_owned();
+            old = old.tensor(name, tensor.dtype, tensor.shape, data);
+            continue;
+        };
+        // Keys are stored transposed.
+        let ([heads, latent, plain], keys) = numbers(name);
+        let ([_, value, _], values) = numbers(&format!("{layer}.attn_v_b.weight"));
+        let mut data = Vec::new();
+        for head in 0..heads {
+            let keys = &keys[head * latent * plain..];
+            data.extend((0..plain * latent).map(|at| &keys[at % latent * plain + at / latent]));
+            data.extend(&values[head * value * latent..(head + 1) * value * latent]);
+        }
+        let shape = [heads * (plain + value), latent];
+        let data = data.into_iter().flatten().copied().collect();
+        old = old.tensor(
+            &format!("{layer}.attn_kv_b.weight"),
+            DType::BF16,
+            &shape,
+            data,
+        );
+    }
+    old
+}
+
+#[test]
+fn old_files_with_latent_attention_agree_with_transformers() {
+    for name in ["deepseek-v2", "deepseek-v3"] {
+        let (_folder, path) = unsplit(name).written();
+        agrees(&path, name);
+    }
 }
 
 #[test]

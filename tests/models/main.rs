@@ -1,6 +1,5 @@
 //! Model files and tokenizers: what is read from them, and what the models answer.
 
-mod converted;
 mod delta_files;
 mod embedding;
 mod fuzz_seeds;

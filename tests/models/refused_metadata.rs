@@ -1,10 +1,10 @@
-//! GGUF metadata of the architectures that `converted.rs` converts: values that make no sense are
-//! refused by their key, and what only some files have is read.
+//! GGUF metadata of single architectures: values that make no sense are refused by their key, and
+//! what only some files have is read.
 
-use crate::converted;
 use crate::golden_gguf::changed;
+use crate::latent;
 use common::gguf_writer::GgufWriter;
-use common::golden::tiny;
+use common::golden::{gguf, tiny};
 use quell::internals::model::ModelSource;
 use quell::internals::weights::gguf::{Array, Value as Metadata};
 use quell::internals::weights::{DType, Gguf, ModelFolder};
@@ -17,12 +17,11 @@ fn model(file: &GgufWriter) -> Result<ModelSource, String> {
 }
 
 /// Checks that a file with any one of these changes is refused, with the changed key in the error.
-fn check(file: &GgufWriter, architecture: &str, changes: &[(&str, Option<Metadata>)]) {
-    let (_folder, path) = file.written();
-    model(file).unwrap();
+fn check(path: &Path, architecture: &str, changes: &[(&str, Option<Metadata>)]) {
+    model(&changed(path, &[])).unwrap();
     for (key, value) in changes {
         let full = format!("{architecture}.{key}");
-        let file = changed(&path, &[(full.as_str(), value.clone())]);
+        let file = changed(path, &[(full.as_str(), value.clone())]);
         let error = model(&file).unwrap_err();
         assert!(error.contains(&format!("{full} is ")), "{full}: {error}");
     }
@@ -50,7 +49,6 @@ fn flags(flags: &[bool]) -> Option<Metadata> {
 
 #[test]
 fn wrong_settings_of_nemotron_h_are_named() {
-    let file = converted::nemotron_h(&tiny("nemotron-h"));
     let changes = [
         ("attention.head_count_kv", None),
         ("attention.head_count_kv", sizes(&[0, 0, 2])),
@@ -69,13 +67,11 @@ fn wrong_settings_of_nemotron_h_are_named() {
         ("ssm.time_step_rank", size(0)),
         ("attention.layer_norm_epsilon", number(0.0)),
     ];
-    check(&file, "nemotron_h", &changes);
+    check(&gguf("nemotron-h"), "nemotron_h", &changes);
 }
 
 #[test]
 fn wrong_settings_of_nemotron_h_with_experts_are_named() {
-    let source = converted::nemotron_with_experts();
-    let file = converted::nemotron_h_moe(source.path());
     let changes = [
         ("expert_shared_feed_forward_length", None),
         ("expert_shared_feed_forward_length", size(0)),
@@ -91,12 +87,11 @@ fn wrong_settings_of_nemotron_h_with_experts_are_named() {
         ("moe_latent_size", size(8)),
         ("nextn_predict_layers", size(9)),
     ];
-    check(&file, "nemotron_h_moe", &changes);
+    check(&gguf("nemotron-h-moe"), "nemotron_h_moe", &changes);
 }
 
 #[test]
 fn wrong_settings_of_minimax_m2_are_named() {
-    let file = converted::minimax_m2(&tiny("minimax-m2"));
     let changes = [
         ("expert_gating_func", size(1)),
         ("expert_count", size(5000)),
@@ -108,12 +103,11 @@ fn wrong_settings_of_minimax_m2_are_named() {
         ("rope.dimension_count", size(15)),
         ("rope.dimension_count", size(64)),
     ];
-    check(&file, "minimax-m2", &changes);
+    check(&gguf("minimax-m2"), "minimax-m2", &changes);
 }
 
 #[test]
 fn wrong_settings_of_llama4_are_named() {
-    let file = converted::llama4(&tiny("llama4"));
     let changes = [
         ("interleave_moe_layer_step", None),
         ("interleave_moe_layer_step", size(0)),
@@ -127,12 +121,11 @@ fn wrong_settings_of_llama4_are_named() {
             flags(&[true, true, false]),
         ),
     ];
-    check(&file, "llama4", &changes);
+    check(&gguf("llama4"), "llama4", &changes);
 }
 
 #[test]
 fn wrong_settings_of_gemma3n_are_named() {
-    let file = converted::gemma3n(&tiny("gemma3n"));
     let changes = [
         ("attention.sliding_window", None),
         ("attention.sliding_window", size(0)),
@@ -151,12 +144,12 @@ fn wrong_settings_of_gemma3n_are_named() {
         ("activation_sparsity_scale", sizes(&[1; 5])),
         ("final_logit_softcapping", number(-1.0)),
     ];
-    check(&file, "gemma3n", &changes);
+    check(&gguf("gemma3n"), "gemma3n", &changes);
 }
 
 #[test]
 fn wrong_settings_of_old_files_with_latent_attention_are_named() {
-    let file = converted::deepseek2_unsplit(&tiny("deepseek-v2"));
+    let (_folder, path) = latent::unsplit("deepseek-v2").written();
     let changes = [
         ("attention.key_length", None),
         ("attention.key_length", size(16)),
@@ -165,13 +158,11 @@ fn wrong_settings_of_old_files_with_latent_attention_are_named() {
         ("attention.kv_lora_rank", None),
         ("attention.kv_lora_rank", size(0)),
     ];
-    check(&file, "deepseek2", &changes);
+    check(&path, "deepseek2", &changes);
 }
 
 #[test]
 fn layers_of_nemotron_h_that_predict_further_tokens_are_skipped() {
-    let source = converted::nemotron_with_experts();
-    let (_folder, path) = converted::nemotron_h_moe(source.path()).written();
     let longer = [
         ("nemotron_h_moe.block_count", size(5)),
         ("nemotron_h_moe.nextn_predict_layers", size(1)),
@@ -184,9 +175,9 @@ fn layers_of_nemotron_h_that_predict_further_tokens_are_skipped() {
             sizes(&[0, 32, 0, 32, 32]),
         ),
     ];
-    let longer = changed(&path, &longer);
+    let longer = changed(&gguf("nemotron-h-moe"), &longer);
     let longer = longer.f32_tensor("blk.4.nextn.enorm.weight", &[64], &[1.0; 64]);
-    let folder = ModelFolder::open(source.path()).unwrap();
+    let folder = ModelFolder::open(&tiny("nemotron-h-moe")).unwrap();
     let expected = ModelSource::from_folder(folder).unwrap();
     assert_eq!(
         model(&longer).unwrap().config().layers,
@@ -196,7 +187,7 @@ fn layers_of_nemotron_h_that_predict_further_tokens_are_skipped() {
 
 #[test]
 fn llama4_with_as_many_experts_as_maverick_does_not_normalise_queries() {
-    let (_folder, path) = converted::llama4(&tiny("llama4")).written();
+    let path = gguf("llama4");
     let norms = |experts: u32| {
         let file = changed(&path, &[("llama4.expert_count", size(experts))]);
         let layers = model(&file).unwrap().config().layers.clone();
@@ -209,7 +200,7 @@ fn llama4_with_as_many_experts_as_maverick_does_not_normalise_queries() {
 
 #[test]
 fn llama4_without_chunks_rotates_every_layer() {
-    let (_folder, path) = converted::llama4(&tiny("llama4")).written();
+    let path = gguf("llama4");
     let file = changed(&path, &[("llama4.attention.sliding_window", size(0))]);
     for layer in &model(&file).unwrap().config().layers {
         let attention = layer.attention().unwrap();
@@ -224,7 +215,7 @@ fn llama4_without_chunks_rotates_every_layer() {
 
 #[test]
 fn sparse_gates_of_gemma3n_are_read_from_both_formats() {
-    let (_folder, path) = converted::gemma3n(&tiny("gemma3n")).written();
+    let path = gguf("gemma3n");
     let cut = 1.644_853_6;
     let cuts = numbers(&[cut, cut, f32::NEG_INFINITY, cut, f32::NEG_INFINITY]);
     let file = changed(&path, &[("gemma3n.activation_sparsity_scale", cuts)]);

@@ -165,6 +165,7 @@ fn kinds(config: &Config<'_>) -> Result<Vec<Kind>, ModelError> {
     /// when the hyperparameters are validated.
     const MOST: usize = 4096;
     let settings = config.settings;
+    let has_layers = |kinds: &Vec<Kind>| !kinds.is_empty();
     let of_word = |word: &Value| match word.as_str()? {
         "linear_attention" | "mamba" => Some(Kind::Recurrent),
         "full_attention" | "attention" => Some(Kind::Attention),
@@ -175,7 +176,10 @@ fn kinds(config: &Config<'_>) -> Result<Vec<Kind>, ModelError> {
     let expected = "a list of linear_attention, full_attention, mlp and moe";
     let listed = settings.optional("layers_block_type", expected, |value| {
         let words = value.as_array()?.iter().take(MOST + 1);
-        words.map(of_word).collect::<Option<Vec<_>>>()
+        words
+            .map(of_word)
+            .collect::<Option<Vec<_>>>()
+            .filter(has_layers)
     })?;
     if let Some(listed) = listed {
         return Ok(listed);
@@ -190,7 +194,8 @@ fn kinds(config: &Config<'_>) -> Result<Vec<Kind>, ModelError> {
     let (key, expected) = ("hybrid_override_pattern", "a string of M, *, - and E");
     let pattern = settings.optional(key, expected, |value| {
         let characters = value.as_str()?.chars().take(MOST + 1);
-        characters.map(of_character).collect::<Option<Vec<_>>>()
+        let kinds = characters.map(of_character).collect::<Option<Vec<_>>>();
+        kinds.filter(has_layers)
     })?;
     Ok(pattern.unwrap_or(vec![
         Kind::Recurrent,

@@ -280,6 +280,11 @@ fn settings_of_nemotron_that_make_no_sense_are_refused_by_their_keys() {
             ),
             (json!({"hybrid_override_pattern": "MM-"}), "layer_types"),
             (json!({"layers_block_type": ["conv"]}), "layers_block_type"),
+            (json!({"layers_block_type": []}), "layers_block_type"),
+            (
+                json!({"hybrid_override_pattern": ""}),
+                "hybrid_override_pattern",
+            ),
             (json!({"num_hidden_layers": 5}), "num_hidden_layers"),
             (json!({"mlp_hidden_act": "silu"}), "mlp_hidden_act"),
             (json!({"mamba_hidden_act": "relu"}), "mamba_hidden_act"),
