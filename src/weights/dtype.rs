@@ -23,11 +23,15 @@ pub enum DType {
     Q5K,
     Q6K,
     Iq4Nl,
+    Iq4Xs,
+    Mxfp4,
+    Tq1_0,
+    Tq2_0,
 }
 
 impl DType {
     /// Every format that quell reads.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -42,14 +46,31 @@ impl DType {
         Self::Q5K,
         Self::Q6K,
         Self::Iq4Nl,
+        Self::Iq4Xs,
+        Self::Mxfp4,
+        Self::Tq1_0,
+        Self::Tq2_0,
     ];
 
     /// Returns the number of weights per block; 1 for the plain formats.
     pub fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl => 32,
-            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Q8_0
+            | Self::Iq4Nl
+            | Self::Mxfp4 => 32,
+            Self::Q2K
+            | Self::Q3K
+            | Self::Q4K
+            | Self::Q5K
+            | Self::Q6K
+            | Self::Iq4Xs
+            | Self::Tq1_0
+            | Self::Tq2_0 => 256,
         }
     }
 
@@ -68,6 +89,10 @@ impl DType {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::Iq4Xs => 136,
+            Self::Mxfp4 => 17,
+            Self::Tq1_0 => 54,
+            Self::Tq2_0 => 66,
         }
     }
 
@@ -102,6 +127,10 @@ impl DType {
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
             Self::Iq4Nl => "IQ4_NL",
+            Self::Iq4Xs => "IQ4_XS",
+            Self::Mxfp4 => "MXFP4",
+            Self::Tq1_0 => "TQ1_0",
+            Self::Tq2_0 => "TQ2_0",
         }
     }
 }

@@ -103,11 +103,18 @@ pub fn weights(random: &mut Random, dtype: DType, rows: usize, columns: usize) -
                 DType::Q2K => &[80, 82],
                 DType::Q3K => &[108],
                 DType::Q6K => &[208],
+                DType::Tq1_0 => &[52],
+                DType::Tq2_0 => &[64],
+                DType::Mxfp4 => &[],
                 _ => &[0],
             };
             for block in data.chunks_exact_mut(dtype.block_bytes()) {
                 for &at in scales {
                     block[at..at + 2].copy_from_slice(&half(random.number() * 0.01));
+                }
+                if dtype == DType::Mxfp4 {
+                    // Scales between 2 to the power of -12 and of -5.
+                    block[0] = 116 + block[0] % 8;
                 }
             }
             data

@@ -177,6 +177,10 @@ pub fn type_number(dtype: DType) -> u32 {
         DType::Q5K => 13,
         DType::Q6K => 14,
         DType::Iq4Nl => 20,
+        DType::Iq4Xs => 23,
+        DType::Tq1_0 => 34,
+        DType::Tq2_0 => 35,
+        DType::Mxfp4 => 39,
     }
 }
 

@@ -301,7 +301,9 @@ fn packed_weights_take_about_as_much_memory_as_in_the_file() {
         assert_eq!(device.weight_bytes(), weight.bytes());
         // Codes of 2 and 3 bits are stored in 4 bits, wider codes and code books in 8.
         let most = match dtype {
-            DType::Q2K | DType::Iq4Nl => 2.0,
+            DType::Q2K | DType::Iq4Nl | DType::Iq4Xs | DType::Mxfp4 => 2.1,
+            DType::Tq1_0 => 2.7,
+            DType::Tq2_0 => 2.2,
             DType::Q5_0 | DType::Q5_1 | DType::Q5K => 1.6,
             DType::Q3K | DType::Q6K => 1.4,
             DType::Q4K => 1.03,

@@ -110,6 +110,12 @@ fn multiply(
     values
 }
 
+/// Returns whether weights are stored in the type of the activations. Those in block formats are
+/// not rounded, except in IQ4_XS, which has no kernel of its own.
+fn is_expanded(dtype: DType) -> bool {
+    dtype.is_float() || dtype == DType::Iq4Xs
+}
+
 /// Compares `out` with the float64 product of the operands as the device stores them.
 fn check(
     activations: CudaActivations,
@@ -124,9 +130,8 @@ fn check(
         Precision::Full => 0.0,
         Precision::Activation => epsilon(activations),
     };
-    // Weights in block formats are never rounded.
     let kept = |part: &Part| -> Vec<f32> {
-        let exact = part.dtype.block_elements() > 1;
+        let exact = !is_expanded(part.dtype);
         let kept = |&w: &f32| if exact { w } else { rounded(activations, w) };
         part.weights.iter().map(kept).collect()
     };
@@ -521,7 +526,7 @@ fn embeddings_are_the_rows_of_the_table() {
             for (&token, found) in tokens.iter().zip(found.chunks(columns)) {
                 let row = &parts[0].weights[token as usize * columns..][..columns];
                 for (&weight, &found) in row.iter().zip(found) {
-                    let kept = if dtype.is_float() {
+                    let kept = if is_expanded(dtype) {
                         rounded(activations, weight)
                     } else {
                         weight

@@ -83,6 +83,7 @@ fn factor_offsets(dtype: DType) -> Option<(usize, usize)> {
         DType::Q3K => Some((108, 108)),
         DType::Q4K | DType::Q5K => Some((0, 2)),
         DType::Q6K => Some((208, 208)),
+        DType::Iq4Xs => Some((0, 0)),
         _ => None,
     }
 }
@@ -195,7 +196,10 @@ impl QuantLayout {
             let first = index * self.block_groups;
             let (header, to) = block.split_at_mut(self.header_bytes());
             let scales = [&scales[first..], &mins[first..]];
-            let block = &stored[index * self.dtype.block_bytes()..];
+            let block = match self.nested() {
+                true => &stored[index * self.dtype.block_bytes()..],
+                false => &[],
+            };
             self.write_header(header, lane, &scales[..self.kinds()], block);
             let codes = codes[first * self.affine.group..].chunks_exact(self.affine.group);
             for (to, codes) in to.chunks_exact_mut(code_bytes).zip(codes) {

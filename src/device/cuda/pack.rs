@@ -84,7 +84,11 @@ impl Format {
         use Scales::*;
         Some(match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
-            DType::Q4_0 => Self::new("q4", ["q4_m8", "q4_m16", "q4_m64"], 4, 32, Plain, 8),
+            // No kernel has a code book with shared scales: these are expanded to 16 bits.
+            DType::Iq4Xs => return None,
+            DType::Q4_0 | DType::Tq1_0 | DType::Tq2_0 => {
+                Self::new("q4", ["q4_m8", "q4_m16", "q4_m64"], 4, 32, Plain, 8)
+            }
             DType::Q4_1 => Self::new(
                 "q4m",
                 ["q4m_m8", "q4m_m16", "q4m_m64"],
@@ -109,7 +113,9 @@ impl Format {
                 NestedMinimum,
                 0,
             ),
-            DType::Q5_0 => Self::new("q5", ["q5_m8", "q5_m16", "q5_m64"], 5, 32, Plain, 16),
+            DType::Q5_0 | DType::Mxfp4 => {
+                Self::new("q5", ["q5_m8", "q5_m16", "q5_m64"], 5, 32, Plain, 16)
+            }
             DType::Q5_1 => Self::new(
                 "q5m",
                 ["q5m_m8", "q5m_m16", "q5m_m64"],
@@ -501,6 +507,11 @@ mod tests {
                 let mut stored: Vec<u8> = (0..bytes).map(|_| random()).collect();
                 // No byte has all exponent bits set, so every float16 in the block is finite.
                 stored.iter_mut().for_each(|byte| *byte &= 0xbf);
+                if dtype == DType::Mxfp4 {
+                    // Exponents of float16 numbers.
+                    let blocks = stored.chunks_exact_mut(dtype.block_bytes());
+                    blocks.for_each(|block| block[0] = 104 + block[0] % 40);
+                }
                 quant::dequantize(dtype, &stored, row);
                 packer.put(&mut records, output, &stored).unwrap();
             }

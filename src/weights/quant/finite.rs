@@ -1,6 +1,6 @@
 //! Finds weights that are NaN or infinite, without unpacking them.
 
-use super::DType;
+use super::{DType, mxfp4};
 use half::f16;
 
 /// Numbers that are checked together. Only a run with a non-finite number is searched for
@@ -17,11 +17,19 @@ pub fn first_not_finite(dtype: DType, data: &[u8]) -> Option<usize> {
         DType::F32 => return first(data, |number| u32::from_le_bytes(number) << 1 >= 0xff << 24),
         DType::BF16 => return first(data, |number| u16::from_le_bytes(number) << 1 >= 0xff << 8),
         DType::F16 => return first(data, |number| u16::from_le_bytes(number) << 1 >= 0x1f << 11),
-        DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::Iq4Nl => &[0],
+        DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::Iq4Nl | DType::Iq4Xs => &[0],
         DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => &[0, 2],
         DType::Q2K => &[80, 82],
         DType::Q3K => &[108],
         DType::Q6K => &[208],
+        DType::Tq1_0 => &[52],
+        DType::Tq2_0 => &[64],
+        // Exponents beyond those of float16 count as infinite.
+        DType::Mxfp4 => {
+            let mut blocks = data.chunks_exact(dtype.block_bytes());
+            let block = blocks.position(|block| block[0] > mxfp4::LARGEST_EXPONENT);
+            return block.map(|block| block * dtype.block_elements());
+        }
     };
     let mut blocks = data.chunks_exact(dtype.block_bytes());
     let block = blocks.position(|block| {
@@ -80,8 +88,8 @@ mod tests {
 
     #[test]
     fn a_scale_or_a_minimum_that_is_not_finite_spoils_its_block_only() {
-        let blocks = DType::ALL.into_iter().filter(|dtype| !dtype.is_float());
-        for dtype in blocks {
+        let has_halves = |dtype: &DType| !dtype.is_float() && *dtype != DType::Mxfp4;
+        for dtype in DType::ALL.into_iter().filter(has_halves) {
             let (bytes, elements) = (dtype.block_bytes(), dtype.block_elements());
             assert_eq!(
                 first_not_finite(dtype, &vec![0; 3 * bytes]),
@@ -101,5 +109,13 @@ mod tests {
             }
             assert!(spoiled > 0, "{dtype}");
         }
+    }
+
+    #[test]
+    fn an_exponent_beyond_float16_spoils_its_block() {
+        let mut data = vec![143; 3 * 17];
+        assert_eq!(first_not_finite(DType::Mxfp4, &data), None);
+        data[17] = 144;
+        assert_eq!(first_not_finite(DType::Mxfp4, &data), Some(32));
     }
 }

@@ -14,7 +14,7 @@ pub(super) const AFFINE: Affine = Affine {
 };
 
 /// ggml's table `kvalues_iq4nl`, with 128 added to each entry.
-const STEPS: [u8; 16] = [
+pub(super) const STEPS: [u8; 16] = [
     1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241,
 ];
 

@@ -9,9 +9,12 @@
 //! the order of ggml's `dequantize_row_*`, so the results have the same bits. Where ggml
 //! subtracts a minimum, this form adds its negative, which gives the same number.
 
+pub mod blocks;
 mod finite;
 mod iq4_nl;
+mod iq4_xs;
 mod k_scales;
+mod mxfp4;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -22,6 +25,7 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod ternary;
 
 pub use finite::first_not_finite;
 
@@ -58,6 +62,9 @@ pub fn affine(dtype: DType) -> Option<Affine> {
         DType::Q5K => Some(q5_k::AFFINE),
         DType::Q6K => Some(q6_k::AFFINE),
         DType::Iq4Nl => Some(iq4_nl::AFFINE),
+        DType::Iq4Xs => Some(iq4_xs::AFFINE),
+        DType::Mxfp4 => Some(mxfp4::AFFINE),
+        DType::Tq1_0 | DType::Tq2_0 => Some(ternary::AFFINE),
     }
 }
 
@@ -93,6 +100,10 @@ pub fn unpack_row(
         DType::Q5K => q5_k::unpack,
         DType::Q6K => q6_k::unpack,
         DType::Iq4Nl => iq4_nl::unpack,
+        DType::Iq4Xs => iq4_xs::unpack,
+        DType::Mxfp4 => mxfp4::unpack,
+        DType::Tq1_0 => ternary::unpack_base_3,
+        DType::Tq2_0 => ternary::unpack_pairs,
     };
     let Some(view) = affine(dtype) else { return };
     let elements = elements_in(dtype, data);
