@@ -10,6 +10,22 @@ use crate::device::{Activation, RowOrder};
 use crate::weights::TensorView;
 use std::borrow::Cow;
 
+/// Ending of the name of a tensor of stacked experts that is stored in MXFP4. Such a tensor is not
+/// transposed.
+const BLOCKS: &str = "_blocks";
+
+impl StackedExperts {
+    /// Returns the places of the gate rows and then of the up rows of an expert of this width.
+    fn stored_rows(self, width: usize) -> Vec<usize> {
+        let place = |row: usize| match (self.alternates, row < width) {
+            (false, _) => row,
+            (true, true) => 2 * row,
+            (true, false) => 2 * (row - width) + 1,
+        };
+        (0..2 * width).map(place).collect()
+    }
+}
+
 impl ModelSource {
     /// Reads one expert: its gate and up projections, stacked, or only the up projection if the
     /// activation has no gate; and its down projection.
@@ -21,12 +37,17 @@ impl ModelSource {
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let (hidden, width) = (self.config().hidden, spec.width);
         if let Some(stacked) = self.stacked_experts(layer) {
-            if stacked.are_transposed {
-                return self.transposed_expert(layer, expert, width, stacked);
+            let gate_up = self.stack_name(layer, stacked.gate_up);
+            let down = self.stack_name(layer, stacked.down);
+            if stacked.are_transposed && !gate_up.ends_with(BLOCKS) {
+                return self.transposed_expert(&gate_up, &down, expert, width, stacked);
             }
-            let entry = |name, rows, columns| self.expert_entry(layer, name, expert, rows, columns);
-            let gate_up = entry(stacked.gate_up, 2 * width, hidden)?;
-            return Ok((gate_up, entry(stacked.down, hidden, width)?));
+            let gate_up = self.expert_entry(&gate_up, expert, 2 * width, hidden)?;
+            let gate_up = match stacked.alternates {
+                true => gate_up.select(&stacked.stored_rows(width)),
+                false => gate_up,
+            };
+            return Ok((gate_up, self.expert_entry(&down, expert, hidden, width)?));
         }
         let down = [(Part::ExpertDown(expert), hidden)];
         if let Some(fused) = self.fused_experts(layer) {
@@ -114,12 +135,21 @@ impl ModelSource {
     /// Returns the name of the tensor in which the format or the architecture stacks a part of all
     /// experts of a layer, if there is such a name.
     fn stack_of(&self, layer: usize, part: Part) -> Option<String> {
-        let name = match (self.naming(), part) {
-            (Naming::Gguf, part) => names::gguf_stacked(part)?.to_owned() + ".weight",
-            (_, Part::ExpertDown(_)) => self.stacks()?.down.to_owned(),
-            _ => self.stacks()?.gate_up.to_owned(),
-        };
-        Some(self.layer_prefix(layer) + &name)
+        Some(match (self.naming(), part) {
+            (Naming::Gguf, part) => {
+                self.layer_prefix(layer) + names::gguf_stacked(part)? + ".weight"
+            }
+            (_, Part::ExpertDown(_)) => self.stack_name(layer, self.stacks()?.down),
+            _ => self.stack_name(layer, self.stacks()?.gate_up),
+        })
+    }
+
+    /// Returns the name of a tensor in which a Hugging Face checkpoint stacks a part of all experts
+    /// of a layer. It has another ending if it is stored in MXFP4.
+    fn stack_name(&self, layer: usize, name: &str) -> String {
+        let name = self.layer_prefix(layer) + name;
+        let blocks = format!("{name}{BLOCKS}");
+        if self.holds(&blocks) { blocks } else { name }
     }
 
     /// Returns how Hugging Face checkpoints of the architecture may stack experts.
@@ -131,7 +161,7 @@ impl ModelSource {
     pub(super) fn expert_bias_name(&self, weight: &str) -> String {
         match weight.ends_with(".weight") {
             true => names::bias(weight),
-            false => format!("{weight}_bias"),
+            false => format!("{}_bias", weight.trim_end_matches(BLOCKS)),
         }
     }
 
@@ -142,7 +172,7 @@ impl ModelSource {
             Naming::HuggingFace { .. } => self.stacks(),
         };
         stacked.filter(|stacked| {
-            stacked.are_transposed || self.holds(&(self.layer_prefix(layer) + stacked.gate_up))
+            stacked.are_transposed || self.holds(&self.stack_name(layer, stacked.gate_up))
         })
     }
 
@@ -217,19 +247,16 @@ impl ModelSource {
         self.rows(&self.entry(name, index, &[rows, columns])?, rows, columns)
     }
 
-    /// Reads the rows of one expert from a stacked tensor of a layer, with its bias if there is
-    /// one.
+    /// Reads the rows of one expert from a stacked tensor, with its bias if there is one.
     fn expert_entry(
         &self,
-        layer: usize,
         name: &str,
         expert: usize,
         rows: usize,
         columns: usize,
     ) -> Result<StoredLinear<'_>, ModelError> {
-        let name = self.layer_prefix(layer) + name;
-        let stored = self.rows(&self.entry(&name, expert, &[rows, columns])?, rows, columns)?;
-        let bias_name = self.expert_bias_name(&name);
+        let stored = self.rows(&self.entry(name, expert, &[rows, columns])?, rows, columns)?;
+        let bias_name = self.expert_bias_name(name);
         let bias = match self.has_bias(Part::ExpertDown(expert), &bias_name) {
             true => Some(self.numbers(&self.entry(&bias_name, expert, &[rows])?, rows)?),
             false => None,
@@ -240,24 +267,16 @@ impl ModelSource {
     /// Reads one expert of a checkpoint that stacks transposed matrices.
     fn transposed_expert(
         &self,
-        layer: usize,
+        gate_up: &str,
+        down: &str,
         expert: usize,
         width: usize,
         stacked: StackedExperts,
     ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
         let hidden = self.config().hidden;
-        // Stored column of each row of the stacked gate and up projection.
-        let place = |row: usize| match (stacked.alternates, row < width) {
-            (false, _) => row,
-            (true, true) => 2 * row,
-            (true, false) => 2 * (row - width) + 1,
-        };
-        let gate_up = self.layer_prefix(layer) + stacked.gate_up;
-        let down = self.layer_prefix(layer) + stacked.down;
-        let columns: Vec<usize> = (0..2 * width).map(place).collect();
-        let gate_up = self.transposed(&gate_up, expert, hidden, &columns)?;
+        let gate_up = self.transposed(gate_up, expert, hidden, &stacked.stored_rows(width))?;
         let columns: Vec<usize> = (0..hidden).collect();
-        Ok((gate_up, self.transposed(&down, expert, width, &columns)?))
+        Ok((gate_up, self.transposed(down, expert, width, &columns)?))
     }
 
     /// Reads entry `expert` of a stacked tensor, `[inputs, outputs]`, and transposes it: row `i` of

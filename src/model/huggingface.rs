@@ -49,21 +49,6 @@ pub(super) fn ties_embeddings(config: &Value) -> Result<bool, ModelError> {
     Ok(config.class().ties_embeddings)
 }
 
-/// Refuses a model whose weights are quantised, which is only supported in GGUF files.
-pub(super) fn refuse_quantised(config: &Value) -> Result<(), ModelError> {
-    let root = Settings::new(config);
-    for settings in [Some(root), root.part("text_config")].into_iter().flatten() {
-        let Some(quantisation) = settings.part("quantization_config") else {
-            continue;
-        };
-        if let Some(method) = quantisation.text("quant_method")? {
-            let expected = "weights in bfloat16, float16 or float32, or a GGUF file";
-            return Err(quantisation.refused("quant_method", method, expected));
-        }
-    }
-    Ok(())
-}
-
 impl<'a> Config<'a> {
     fn new(config: &'a Value) -> Result<Self, ModelError> {
         let root = Settings::new(config);

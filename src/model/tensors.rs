@@ -62,7 +62,6 @@ impl ModelSource {
     /// Fails if the architecture, a setting or a quantisation is not supported, or if a tensor is
     /// missing or is not part of the model.
     pub fn from_folder(folder: ModelFolder) -> Result<Self, ModelError> {
-        huggingface::refuse_quantised(folder.config())?;
         let config = huggingface::read(folder.config())?;
         let tied = huggingface::ties_embeddings(folder.config())?;
         let storage = config.architecture.storage;

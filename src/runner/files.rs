@@ -44,10 +44,11 @@ impl ModelFiles {
             // consequences.
             let folder = ModelFolder::open(path)?;
             let config = folder.config().clone();
+            let recipe = folder.recipe();
             let mut source = ModelSource::from_folder(folder)?;
             let pooling = pooling::of_folder(path, &config, &mut source)?;
             let sampling = generation_config::of_folder(path);
-            (source, pooling, folder_tokenizer(path)?, None, sampling)
+            (source, pooling, folder_tokenizer(path)?, recipe, sampling)
         } else {
             let file = Gguf::open(path)?;
             let tokenizer = gguf_tokenizer(&file)?;

@@ -189,8 +189,8 @@ pub(super) fn of_gguf(
             if !has("cls.weight") {
                 return Err(problem(
                     "there is a classifier (cls.output.weight), but not the layer before it \
-                     (cls.weight), which llama.cpp's converter leaves out for BERT; load the \
-                     model's Hugging Face folder"
+                     (cls.weight), which llama.cpp's converter may leave out; load the model's \
+                     Hugging Face folder"
                         .to_owned(),
                 ));
             }

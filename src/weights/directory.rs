@@ -2,9 +2,10 @@
 //! share this code.
 
 use super::file::WeightFile;
+use super::raw::{RawTensor, RawType};
 use super::{DType, TensorView, WeightsError, quant};
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -65,6 +66,19 @@ pub(super) struct Directory {
     tensors: Vec<Tensor>,
     /// Position in `tensors` by name.
     by_name: HashMap<String, usize>,
+    /// Tensors whose numbers are only part of a quantised matrix, by name.
+    raw: BTreeMap<String, (usize, RawEntry)>,
+}
+
+/// Where a tensor lies in its file whose numbers are only part of a quantised matrix.
+#[derive(Debug)]
+pub(super) struct RawEntry {
+    pub(super) name: String,
+    pub(super) kind: RawType,
+    /// Outermost dimension first.
+    pub(super) shape: Vec<usize>,
+    /// Byte range in the file, as in a [`TensorEntry`].
+    pub(super) range: Range<usize>,
 }
 
 #[derive(Debug)]
@@ -117,6 +131,87 @@ impl Directory {
         Ok(())
     }
 
+    /// Adds tensors of the file that was added last.
+    ///
+    /// # Errors
+    /// Returns the same error as [`Directory::add`].
+    pub(super) fn add_raw(&mut self, entries: Vec<RawEntry>) -> Result<(), Repeated> {
+        let part = self.parts.len() - 1;
+        for entry in entries {
+            let name = entry.name.clone();
+            let other = self
+                .by_name
+                .get(&name)
+                .map(|&index| self.tensors[index].part);
+            if let Some(first) = other.or(self.raw.get(&name).map(|(part, _)| *part)) {
+                let first = self.parts[first].path.clone();
+                return Err(Repeated { name, first });
+            }
+            self.raw.insert(name, (part, entry));
+        }
+        Ok(())
+    }
+
+    /// Returns the names of the tensors that are only part of a quantised matrix.
+    pub(super) fn raw_names(&self) -> impl Iterator<Item = &str> {
+        self.raw.keys().map(String::as_str)
+    }
+
+    /// Returns the tensor called `name`, if it is only part of a quantised matrix.
+    pub(super) fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
+        let (_, entry) = self.raw.get(name)?;
+        Some(RawTensor {
+            kind: entry.kind,
+            shape: &entry.shape,
+        })
+    }
+
+    /// Returns the path of the file that has this tensor, or of the first file.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        let plain = self
+            .by_name
+            .get(name)
+            .map(|&index| self.tensors[index].part);
+        let part = plain.or(self.raw.get(name).map(|(part, _)| *part));
+        let part = self.parts.get(part.unwrap_or(0));
+        part.map_or_else(PathBuf::new, |part| part.path.clone())
+    }
+
+    /// Reads some bytes of a tensor that is only part of a quantised matrix.
+    pub(super) fn read_raw(
+        &self,
+        name: &str,
+        bytes: Range<usize>,
+    ) -> Result<Vec<u8>, WeightsError> {
+        let place = self.raw.get(name).and_then(|(part, entry)| {
+            let start = entry.range.start.checked_add(bytes.start)?;
+            let end = entry.range.start.checked_add(bytes.end)?;
+            (start <= end && end <= entry.range.end).then_some((&self.parts[*part], start..end))
+        });
+        let Some((part, range)) = place else {
+            return Err(self.no_tensor(name, &bytes));
+        };
+        match &part.contents {
+            #[cfg(any(test, feature = "internals"))]
+            Contents::Owned(bytes) => Ok(bytes[range].to_vec()),
+            Contents::File(file) => {
+                let mut data = vec![0; range.len()];
+                in_chunks(&mut data, 1, &|first, chunk| {
+                    file.read(range.start + first, chunk)
+                })?;
+                Ok(data)
+            }
+        }
+    }
+
+    fn no_tensor(&self, name: &str, bytes: &Range<usize>) -> WeightsError {
+        let what = format!("no tensor {name:?} with bytes {bytes:?}");
+        WeightsError::Io {
+            path: self.path_of(name),
+            source: std::io::Error::new(std::io::ErrorKind::NotFound, what),
+        }
+    }
+
     /// Returns the number of tensors.
     pub(super) fn len(&self) -> usize {
         self.tensors.len()
@@ -156,13 +251,7 @@ impl Directory {
             (start <= end && end <= entry.range.end).then_some((&self.parts[*part], start..end))
         });
         let Some((part, range)) = place else {
-            let what = format!("no tensor {:?} with bytes {:?}", view.name, view.bytes);
-            let source = std::io::Error::new(std::io::ErrorKind::NotFound, what);
-            let path = self
-                .parts
-                .first()
-                .map_or_else(PathBuf::new, |part| part.path.clone());
-            return Err(WeightsError::Io { path, source });
+            return Err(self.no_tensor(view.name, &view.bytes));
         };
         let not_finite = |first: usize, index: usize| WeightsError::NotFinite {
             path: part.path.clone(),
@@ -198,11 +287,15 @@ fn elements(dtype: DType, bytes: usize) -> usize {
     bytes / dtype.block_bytes() * dtype.block_elements()
 }
 
-type Fill<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), WeightsError> + Sync + 'a;
+pub(super) type Fill<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), WeightsError> + Sync + 'a;
 
 /// Calls `fill` for each chunk of `data` with the chunk's offset. Chunks are whole blocks
 /// of `block` bytes. Several threads share the work if there are enough chunks.
-fn in_chunks(data: &mut [u8], block: usize, fill: &Fill<'_>) -> Result<(), WeightsError> {
+pub(super) fn in_chunks(
+    data: &mut [u8],
+    block: usize,
+    fill: &Fill<'_>,
+) -> Result<(), WeightsError> {
     let chunk = CHUNK.next_multiple_of(block);
     let in_turn = |start: usize, share: &mut [u8]| {
         let chunks = share.chunks_mut(chunk).enumerate();

@@ -3,6 +3,7 @@
 
 use super::directory::{Contents, Directory};
 use super::file::WeightFile;
+use super::formats::Quantised;
 use super::source::refuse_lfs_pointer;
 use super::{TensorView, WeightSource, WeightsError, from_python_json, quant, safetensors};
 use serde::de::DeserializeOwned;
@@ -23,6 +24,7 @@ const LARGEST_JSON: u64 = 64 << 20;
 pub struct ModelFolder {
     config: Value,
     directory: Directory,
+    quantised: Quantised,
 }
 
 /// The contents of `model.safetensors.index.json`.
@@ -40,8 +42,8 @@ impl ModelFolder {
     /// # Errors
     /// Returns [`WeightsError::Io`] or [`WeightsError::Shortened`] if a file cannot be
     /// read, [`WeightsError::MissingFile`] if one is absent, [`WeightsError::Unsupported`]
-    /// for tensors that are not F32, F16 or BF16 and for PyTorch checkpoints and Git LFS
-    /// pointers, and [`WeightsError::Malformed`] for anything else.
+    /// for tensors that are not F32, F16 or BF16 and not part of a quantised matrix, for other
+    /// methods of quantisation, and for PyTorch checkpoints and Git LFS pointers, and [`WeightsError::Malformed`] for anything else.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let config_path = path.join(CONFIG);
         if !config_path.exists() {
@@ -58,15 +60,32 @@ impl ModelFolder {
                 problem: "it is not a JSON object".into(),
             });
         }
+        let directory = open_weights(path)?;
+        let quantised = Quantised::find(&config, &config_path, &directory)?;
+        if let Some(name) = directory.raw_names().find(|name| !quantised.claims(name)) {
+            let kind = directory.raw(name).map(|tensor| tensor.kind);
+            let kind = kind.map_or_else(String::new, |kind| format!("{kind:?}"));
+            return Err(safetensors::unsupported(
+                name,
+                &kind,
+                &directory.path_of(name),
+            ));
+        }
         Ok(Self {
             config,
-            directory: open_weights(path)?,
+            directory,
+            quantised,
         })
     }
 
     /// Returns the contents of `config.json`, which is a JSON object.
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// Returns the name of the format in which the weights are quantised, if they are.
+    pub fn recipe(&self) -> Option<&'static str> {
+        self.quantised.recipe()
     }
 
     /// Returns the size of the weight files in bytes.
@@ -78,15 +97,21 @@ impl ModelFolder {
 
 impl WeightSource for ModelFolder {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        self.directory.tensor(name)
+        let plain = || self.directory.tensor(name);
+        self.quantised.tensor(name).or_else(plain)
     }
 
     fn names(&self) -> Vec<&str> {
-        self.directory.names()
+        let plain = self.directory.names().into_iter();
+        let plain = plain.filter(|name| !self.quantised.claims(name));
+        plain.chain(self.quantised.names()).collect()
     }
 
     fn read(&self, tensor: &TensorView<'_>) -> Result<Cow<'_, [u8]>, WeightsError> {
-        self.directory.read(tensor)
+        match self.quantised.read(&self.directory, tensor)? {
+            Some(data) => Ok(Cow::Owned(data)),
+            None => self.directory.read(tensor),
+        }
     }
 }
 
@@ -229,11 +254,15 @@ fn add_file(
         problem,
     };
     let file = WeightFile::open(path)?;
-    let mut entries = safetensors::read(&file, path)?;
+    let (mut entries, mut raw) = safetensors::read(&file, path)?;
     if let Some(wanted) = wanted {
         entries.retain(|entry| wanted.contains(entry.name.as_str()));
-        if entries.len() < wanted.len() {
-            let held: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+        raw.retain(|entry| wanted.contains(entry.name.as_str()));
+        if entries.len() + raw.len() < wanted.len() {
+            let held = entries.iter().map(|entry| entry.name.as_str());
+            let held: HashSet<&str> = held
+                .chain(raw.iter().map(|entry| entry.name.as_str()))
+                .collect();
             let absent = wanted.difference(&held).min().copied().unwrap_or_default();
             return Err(malformed(format!(
                 "it lacks tensor {absent:?}, which {INDEX} places in it"
@@ -241,7 +270,9 @@ fn add_file(
         }
     }
     let contents = Contents::File(file);
-    directory.add(path, contents, entries).map_err(|repeated| {
+    let added = directory.add(path, contents, entries);
+    let added = added.and_then(|()| directory.add_raw(raw));
+    added.map_err(|repeated| {
         malformed(format!(
             "tensor {:?} is also in {}",
             repeated.name,

@@ -7,11 +7,13 @@ mod directory;
 mod dtype;
 mod file;
 pub mod folder;
+mod formats;
 pub mod gguf;
 mod json;
 pub mod quant;
 #[cfg(any(test, feature = "cli", feature = "internals"))]
 mod random;
+mod raw;
 mod safetensors;
 mod source;
 

@@ -3,8 +3,9 @@
 //! Only the header is read. The tensors' bytes must follow each other without gaps up to
 //! the end of the file, and no name may appear twice.
 
-use super::directory::TensorEntry;
+use super::directory::{RawEntry, TensorEntry};
 use super::file::WeightFile;
+use super::raw::RawType;
 use super::source::{LFS_POINTER, refuse_lfs_pointer};
 use super::{DType, WeightsError};
 use ::safetensors::tensor::{Dtype as StoredDtype, TensorInfo};
@@ -20,13 +21,15 @@ const LENGTH_BYTES: usize = 8;
 const LONGEST_HEADER: u64 = 100_000_000;
 
 /// Reads the header of `file`, which is at `path`, and returns the tensors in the order of
-/// their bytes.
+/// their bytes: those of floating-point numbers, and those that may be part of a quantised matrix.
 ///
 /// # Errors
 /// Returns [`WeightsError::Malformed`] for a broken header, and
-/// [`WeightsError::Unsupported`] for a tensor that is not F32, F16 or BF16 or for a Git LFS
-/// pointer. Errors of reading the file are passed on.
-pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, WeightsError> {
+/// [`WeightsError::Unsupported`] for a tensor of another type or for a Git LFS pointer. Errors of reading the file are passed on.
+pub(super) fn read(
+    file: &WeightFile,
+    path: &Path,
+) -> Result<(Vec<TensorEntry>, Vec<RawEntry>), WeightsError> {
     let malformed = |problem: String| WeightsError::Malformed {
         path: path.to_owned(),
         format: "safetensors",
@@ -49,7 +52,7 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
         let by_place = a.data_offsets.cmp(&b.data_offsets);
         by_place.then_with(|| a_name.cmp(b_name))
     });
-    let mut entries = Vec::new();
+    let (mut entries, mut raw) = (Vec::new(), Vec::new());
     let mut end_before = 0;
     for (name, info) in tensors {
         let (start, end) = info.data_offsets;
@@ -69,14 +72,19 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
         let elements = shape
             .iter()
             .try_fold(1usize, |all, &one| all.checked_mul(one));
-        let Some(bytes) = elements.and_then(|elements| dtype.bytes_for(elements)) else {
+        let bytes = elements.and_then(|elements| match dtype {
+            Ok(dtype) => dtype.bytes_for(elements),
+            Err(kind) => elements.checked_mul(kind.bytes()),
+        });
+        let Some(bytes) = bytes else {
             return Err(malformed(format!(
                 "tensor {name:?} of shape {shape:?} has more bytes than can be addressed"
             )));
         };
         if bytes != end - start {
             return Err(malformed(format!(
-                "tensor {name:?} of shape {shape:?} in {dtype} needs {bytes} bytes but is given {}",
+                "tensor {name:?} of shape {shape:?} in {} needs {bytes} bytes but is given {}",
+                type_name(dtype),
                 end - start
             )));
         }
@@ -88,12 +96,21 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
                 "tensor {name:?} ends beyond the addressable range"
             )));
         };
-        entries.push(TensorEntry {
-            name,
-            dtype,
-            shape: info.shape,
-            range: start..end,
-        });
+        let (shape, range) = (info.shape, start..end);
+        match dtype {
+            Ok(dtype) => entries.push(TensorEntry {
+                name,
+                dtype,
+                shape,
+                range,
+            }),
+            Err(kind) => raw.push(RawEntry {
+                name,
+                kind,
+                shape,
+                range,
+            }),
+        }
     }
     if end_before != data_bytes {
         return Err(malformed(format!(
@@ -101,7 +118,7 @@ pub(super) fn read(file: &WeightFile, path: &Path) -> Result<Vec<TensorEntry>, W
              the header"
         )));
     }
-    Ok(entries)
+    Ok((entries, raw))
 }
 
 /// Reads the bytes of the header.
@@ -133,16 +150,38 @@ fn read_header(
     Ok(header)
 }
 
-fn dtype(name: &str, info: &TensorInfo, path: &Path) -> Result<DType, WeightsError> {
-    match info.dtype {
+/// Returns the format of a tensor, or its type if it may be part of a quantised matrix.
+fn dtype(
+    name: &str,
+    info: &TensorInfo,
+    path: &Path,
+) -> Result<Result<DType, RawType>, WeightsError> {
+    Ok(match info.dtype {
         StoredDtype::F32 => Ok(DType::F32),
         StoredDtype::F16 => Ok(DType::F16),
         StoredDtype::BF16 => Ok(DType::BF16),
-        other => Err(WeightsError::Unsupported {
-            path: path.to_owned(),
-            what: format!("tensor {name:?} of type {other:?}"),
-            expected: "supported are F32, F16 and BF16".into(),
-        }),
+        StoredDtype::I8 => Err(RawType::I8),
+        StoredDtype::U8 => Err(RawType::U8),
+        StoredDtype::I32 => Err(RawType::I32),
+        StoredDtype::I64 => Err(RawType::I64),
+        StoredDtype::F8_E4M3 => Err(RawType::F8E4M3),
+        other => return Err(unsupported(name, &format!("{other:?}"), path)),
+    })
+}
+
+/// Returns the error for a tensor of this type.
+pub(super) fn unsupported(name: &str, kind: &str, path: &Path) -> WeightsError {
+    WeightsError::Unsupported {
+        path: path.to_owned(),
+        what: format!("tensor {name:?} of type {kind}"),
+        expected: "supported are F32, F16 and BF16, and what quantization_config describes".into(),
+    }
+}
+
+fn type_name(dtype: Result<DType, RawType>) -> String {
+    match dtype {
+        Ok(dtype) => dtype.to_string(),
+        Err(kind) => format!("{kind:?}"),
     }
 }
 

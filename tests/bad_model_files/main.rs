@@ -5,5 +5,6 @@ mod folder;
 mod gguf;
 mod memory;
 mod metadata;
+mod quantised;
 mod settings;
 mod tensors;

@@ -57,14 +57,14 @@ fn renamed(name: &str) -> String {
 }
 
 /// A Hugging Face folder whose header can be written anew.
-struct Folder {
+pub struct Folder {
     folder: TempDir,
-    header: Map<String, Value>,
+    pub header: Map<String, Value>,
     data: Vec<u8>,
 }
 
 impl Folder {
-    fn copy(path: &Path) -> Self {
+    pub fn copy(path: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = "config.json";
         std::fs::copy(path.join(config), folder.path().join(config)).unwrap();
@@ -83,16 +83,53 @@ impl Folder {
     fn open(&self, changed: Option<&str>) -> Result<ModelSource, ModelError> {
         let mut header = self.header.clone();
         if let Some(name) = changed {
-            let entry = header.remove(name).unwrap();
-            header.insert(renamed(name), entry);
+            rename(&mut header, name);
         }
+        self.write_with(header);
+        ModelSource::from_folder(ModelFolder::open(self.folder.path()).unwrap())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Gives a tensor another name.
+    pub fn rename(&mut self, name: &str) {
+        rename(&mut self.header, name);
+    }
+
+    /// Returns the bytes of a tensor.
+    pub fn bytes(&mut self, name: &str) -> &mut [u8] {
+        let place = |index: usize| self.header[name]["data_offsets"][index].as_u64().unwrap();
+        let range = place(0) as usize..place(1) as usize;
+        &mut self.data[range]
+    }
+
+    pub fn change_config(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.path().join("config.json");
+        let mut config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut config);
+        std::fs::write(path, config.to_string()).unwrap();
+    }
+
+    /// Writes the weights.
+    pub fn write(&self) {
+        self.write_with(self.header.clone());
+    }
+
+    fn write_with(&self, header: Map<String, Value>) {
         let header = Value::Object(header).to_string();
         let mut file = (header.len() as u64).to_le_bytes().to_vec();
         file.extend(header.as_bytes());
         file.extend(&self.data);
         std::fs::write(self.folder.path().join("model.safetensors"), file).unwrap();
-        ModelSource::from_folder(ModelFolder::open(self.folder.path()).unwrap())
     }
+}
+
+/// Gives a tensor another name.
+fn rename(header: &mut Map<String, Value>, name: &str) {
+    let entry = header.remove(name).unwrap();
+    header.insert(renamed(name), entry);
 }
 
 /// Opens a GGUF file with another name for one tensor, if any.

@@ -2,7 +2,7 @@
 
 use quell::{Engine, Request, SamplingParams, TokenStream};
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One step of a reference: the most likely tokens with their log probabilities.
 pub struct Step {
@@ -56,9 +56,21 @@ pub fn ids(value: &Value) -> Vec<u32> {
     ids.map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
+/// Path of the folder of a quantised checkpoint.
+pub fn quantised(name: &str) -> PathBuf {
+    let folder = crate::root().join("tests/fixtures/golden/quantised");
+    folder.join(name)
+}
+
 /// Reads the reference of a tiny checkpoint.
 pub fn tiny_cases(name: &str) -> Vec<Case> {
-    let text = std::fs::read_to_string(tiny(name).join("golden.json")).unwrap();
+    cases(&tiny(name))
+}
+
+/// Reads the reference in a folder.
+pub fn cases(folder: &Path) -> Vec<Case> {
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
     let step = |step: &Value| {
         let logprobs = step["top_logprobs"].as_array().unwrap().iter();

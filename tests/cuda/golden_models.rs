@@ -2,7 +2,7 @@
 //! ARCHITECTURE.md for each type of activations.
 
 use common::cuda::load_options;
-use common::golden::{Tolerance, gguf, tiny, tiny_cases};
+use common::golden::{Case, Tolerance, gguf, tiny, tiny_cases};
 use common::{conditioning, golden, gpu};
 use quell::{CudaActivations, CudaOptions, Engine, EngineConfig};
 use std::path::Path;
@@ -33,11 +33,22 @@ fn load(path: &Path, activations: CudaActivations) -> Engine {
 
 /// Checks a file against the reference of the checkpoint `name`.
 fn check_file(name: &str, path: &Path, activations: CudaActivations, tolerance: Tolerance) {
+    check_cases(name, path, activations, tolerance, &tiny_cases(name));
+}
+
+fn check_cases(
+    name: &str,
+    path: &Path,
+    activations: CudaActivations,
+    tolerance: Tolerance,
+    cases: &[Case],
+) {
     let _gpu = gpu::lock();
     let engine = load(path, activations);
+    let vocabulary = engine.info().vocabulary as u32;
     let mut worst = 0.0f32;
-    for case in tiny_cases(name) {
-        let errors = golden::check(&engine, &case, 512, tolerance);
+    for case in cases {
+        let errors = golden::check(&engine, case, vocabulary, tolerance);
         assert_eq!(errors.len(), 12 * 5);
         worst = errors.into_iter().fold(worst, f32::max);
     }
@@ -106,6 +117,38 @@ fn float16_as_conditioned(name: &str) {
 
 fn gguf_as_conditioned(name: &str) {
     check_conditioned(name, &gguf(name));
+}
+
+fn quantised_in_float16(name: &str) {
+    let tolerance = Tolerance {
+        max: 0.08,
+        margin: 0.08,
+    };
+    let path = golden::quantised(name);
+    let cases = golden::cases(&path);
+    check_cases(name, &path, CudaActivations::F16, tolerance, &cases);
+}
+
+/// Checks a checkpoint with nearly equal experts, of which rounding decides, by the mean error.
+fn quantised_by_mean_in_float16(name: &str) {
+    let _gpu = gpu::lock();
+    let path = golden::quantised(name);
+    let engine = load(&path, CudaActivations::F16);
+    let vocabulary = engine.info().vocabulary as u32;
+    let cases = golden::cases(&path);
+    let errors = cases
+        .iter()
+        .flat_map(|case| golden::teacher_forced_errors(&engine, case, vocabulary));
+    let errors: Vec<f32> = errors.collect();
+    let mean = errors.iter().sum::<f32>() / errors.len() as f32;
+    let near = errors.iter().filter(|error| **error <= 0.08).count();
+    println!(
+        "{name}: mean error {mean}, {near} of {} within 0.08",
+        errors.len()
+    );
+    assert_eq!(errors.len(), 4 * 12 * 5);
+    assert!(mean <= 0.08, "{name}: mean error {mean}");
+    assert!(near * 4 >= errors.len() * 3, "{name}: {near} are near");
 }
 
 fn gguf_in_float16(name: &str) {
@@ -250,4 +293,20 @@ golden! {
     gemma3n_as_gguf_agrees_in_float16: gguf_in_float16 "gemma3n",
     gemma4_as_gguf_agrees_in_float16: gguf_in_float16 "gemma4",
     gemma4_moe_as_gguf_agrees_in_float16: gguf_as_conditioned "gemma4-moe",
+    quantised_awq_agrees_in_float16: quantised_in_float16 "awq",
+    quantised_awq_moe_agrees_in_float16: quantised_in_float16 "awq-moe",
+    quantised_ct_fp8_channel_agrees_in_float16: quantised_in_float16 "ct-fp8-channel",
+    quantised_ct_int8_channel_agrees_in_float16: quantised_in_float16 "ct-int8-channel",
+    quantised_ct_mxfp4_agrees_in_float16: quantised_in_float16 "ct-mxfp4",
+    quantised_ct_nvfp4_agrees_in_float16: quantised_in_float16 "ct-nvfp4",
+    quantised_ct_w4a16_agrees_in_float16: quantised_in_float16 "ct-w4a16",
+    quantised_ct_w4a16_asym_agrees_in_float16: quantised_in_float16 "ct-w4a16-asym",
+    quantised_ct_w4a16_moe_agrees_in_float16: quantised_in_float16 "ct-w4a16-moe",
+    quantised_fp8_block_agrees_in_float16: quantised_in_float16 "fp8-block",
+    quantised_fp8_block_moe_agrees_in_float16: quantised_in_float16 "fp8-block-moe",
+    quantised_fp8_tensor_agrees_in_float16: quantised_in_float16 "fp8-tensor",
+    quantised_gpt_oss_mxfp4_agrees_in_float16: quantised_by_mean_in_float16 "gpt-oss-mxfp4",
+    quantised_gptq_agrees_in_float16: quantised_in_float16 "gptq",
+    quantised_gptq_actorder_agrees_in_float16: quantised_in_float16 "gptq-actorder",
+    quantised_gptq_asym_8bit_agrees_in_float16: quantised_in_float16 "gptq-asym-8bit",
 }

@@ -4,6 +4,7 @@ mod delta_files;
 mod embedding;
 mod fuzz_seeds;
 mod golden_gguf;
+mod golden_quantised;
 mod golden_smollm2;
 mod golden_tiny;
 mod latent;

@@ -859,20 +859,3 @@ fn gpt_oss_is_extended_by_default_and_limits_its_experts() {
     let error = read(&json!({"model_type": "gpt_oss", "swiglu_limit": -7.0}));
     assert!(error.unwrap_err().to_string().contains("swiglu_limit"));
 }
-
-#[test]
-fn quantised_weights_are_refused_by_their_method() {
-    let plain = json!({"model_type": "gpt_oss"});
-    assert!(refuse_quantised(&plain).is_ok());
-    let mxfp4 = json!({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}});
-    let error = refuse_quantised(&mxfp4).unwrap_err().to_string();
-    assert!(
-        error.contains("quantization_config.quant_method"),
-        "{error}"
-    );
-    assert!(error.contains("mxfp4"), "{error}");
-    let inner = json!({"model_type": "llava", "text_config": {"model_type": "llama",
-        "quantization_config": {"quant_method": "fp8"}}});
-    let error = refuse_quantised(&inner).unwrap_err().to_string();
-    assert!(error.contains("fp8"), "{error}");
-}

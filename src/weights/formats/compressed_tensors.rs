@@ -1,0 +1,302 @@
+//! compressed-tensors, the format of llm-compressor: integers of 4 or 8 bits, FP8, MXFP4 and NVFP4,
+//! which groups of modules may mix.
+
+use super::super::WeightsError;
+use super::super::raw::RawType;
+use super::floats::{Factor, Floats, Number, Scale};
+use super::integers::{Integers, Packing, Zeros};
+use super::{Finder, fp8, wrong};
+use regex::Regex;
+use serde_json::Value;
+
+/// How the weights of some modules are stored.
+struct Scheme<'a> {
+    /// Name of the group in the settings.
+    name: &'a str,
+    targets: Vec<Target<'a>>,
+    format: &'a str,
+    weights: &'a Value,
+}
+
+/// Which modules a group is for.
+enum Target<'a> {
+    /// All linear layers.
+    Linear,
+    Named(&'a str),
+    Pattern(Regex),
+}
+
+impl Scheme<'_> {
+    fn is_for(&self, module: &str) -> bool {
+        self.targets.iter().any(|target| match target {
+            Target::Linear => true,
+            Target::Named(name) => *name == module,
+            // As Python's `re.match`, which looks at the beginning.
+            Target::Pattern(pattern) => {
+                let found = pattern.find(module);
+                found.is_some_and(|found| found.start() == 0)
+            }
+        })
+    }
+
+    fn size(&self, key: &str) -> Option<usize> {
+        self.weights.get(key)?.as_u64()?.try_into().ok()
+    }
+
+    /// Returns the error for a setting of the weights.
+    fn refused(&self, finder: &Finder<'_>, key: &str, expected: &str) -> WeightsError {
+        let found = self.weights.get(key).unwrap_or(&Value::Null);
+        let key = format!("config_groups.{}.weights.{key}", self.name);
+        finder.settings.refused(&key, found, expected)
+    }
+
+    /// Returns the number of inputs that share a scale.
+    fn group(&self, finder: &Finder<'_>, inputs: usize) -> Result<usize, WeightsError> {
+        match self.weights.get("strategy").and_then(Value::as_str) {
+            Some("channel" | "tensor") => Ok(inputs.max(1)),
+            Some("group" | "tensor_group") => {
+                let size = self.size("group_size").filter(|&size| size > 0);
+                let size =
+                    size.ok_or_else(|| self.refused(finder, "group_size", "a positive number"))?;
+                match inputs.is_multiple_of(size) {
+                    true => Ok(size),
+                    false => {
+                        let expected = format!("a divisor of {inputs}");
+                        Err(self.refused(finder, "group_size", &expected))
+                    }
+                }
+            }
+            _ => {
+                let expected = "\"tensor\", \"channel\", \"group\" or \"tensor_group\"";
+                Err(self.refused(finder, "strategy", expected))
+            }
+        }
+    }
+}
+
+pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
+    let settings = finder.settings;
+    if let Some(status) = settings.text("quantization_status")?
+        && status != "compressed"
+    {
+        let status = format!("{status:?}");
+        return Err(settings.refused("quantization_status", status, "\"compressed\""));
+    }
+    let schemes = schemes(finder)?;
+    let scheme_of = |module: &str| schemes.iter().find(|scheme| scheme.is_for(module));
+    for (suffix, kind) in [
+        (".weight_packed", RawType::I32),
+        (".weight_packed", RawType::U8),
+        (".weight", RawType::I8),
+        (".weight", RawType::F8E4M3),
+    ] {
+        for module in finder.modules(suffix, kind) {
+            let Some(scheme) = scheme_of(&module) else {
+                let problem = format!(
+                    "quantization_config.config_groups has no target for {module:?}, whose \
+                     weights are quantised"
+                );
+                return Err(settings.malformed(problem));
+            };
+            add(finder, scheme, &module, kind)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads the groups of modules.
+fn schemes<'a>(finder: &Finder<'a>) -> Result<Vec<Scheme<'a>>, WeightsError> {
+    let settings = finder.settings;
+    let groups = settings.get("config_groups").unwrap_or(&Value::Null);
+    let groups = groups
+        .as_object()
+        .ok_or_else(|| settings.refused("config_groups", groups, "an object"))?;
+    let common = settings.text("format")?.unwrap_or_default();
+    let mut schemes = Vec::new();
+    for (name, group) in groups {
+        let key = |key: &str| format!("config_groups.{name}.{key}");
+        let targets = group.get("targets").and_then(Value::as_array);
+        let targets = targets.ok_or_else(|| {
+            settings.refused(&key("targets"), "missing", "a list of names and patterns")
+        })?;
+        let read = |target: &'a Value| match target.as_str() {
+            Some("Linear") => Ok(Target::Linear),
+            Some(text) => match text.strip_prefix("re:") {
+                None => Ok(Target::Named(text)),
+                Some(pattern) => Regex::new(pattern).map(Target::Pattern).map_err(|error| {
+                    let expected = format!("a pattern that can be read ({error})");
+                    settings.refused(&key("targets"), target, &expected)
+                }),
+            },
+            None => Err(settings.refused(&key("targets"), target, "a name or a pattern")),
+        };
+        let format = group.get("format").and_then(Value::as_str);
+        schemes.push(Scheme {
+            name,
+            targets: targets.iter().map(read).collect::<Result<_, _>>()?,
+            format: format.unwrap_or(common),
+            weights: group.get("weights").unwrap_or(&Value::Null),
+        });
+    }
+    // Groups that name modules come before those for all linear layers.
+    let is_general = |scheme: &Scheme<'_>| {
+        let mut targets = scheme.targets.iter();
+        targets.any(|target| matches!(target, Target::Linear))
+    };
+    schemes.sort_by_key(is_general);
+    Ok(schemes)
+}
+
+/// Adds the matrix of a module.
+fn add(
+    finder: &mut Finder<'_>,
+    scheme: &Scheme<'_>,
+    module: &str,
+    kind: RawType,
+) -> Result<(), WeightsError> {
+    let name = |part: &str| format!("{module}.{part}");
+    match (scheme.format, kind) {
+        ("pack-quantized", RawType::I32) => add_packed(finder, scheme, module),
+        ("int-quantized" | "naive-quantized", RawType::I8) => {
+            let weight = name("weight");
+            let [outputs, inputs] = shape(finder, &weight)?;
+            let zeros = name("weight_zero_point");
+            let has_zeros = finder.has(&zeros);
+            let integers = Integers {
+                shape: vec![outputs, inputs],
+                bits: 8,
+                group: scheme.group(finder, inputs)?,
+                codes: weight.clone(),
+                packing: Packing::Bytes,
+                scales: name("weight_scale"),
+                scales_by_group: false,
+                zeros: match has_zeros {
+                    true => Zeros::Bytes(zeros),
+                    false => Zeros::All(0),
+                },
+                order: None,
+            };
+            finder.add_integers(weight, integers)
+        }
+        ("float-quantized" | "naive-quantized", RawType::F8E4M3) => {
+            let block = match scheme.weights.get("block_structure") {
+                Some(Value::Array(sizes)) => {
+                    let size = |index: usize| sizes.get(index)?.as_u64()?.try_into().ok();
+                    let block = size(0)
+                        .zip(size(1))
+                        .filter(|&(a, b): &(usize, usize)| a * b > 0);
+                    Some(block.ok_or_else(|| {
+                        scheme.refused(finder, "block_structure", "two positive numbers")
+                    })?)
+                }
+                _ => None,
+            };
+            fp8::add(finder, module, block)
+        }
+        ("mxfp4-pack-quantized", RawType::U8) => {
+            let packed = name("weight_packed");
+            let [outputs, half] = shape(finder, &packed)?;
+            let floats = Floats {
+                shape: vec![outputs, half.saturating_mul(2)],
+                number: Number::E2m1,
+                numbers: packed,
+                stored: vec![outputs, half],
+                scale: Scale::Exponent,
+                scales: name("weight_scale"),
+                block: (1, 32),
+                factor: Factor::One,
+                unused: Vec::new(),
+            };
+            finder.add_floats(name("weight"), floats)
+        }
+        ("nvfp4-pack-quantized", RawType::U8) => {
+            let factor = Factor::Over(name("weight_global_scale"));
+            let unused = vec![name("input_global_scale")];
+            add_nvfp4(finder, module, "weight_packed", factor, unused)
+        }
+        (format, kind) => {
+            let problem = format!(
+                "quantization_config.config_groups.{} has the format {format:?}, but {module:?} \
+                 has weights of type {kind:?}; supported are pack-quantized, int-quantized, \
+                 float-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized",
+                scheme.name
+            );
+            Err(finder.settings.malformed(problem))
+        }
+    }
+}
+
+/// Adds a matrix of NVFP4: numbers of 4 bits with an FP8 scale per 16 inputs, and a factor.
+pub(super) fn add_nvfp4(
+    finder: &mut Finder<'_>,
+    module: &str,
+    part: &str,
+    factor: Factor,
+    unused: Vec<String>,
+) -> Result<(), WeightsError> {
+    let packed = format!("{module}.{part}");
+    let [outputs, half] = shape(finder, &packed)?;
+    let floats = Floats {
+        shape: vec![outputs, half.saturating_mul(2)],
+        number: Number::E2m1,
+        numbers: packed,
+        stored: vec![outputs, half],
+        scale: Scale::E4m3,
+        scales: format!("{module}.weight_scale"),
+        block: (1, 16),
+        factor,
+        unused,
+    };
+    finder.add_floats(format!("{module}.weight"), floats)
+}
+
+/// Adds a matrix of integers that are packed into words.
+fn add_packed(
+    finder: &mut Finder<'_>,
+    scheme: &Scheme<'_>,
+    module: &str,
+) -> Result<(), WeightsError> {
+    let name = |part: &str| format!("{module}.{part}");
+    let packed = name("weight_packed");
+    let bits = match scheme.size("num_bits") {
+        Some(bits @ (2 | 4 | 8)) => bits as u32,
+        _ => return Err(scheme.refused(finder, "num_bits", "2, 4 or 8")),
+    };
+    let [outputs, words] = shape(finder, &packed)?;
+    let inputs = words.saturating_mul((32 / bits) as usize);
+    // States the number of inputs before they were padded to whole words.
+    finder.claim(name("weight_shape"));
+    let zeros = name("weight_zero_point");
+    let order = name("weight_g_idx");
+    let has_zeros = finder.has(&zeros);
+    let is_symmetric = scheme.weights.get("symmetric").and_then(Value::as_bool);
+    if is_symmetric == Some(has_zeros) {
+        let expected = match has_zeros {
+            true => format!("false, because there is a tensor {zeros:?}"),
+            false => format!("true, because there is no tensor {zeros:?}"),
+        };
+        return Err(scheme.refused(finder, "symmetric", &expected));
+    }
+    let integers = Integers {
+        shape: vec![outputs, inputs],
+        bits,
+        group: scheme.group(finder, inputs)?,
+        codes: packed,
+        packing: Packing::Rows,
+        scales: name("weight_scale"),
+        scales_by_group: false,
+        zeros: match has_zeros {
+            true => Zeros::Columns(zeros),
+            false => Zeros::All(1 << (bits - 1)),
+        },
+        order: finder.has(&order).then_some(order),
+    };
+    finder.add_integers(name("weight"), integers)
+}
+
+/// Returns the shape of a matrix of raw numbers.
+fn shape(finder: &Finder<'_>, name: &str) -> Result<[usize; 2], WeightsError> {
+    let stored = finder.directory.raw(name).map_or(&[][..], |raw| raw.shape);
+    let shape = <[usize; 2]>::try_from(stored);
+    shape.map_err(|_| wrong(finder.directory, name, &format!("{stored:?}"), "a matrix"))
+}
