@@ -155,6 +155,10 @@ fn add(
     kind: RawType,
 ) -> Result<(), WeightsError> {
     let name = |part: &str| format!("{module}.{part}");
+    // Activations are not quantised, so their scales are not needed.
+    for part in ["input_scale", "input_zero_point"] {
+        finder.claim(name(part));
+    }
     match (scheme.format, kind) {
         ("pack-quantized", RawType::I32) => add_packed(finder, scheme, module),
         ("int-quantized" | "naive-quantized", RawType::I8) => {

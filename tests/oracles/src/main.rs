@@ -19,7 +19,10 @@ use quell::{
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use written::{MARKS, PLAIN, Segment, any_segment, declared, written};
+use written::{MARKS, Segment, any_segment, declared, written};
+
+/// Parts of strings that a model may write as arguments.
+const PLAIN: &[&str] = &["a", "é", " ", "Straße", "7", ".", "-", "日本", "true"];
 
 /// Answers to record per format and kind.
 const RECORDED: usize = 12;

@@ -13,9 +13,6 @@ pub enum Segment {
     Call(String, Value),
 }
 
-/// Parts of strings that a model may write as arguments.
-pub const PLAIN: &[&str] = &["a", "é", " ", "Straße", "7", ".", "-", "日本", "true"];
-
 /// Parts of strings that confuse a parser: quotes, brackets and marks of the formats.
 pub const MARKS: &[&str] = &[
     "a",
