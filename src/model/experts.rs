@@ -39,15 +39,26 @@ impl ModelSource {
         if let Some(stacked) = self.stacked_experts(layer) {
             let gate_up = self.stack_name(layer, stacked.gate_up);
             let down = self.stack_name(layer, stacked.down);
-            if stacked.are_transposed && !gate_up.ends_with(BLOCKS) {
-                return self.transposed_expert(&gate_up, &down, expert, width, stacked);
-            }
-            let gate_up = self.expert_entry(&gate_up, expert, 2 * width, hidden)?;
-            let gate_up = match stacked.alternates {
-                true => gate_up.select(&stacked.stored_rows(width)),
-                false => gate_up,
+            let is_transposed = |name: &str| stacked.are_transposed && !name.ends_with(BLOCKS);
+            let places = stacked.stored_rows(width);
+            let gate_up = match is_transposed(&gate_up) {
+                true => self.transposed(&gate_up, expert, hidden, &places)?,
+                false => {
+                    let stored = self.expert_entry(&gate_up, expert, 2 * width, hidden)?;
+                    match stacked.alternates {
+                        true => stored.select(&places),
+                        false => stored,
+                    }
+                }
             };
-            return Ok((gate_up, self.expert_entry(&down, expert, hidden, width)?));
+            let down = match is_transposed(&down) {
+                true => {
+                    let columns: Vec<usize> = (0..hidden).collect();
+                    self.transposed(&down, expert, width, &columns)?
+                }
+                false => self.expert_entry(&down, expert, hidden, width)?,
+            };
+            return Ok((gate_up, down));
         }
         let down = [(Part::ExpertDown(expert), hidden)];
         if let Some(fused) = self.fused_experts(layer) {
@@ -262,21 +273,6 @@ impl ModelSource {
             false => None,
         };
         Ok(StoredLinear::new(vec![stored]).with_bias(bias))
-    }
-
-    /// Reads one expert of a checkpoint that stacks transposed matrices.
-    fn transposed_expert(
-        &self,
-        gate_up: &str,
-        down: &str,
-        expert: usize,
-        width: usize,
-        stacked: StackedExperts,
-    ) -> Result<(StoredLinear<'_>, StoredLinear<'_>), ModelError> {
-        let hidden = self.config().hidden;
-        let gate_up = self.transposed(gate_up, expert, hidden, &stacked.stored_rows(width))?;
-        let columns: Vec<usize> = (0..hidden).collect();
-        Ok((gate_up, self.transposed(down, expert, width, &columns)?))
     }
 
     /// Reads entry `expert` of a stacked tensor, `[inputs, outputs]`, and transposes it: row `i` of

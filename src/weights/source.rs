@@ -51,7 +51,8 @@ pub trait WeightSource: Send + Sync {
     /// Returns the tensor called `name`, if there is one.
     fn tensor(&self, name: &str) -> Option<TensorView<'_>>;
 
-    /// Returns the names of all tensors, in the file's order.
+    /// Returns the names of all tensors, in the file's order, and then those of quantised matrices
+    /// that are made of several tensors.
     fn names(&self) -> Vec<&str>;
 
     /// Reads the bytes of a tensor of this source. All of its weights are finite.
@@ -83,7 +84,7 @@ pub struct ParameterCount {
     pub total: usize,
     /// Number of weights by format.
     pub by_format: BTreeMap<DType, usize>,
-    /// Size of the weights in the file, in bytes.
+    /// Size of the weights in bytes, as they are read.
     pub bytes: usize,
 }
 

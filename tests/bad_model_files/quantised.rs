@@ -3,7 +3,7 @@
 
 use crate::tensors::Folder;
 use common::golden::quantised;
-use quell::internals::weights::ModelFolder;
+use quell::internals::weights::{DType, ModelFolder, WeightSource, quant};
 use serde_json::{Value, json};
 
 /// A layer that all checkpoints but that of gpt-oss have.
@@ -138,9 +138,9 @@ fn settings_are_refused_by_their_names() {
         ),
         (
             "ct-w4a16",
-            "quantization_status",
-            json!("frozen"),
-            "quantization_status is \"frozen\"",
+            "transform_config",
+            json!({"config_groups": {"R1": {}}}),
+            "quantization_config.transform_config is",
         ),
     ] {
         refused_setting(name, key, value, expected);
@@ -234,6 +234,85 @@ fn numbers_are_refused_by_their_places() {
         folder.bytes(&weight)[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     });
     assert!(error.contains(&weight), "{error}");
+}
+
+#[test]
+fn matrices_that_are_empty_or_too_large_are_refused() {
+    for (name, part, shape) in [
+        ("gptq", "qweight", json!([1u64 << 62, 0])),
+        ("awq", "qweight", json!([0, 1u64 << 62])),
+        ("ct-w4a16-asym", "weight_packed", json!([1u64 << 61, 0])),
+        ("ct-mxfp4", "weight_packed", json!([0, 1u64 << 62])),
+        ("fp8-tensor", "weight", json!([0, 1u64 << 62])),
+    ] {
+        let part = format!("{LAYER}.{part}");
+        let error = refused(name, |folder| {
+            folder.header.remove(&part).unwrap();
+            let kind = match name {
+                "ct-mxfp4" => "U8",
+                "fp8-tensor" => "F8_E4M3",
+                _ => "I32",
+            };
+            folder.repack();
+            let end = folder.data.len();
+            let entry = json!({"dtype": kind, "shape": shape, "data_offsets": [end, end]});
+            folder.header.insert(part.clone(), entry);
+        });
+        assert!(
+            error.contains("which is empty or too large"),
+            "{name}: {error}"
+        );
+        assert!(error.contains(LAYER), "{name}: {error}");
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_when_they_are_read() {
+    let scale = format!("{LAYER}.weight_scale");
+    let mut folder = Folder::copy(&quantised("fp8-tensor"));
+    // The scale itself is finite, but not its product with the largest number.
+    folder.bytes(&scale).copy_from_slice(&3e38f32.to_le_bytes());
+    folder.write();
+    let model = ModelFolder::open(folder.path()).unwrap();
+    let weight = format!("{LAYER}.weight");
+    let error = model.read(&model.tensor(&weight).unwrap()).unwrap_err();
+    assert!(error.to_string().contains(&weight), "{error}");
+    assert!(error.to_string().contains("is not finite"), "{error}");
+}
+
+#[test]
+fn a_scale_of_zeros_does_not_matter() {
+    let mut folder = Folder::copy(&quantised("ct-mxfp4"));
+    folder.bytes(&format!("{LAYER}.weight_packed"))[..16].fill(0x80);
+    folder.bytes(&format!("{LAYER}.weight_scale"))[0] = 250;
+    folder.write();
+    let model = ModelFolder::open(folder.path()).unwrap();
+    let tensor = model.tensor(&format!("{LAYER}.weight")).unwrap();
+    assert_eq!(tensor.dtype, DType::Q5_0);
+    let data = model.read(&tensor).unwrap();
+    let mut weights = vec![1.0; tensor.elements()];
+    quant::dequantize(tensor.dtype, &data, &mut weights);
+    assert_eq!(weights[..32], [0.0; 32]);
+    assert!(weights.iter().all(|weight| weight.is_finite()));
+}
+
+/// Devices multiply all experts of a layer at once.
+#[test]
+fn the_experts_of_a_layer_have_one_format() {
+    let expert = |layer: usize, part: &str| format!("model.layers.{layer}.mlp.experts.2.{part}");
+    let mut folder = Folder::copy(&quantised("ct-w4a16-moe"));
+    // A bfloat16 number that is no float16 number.
+    folder.bytes(&expert(1, "up_proj.weight_scale"))[..2].copy_from_slice(&[0xae, 0x35]);
+    folder.write();
+    let model = ModelFolder::open(folder.path()).unwrap();
+    for name in model.names() {
+        let Some((_, part)) = name.split_once(".experts.") else {
+            continue;
+        };
+        let is_changed = name.contains("layers.1.") && !part.contains("down_proj");
+        let expected = if is_changed { DType::F32 } else { DType::Q4_0 };
+        assert_eq!(model.tensor(name).unwrap().dtype, expected, "{name}");
+    }
 }
 
 #[test]

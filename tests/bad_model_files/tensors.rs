@@ -60,7 +60,7 @@ fn renamed(name: &str) -> String {
 pub struct Folder {
     folder: TempDir,
     pub header: Map<String, Value>,
-    data: Vec<u8>,
+    pub data: Vec<u8>,
 }
 
 impl Folder {
@@ -96,6 +96,22 @@ impl Folder {
     /// Gives a tensor another name.
     pub fn rename(&mut self, name: &str) {
         rename(&mut self.header, name);
+    }
+
+    /// Moves the tensors together, so that there are no bytes between them.
+    pub fn repack(&mut self) {
+        let mut data = Vec::new();
+        for (name, entry) in &mut self.header {
+            if name == "__metadata__" {
+                continue;
+            }
+            let place = |index: usize| entry["data_offsets"][index].as_u64().unwrap() as usize;
+            let bytes = &self.data[place(0)..place(1)];
+            let first = data.len();
+            data.extend_from_slice(bytes);
+            entry["data_offsets"] = serde_json::json!([first, data.len()]);
+        }
+        self.data = data;
     }
 
     /// Returns the bytes of a tensor.

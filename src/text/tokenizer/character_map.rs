@@ -6,8 +6,9 @@
 
 use crate::text::TextError;
 
-/// Maximum length of a replacement in bytes, so that a text grows by a bounded factor. The longest
-/// one of `nmt_nfkc`, that of U+FDFA, has 33.
+/// Maximum length in bytes of a replacement, so that a text grows by a bounded factor, and of what
+/// is replaced, so that the time is linear. The longest replacement of `nmt_nfkc`, that of U+FDFA,
+/// has 33.
 const LONGEST: usize = 256;
 
 /// Replaces characters, and sequences of them, by others.
@@ -107,7 +108,8 @@ impl CharacterMap {
         let node = |place: u32| self.trie.get(place as usize).map(|node| Node(*node));
         let mut found = None;
         let mut place = node(0)?.offset();
-        for (index, byte) in text.bytes().enumerate() {
+        // The nodes of a broken map could lead in a circle.
+        for (index, byte) in text.bytes().take(LONGEST).enumerate() {
             place ^= u32::from(byte);
             let Some(reached) = node(place).filter(|node| node.label() == u32::from(byte)) else {
                 break;

@@ -19,7 +19,9 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     for module in finder.modules(".qweight", RawType::I32) {
         let name = |part: &str| format!("{module}.{part}");
         let (inputs, outputs) = match finder.directory.raw(&name("qweight")) {
-            Some(tensor) if tensor.shape.len() == 2 => (tensor.shape[0], tensor.shape[1] * 8),
+            Some(tensor) if tensor.shape.len() == 2 => {
+                (tensor.shape[0], tensor.shape[1].saturating_mul(8))
+            }
             _ => {
                 let name = name("qweight");
                 return Err(wrong(finder.directory, &name, "no matrix", "a matrix"));

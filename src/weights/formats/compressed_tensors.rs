@@ -6,7 +6,7 @@ use super::super::raw::RawType;
 use super::floats::{Factor, Floats, Number, Scale};
 use super::integers::{Integers, Packing, Zeros};
 use super::{Finder, fp8, wrong};
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 
 /// How the weights of some modules are stored.
@@ -76,11 +76,11 @@ impl Scheme<'_> {
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
-    if let Some(status) = settings.text("quantization_status")?
-        && status != "compressed"
+    if let Some(transforms) = settings.get("transform_config")
+        && transforms.as_object().is_none_or(|all| !all.is_empty())
     {
-        let status = format!("{status:?}");
-        return Err(settings.refused("quantization_status", status, "\"compressed\""));
+        let expected = "empty: rotations of activations are not supported";
+        return Err(settings.refused("transform_config", transforms, expected));
     }
     let schemes = schemes(finder)?;
     let scheme_of = |module: &str| schemes.iter().find(|scheme| scheme.is_for(module));
@@ -104,6 +104,9 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     Ok(())
 }
 
+/// Maximum number of names and patterns.
+const MOST_TARGETS: usize = 1000;
+
 /// Reads the groups of modules.
 fn schemes<'a>(finder: &Finder<'a>) -> Result<Vec<Scheme<'a>>, WeightsError> {
     let settings = finder.settings;
@@ -119,11 +122,16 @@ fn schemes<'a>(finder: &Finder<'a>) -> Result<Vec<Scheme<'a>>, WeightsError> {
         let targets = targets.ok_or_else(|| {
             settings.refused(&key("targets"), "missing", "a list of names and patterns")
         })?;
+        let found = targets.len();
+        if found > MOST_TARGETS {
+            let expected = format!("a list of at most {MOST_TARGETS}");
+            return Err(settings.refused(&key("targets"), format!("a list of {found}"), &expected));
+        }
         let read = |target: &'a Value| match target.as_str() {
             Some("Linear") => Ok(Target::Linear),
             Some(text) => match text.strip_prefix("re:") {
                 None => Ok(Target::Named(text)),
-                Some(pattern) => Regex::new(pattern).map(Target::Pattern).map_err(|error| {
+                Some(pattern) => pattern_of(pattern).map(Target::Pattern).map_err(|error| {
                     let expected = format!("a pattern that can be read ({error})");
                     settings.refused(&key("targets"), target, &expected)
                 }),
@@ -147,6 +155,11 @@ fn schemes<'a>(finder: &Finder<'a>) -> Result<Vec<Scheme<'a>>, WeightsError> {
     Ok(schemes)
 }
 
+/// Compiles a pattern, which may take 64 KiB.
+fn pattern_of(text: &str) -> Result<Regex, regex::Error> {
+    RegexBuilder::new(text).size_limit(1 << 16).build()
+}
+
 /// Adds the matrix of a module.
 fn add(
     finder: &mut Finder<'_>,
@@ -155,10 +168,6 @@ fn add(
     kind: RawType,
 ) -> Result<(), WeightsError> {
     let name = |part: &str| format!("{module}.{part}");
-    // Activations are not quantised, so their scales are not needed.
-    for part in ["input_scale", "input_zero_point"] {
-        finder.claim(name(part));
-    }
     match (scheme.format, kind) {
         ("pack-quantized", RawType::I32) => add_packed(finder, scheme, module),
         ("int-quantized" | "naive-quantized", RawType::I8) => {
@@ -188,7 +197,7 @@ fn add(
                     let size = |index: usize| sizes.get(index)?.as_u64()?.try_into().ok();
                     let block = size(0)
                         .zip(size(1))
-                        .filter(|&(a, b): &(usize, usize)| a * b > 0);
+                        .filter(|&(a, b): &(usize, usize)| a > 0 && b > 0);
                     Some(block.ok_or_else(|| {
                         scheme.refused(finder, "block_structure", "two positive numbers")
                     })?)
@@ -209,14 +218,12 @@ fn add(
                 scales: name("weight_scale"),
                 block: (1, 32),
                 factor: Factor::One,
-                unused: Vec::new(),
             };
             finder.add_floats(name("weight"), floats)
         }
         ("nvfp4-pack-quantized", RawType::U8) => {
             let factor = Factor::Over(name("weight_global_scale"));
-            let unused = vec![name("input_global_scale")];
-            add_nvfp4(finder, module, "weight_packed", factor, unused)
+            add_nvfp4(finder, module, "weight_packed", factor)
         }
         (format, kind) => {
             let problem = format!(
@@ -236,7 +243,6 @@ pub(super) fn add_nvfp4(
     module: &str,
     part: &str,
     factor: Factor,
-    unused: Vec<String>,
 ) -> Result<(), WeightsError> {
     let packed = format!("{module}.{part}");
     let [outputs, half] = shape(finder, &packed)?;
@@ -249,7 +255,6 @@ pub(super) fn add_nvfp4(
         scales: format!("{module}.weight_scale"),
         block: (1, 16),
         factor,
-        unused,
     };
     finder.add_floats(format!("{module}.weight"), floats)
 }

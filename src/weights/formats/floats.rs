@@ -52,8 +52,6 @@ pub(super) struct Floats {
     /// Rows and inputs that share a scale. The scales are `[rows / block.0, inputs / block.1]`.
     pub(super) block: (usize, usize),
     pub(super) factor: Factor,
-    /// Names of tensors that are not used, because activations are not quantised.
-    pub(super) unused: Vec<String>,
 }
 
 /// Returns the value of an FP8 number. Only NaN is not finite.
@@ -100,14 +98,13 @@ impl Floats {
         }
     }
 
-    /// Returns the names of the tensors that the matrix is stored in, and of those beside it.
+    /// Returns the names of the tensors that the matrix is stored in.
     pub(super) fn parts(&self) -> Vec<String> {
         let mut parts = vec![self.numbers.clone(), self.scales.clone()];
         match &self.factor {
             Factor::One => {}
             Factor::Times(name) | Factor::Over(name) => parts.push(name.clone()),
         }
-        parts.extend(self.unused.iter().cloned());
         parts
     }
 
@@ -119,10 +116,18 @@ impl Floats {
         };
         require_raw(directory, &self.numbers, kind, &self.stored)?;
         let scales = self.scales(directory, 0..self.rows())?;
+        let (group, inputs) = (self.block.1, self.inputs());
         if self.are_integers() {
+            if !group.is_multiple_of(32) || !inputs.is_multiple_of(group) {
+                return Ok(DType::F32);
+            }
             let mut halves: Vec<f32> = scales.iter().map(|scale| scale / 2.0).collect();
-            self.clear_unused(directory, &mut halves)?;
-            return Ok(dtype_for((-12, 12), self.block.1, self.inputs(), &halves));
+            if !halves.iter().all(is_half) {
+                let rows = 0..self.rows();
+                let data = raw_rows(directory, &self.numbers, self.row_bytes(), rows)?;
+                self.clear_unused(&data, &mut halves);
+            }
+            return Ok(dtype_for((-12, 12), group, inputs, &halves));
         }
         // A number of at most 4 bits times a power of two is a bfloat16 number.
         let is_power = |scale: &f32| {
@@ -136,12 +141,8 @@ impl Floats {
     }
 
     /// Sets the scales to 0 that are no float16 numbers and belong to zeros only. Quantisers store
-    /// the smallest scale for these.
-    fn clear_unused(&self, directory: &Directory, scales: &mut [f32]) -> Result<(), WeightsError> {
-        if scales.iter().all(is_half) {
-            return Ok(());
-        }
-        let data = raw_rows(directory, &self.numbers, self.row_bytes(), 0..self.rows())?;
+    /// the smallest scale for these. A row must be a whole number of groups.
+    fn clear_unused(&self, data: &[u8], scales: &mut [f32]) {
         let groups = data.chunks(self.block.1 / 2);
         for (scale, numbers) in scales.iter_mut().zip(groups) {
             // Bits 3 and 7 are the signs.
@@ -149,7 +150,6 @@ impl Floats {
                 *scale = 0.0;
             }
         }
-        Ok(())
     }
 
     /// Returns whether the rows are integers with scales that are float16 numbers.
@@ -189,8 +189,10 @@ impl Floats {
                 let bytes = raw_rows(directory, &self.scales, per_row, own)?;
                 let value = |byte: u8| match self.scale {
                     Scale::Exponent if byte == 255 => f32::NAN,
-                    // The smallest ones are subnormal numbers, which `powi` would lose.
-                    Scale::Exponent => 2f32.powi(i32::from(byte) - 63) * 2f32.powi(-64),
+                    // The bits of a float32 number with this exponent, the smallest of which is
+                    // subnormal.
+                    Scale::Exponent if byte == 0 => f32::from_bits(1 << 22),
+                    Scale::Exponent => f32::from_bits(u32::from(byte) << 23),
                     _ => e4m3(byte),
                 };
                 bytes.into_iter().map(value).collect()
@@ -234,15 +236,16 @@ impl Floats {
             return Err(wrong(directory, &self.numbers, &found, "finite"));
         }
         if self.are_integers() {
+            let mut halves: Vec<f32> = scales.iter().map(|scale| scale / 2.0).collect();
+            if self.inputs().is_multiple_of(block_inputs) {
+                self.clear_unused(&data, &mut halves);
+            }
             let fill = move |row: usize, codes: &mut [i16], own: &mut [f32]| {
                 let bytes = &data[row * row_bytes..][..row_bytes];
                 for (codes, byte) in codes.chunks_exact_mut(2).zip(bytes) {
                     codes.copy_from_slice(&[doubled_e2m1(byte & 15), doubled_e2m1(byte >> 4)]);
                 }
-                let scales = &scales[row * per_row..][..per_row];
-                own.iter_mut()
-                    .zip(scales)
-                    .for_each(|(to, scale)| *to = scale / 2.0);
+                own.copy_from_slice(&halves[row * per_row..][..per_row]);
             };
             return Ok(Rows::Integers {
                 fill: Box::new(fill),

@@ -8,7 +8,11 @@ use super::{Finder, wrong};
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
-    settings.require("fmt", "e4m3")?;
+    if let Some(format) = settings.text("fmt")?
+        && !["e4m3", "float8_e4m3", "float8_e4m3fn"].contains(&format)
+    {
+        return Err(settings.refused("fmt", format!("{format:?}"), "\"e4m3\""));
+    }
     let block = match settings.get("weight_block_size") {
         None => None,
         Some(value) => {
@@ -62,7 +66,6 @@ pub(super) fn add(
         scales,
         block,
         factor: Factor::One,
-        unused: vec![name("input_scale")],
     };
     finder.add_floats(weight, floats)
 }

@@ -11,10 +11,9 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
     let bits = settings.bits("bits", &[2, 4, 8])?;
     let format = settings.text("checkpoint_format")?.unwrap_or("gptq");
-    // The first version stores zero points less one.
-    let more = match format {
-        "gptq" => 1,
-        "gptq_v2" => 0,
+    let are_less_one = match format {
+        "gptq" => true,
+        "gptq_v2" => false,
         other => {
             let expected = "\"gptq\" or \"gptq_v2\"";
             return Err(settings.refused("checkpoint_format", format!("{other:?}"), expected));
@@ -23,9 +22,10 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     for module in finder.modules(".qweight", RawType::I32) {
         let name = |part: &str| format!("{module}.{part}");
         let (inputs, outputs) = match finder.directory.raw(&name("qweight")) {
-            Some(tensor) if tensor.shape.len() == 2 => {
-                (tensor.shape[0] * (32 / bits) as usize, tensor.shape[1])
-            }
+            Some(tensor) if tensor.shape.len() == 2 => (
+                tensor.shape[0].saturating_mul((32 / bits) as usize),
+                tensor.shape[1],
+            ),
             _ => {
                 let name = name("qweight");
                 return Err(wrong(finder.directory, &name, "no matrix", "a matrix"));
@@ -41,7 +41,10 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             packing: Packing::Inputs,
             scales: name("scales"),
             scales_by_group: true,
-            zeros: Zeros::Plain(name("qzeros"), more),
+            zeros: Zeros::Plain {
+                name: name("qzeros"),
+                are_less_one,
+            },
             order: finder.has(&order).then_some(order),
         };
         finder.add_integers(name("weight"), integers)?;

@@ -26,8 +26,9 @@ pub(super) enum Packing {
 pub(super) enum Zeros {
     /// The same for all weights.
     All(i16),
-    /// `[groups, outputs · bits / 32]`, lowest bits first, with this added to each.
-    Plain(String, i16),
+    /// `[groups, outputs · bits / 32]`, lowest bits first. The first version of GPTQ stores words
+    /// from each of whose zero points one has been subtracted, with a borrow from the next one.
+    Plain { name: String, are_less_one: bool },
     /// `[groups, outputs · bits / 32]` in AWQ's order.
     Interleaved(String),
     /// `[outputs · bits / 32, groups]`, lowest bits first along the outputs.
@@ -83,7 +84,7 @@ impl Integers {
         let mut parts = vec![self.codes.clone(), self.scales.clone()];
         match &self.zeros {
             Zeros::All(_) => {}
-            Zeros::Plain(name, _)
+            Zeros::Plain { name, .. }
             | Zeros::Interleaved(name)
             | Zeros::Columns(name)
             | Zeros::Bytes(name) => parts.push(name.clone()),
@@ -116,14 +117,9 @@ impl Integers {
         if self.order(directory)?.is_some() {
             return Ok(DType::F32);
         }
-        let bits = if self.packing == Packing::Bytes {
-            8
-        } else {
-            self.bits
-        };
         let (least, most) = match self.packing {
             Packing::Bytes => (-128, 127),
-            _ => (0, (1 << bits) - 1),
+            _ => (0, (1 << self.bits) - 1),
         };
         let smallest_zero = zeros.iter().min().copied().unwrap_or(0);
         let largest_zero = zeros.iter().max().copied().unwrap_or(0);
@@ -156,34 +152,37 @@ impl Integers {
         let packed = outputs.div_ceil((32 / self.bits) as usize);
         let (name, kind, shape) = match &self.zeros {
             Zeros::All(zero) => return Ok(vec![*zero; outputs * groups]),
-            Zeros::Plain(name, _) | Zeros::Interleaved(name) => {
+            Zeros::Plain { name, .. } | Zeros::Interleaved(name) => {
                 (name, RawType::I32, [groups, packed])
             }
             Zeros::Columns(name) => (name, RawType::I32, [packed, groups]),
             Zeros::Bytes(name) => (name, RawType::I8, [outputs, groups]),
         };
         require_raw(directory, name, kind, &shape)?;
-        let data = raw_rows(directory, name, shape[1] * kind.bytes(), 0..shape[0])?;
-        let half = 1 << (self.bits - 1);
+        let mut data = raw_rows(directory, name, shape[1] * kind.bytes(), 0..shape[0])?;
+        if let Zeros::Plain {
+            are_less_one: true, ..
+        } = &self.zeros
+        {
+            // A one for each zero point of a word.
+            let ones = u32::MAX / ((1 << self.bits) - 1);
+            let (words, _) = data.as_chunks_mut();
+            for word in words {
+                *word = u32::from_le_bytes(*word).wrapping_add(ones).to_le_bytes();
+            }
+        }
         let places = (0..outputs).flat_map(|output| (0..groups).map(move |group| (output, group)));
         Ok(places
             .map(|(output, group)| match &self.zeros {
                 Zeros::All(zero) => *zero,
-                Zeros::Plain(_, more) => code(&data, group * packed, 1, output, self.bits) + more,
+                Zeros::Plain { .. } => code(&data, group * packed, 1, output, self.bits),
                 Zeros::Interleaved(_) => {
                     let place = output / 8 * 8 + INTERLEAVED[output % 8];
                     code(&data, group * packed, 1, place, self.bits)
                 }
                 // Both codes and zero points are stored with half of their range added.
                 Zeros::Columns(_) => code(&data, group, groups, output, self.bits),
-                Zeros::Bytes(_) => {
-                    let zero = i16::from(data[output * groups + group] as i8);
-                    if self.packing == Packing::Bytes {
-                        zero
-                    } else {
-                        zero + half
-                    }
-                }
+                Zeros::Bytes(_) => i16::from(data[output * groups + group] as i8),
             })
             .collect())
     }
@@ -200,6 +199,10 @@ impl Integers {
         let mut order = Vec::with_capacity(inputs);
         for (input, word) in words.iter().enumerate() {
             let group = i32::from_le_bytes(*word);
+            // compressed-tensors writes this for groups of consecutive inputs.
+            if group == -1 && self.packing == Packing::Rows {
+                return Ok(None);
+            }
             let known = usize::try_from(group).ok().filter(|&group| group < groups);
             let Some(group) = known else {
                 let found = format!("{group} for input {input}");
@@ -229,7 +232,8 @@ impl Integers {
             Packing::Inputs => 4 * outputs,
             Packing::Outputs => 4 * outputs / per_word,
         };
-        // Whether the codes of a row are next to each other.
+        // Packed along the outputs, or with the outputs of an input next to each other, all rows of
+        // the stored matrix hold codes of a row.
         let (stored_rows, first_stored) = match self.packing {
             Packing::Rows | Packing::Bytes => (rows, first),
             Packing::Inputs => (0..inputs / per_word, 0),

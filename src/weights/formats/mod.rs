@@ -8,7 +8,7 @@
 //!
 //! Integers whose scales are float16 numbers are read as blocks of Q4_0, Q5_0 or Q8_0, which hold
 //! the same weights exactly. FP8 numbers whose scales are powers of two are expanded to bfloat16,
-//! and everything else to float32. No weight is rounded.
+//! and everything else to float32.
 
 mod awq;
 mod compressed_tensors;
@@ -127,7 +127,25 @@ impl Quantised {
             },
         };
         find(&mut finder)?;
+        finder.claim_other_scales();
+        finder.found.unify_experts();
         Ok(finder.found)
+    }
+
+    /// Gives the experts of a layer one format, the narrowest that holds all of them.
+    fn unify_experts(&mut self) {
+        let mut common: BTreeMap<String, DType> = BTreeMap::new();
+        for (name, matrix) in &self.matrices {
+            if let Some(key) = expert_key(name) {
+                let known = common.entry(key).or_insert(matrix.dtype);
+                *known = wider(*known, matrix.dtype);
+            }
+        }
+        for (name, matrix) in &mut self.matrices {
+            if let Some(dtype) = expert_key(name).and_then(|key| common.get(&key)) {
+                matrix.dtype = *dtype;
+            }
+        }
     }
 
     /// Returns the name of the format.
@@ -171,6 +189,10 @@ impl Quantised {
             Form::Integers(integers) => integers.open(directory, rows)?,
             Form::Floats(floats) => floats.open(directory, rows)?,
         };
+        let path = || match &matrix.form {
+            Form::Integers(integers) => directory.path_of(&integers.codes),
+            Form::Floats(floats) => directory.path_of(&floats.numbers),
+        };
         let mut data = vec![0; view.bytes.len()];
         in_chunks(&mut data, row_bytes, &|start, chunk| {
             let (mut codes, mut weights) = (vec![0; columns], vec![0.0; columns]);
@@ -201,7 +223,14 @@ impl Quantised {
                     to.copy_from_slice(&weight.to_le_bytes());
                 }
             }
-            Ok(())
+            match super::quant::first_not_finite(matrix.dtype, chunk) {
+                None => Ok(()),
+                Some(index) => Err(WeightsError::NotFinite {
+                    path: path(),
+                    tensor: view.name.to_owned(),
+                    index: (first + start / row_bytes) * columns + index,
+                }),
+            }
         })?;
         Ok(Some(data))
     }
@@ -221,6 +250,39 @@ impl Matrix {
         self.dtype.bytes_for(self.columns()).unwrap_or(1).max(1)
     }
 }
+
+/// Returns what the names of a matrix of all experts of a layer have in common. Gate and up
+/// projections are used together.
+fn expert_key(name: &str) -> Option<String> {
+    let (layer, rest) = name.split_once(".experts.")?;
+    let (_, part) = rest.split_once('.')?;
+    Some(format!("{layer}.{}", part.replace("up_proj", "gate_proj")))
+}
+
+/// Returns the narrower of the formats that hold the integers or numbers of both.
+fn wider(a: DType, b: DType) -> DType {
+    const BLOCKS: [DType; 3] = [DType::Q4_0, DType::Q5_0, DType::Q8_0];
+    let place = |dtype| BLOCKS.iter().position(|&block| block == dtype);
+    match (place(a), place(b)) {
+        _ if a == b => a,
+        (Some(a), Some(b)) => BLOCKS[a.max(b)],
+        _ => DType::F32,
+    }
+}
+
+/// Endings of the names of scales that activations and cached keys and values would have if they
+/// were quantised.
+const OTHER_SCALES: [&str; 9] = [
+    ".activation_scale",
+    ".input_global_scale",
+    ".input_scale",
+    ".input_zero_point",
+    ".k_scale",
+    ".output_scale",
+    ".prob_output_scale",
+    ".q_scale",
+    ".v_scale",
+];
 
 /// Collects the matrices of a folder.
 struct Finder<'a> {
@@ -254,7 +316,15 @@ impl Finder<'_> {
         }
     }
 
+    /// Claims the scales of what is not quantised here, activations and the KV cache.
+    fn claim_other_scales(&mut self) {
+        let names = self.directory.names().into_iter();
+        let others = names.filter(|name| OTHER_SCALES.iter().any(|end| name.ends_with(end)));
+        self.found.parts.extend(others.map(str::to_owned));
+    }
+
     fn add_integers(&mut self, name: String, integers: Integers) -> Result<(), WeightsError> {
+        self.require_size(&name, &integers.shape)?;
         let dtype = integers.dtype(self.directory)?;
         for part in integers.parts() {
             self.claim(part);
@@ -264,6 +334,7 @@ impl Finder<'_> {
     }
 
     fn add_floats(&mut self, name: String, floats: Floats) -> Result<(), WeightsError> {
+        self.require_size(&name, &floats.shape)?;
         let dtype = floats.dtype(self.directory)?;
         for part in floats.parts() {
             self.claim(part);
@@ -279,14 +350,6 @@ impl Finder<'_> {
         dtype: DType,
         form: Form,
     ) -> Result<(), WeightsError> {
-        let elements = shape
-            .iter()
-            .try_fold(1usize, |all, &one| all.checked_mul(one));
-        let fits = |elements| dtype.bytes_for(elements).is_some();
-        if !elements.is_some_and(fits) || shape.contains(&0) {
-            let problem = format!("{name:?} has shape {shape:?}, which is empty or too large");
-            return Err(self.settings.malformed(problem));
-        }
         let matrix = Matrix { shape, dtype, form };
         if self.directory.tensor(&name).is_some()
             || self.found.matrices.insert(name.clone(), matrix).is_some()
@@ -295,6 +358,19 @@ impl Finder<'_> {
             return Err(self.settings.malformed(problem));
         }
         Ok(())
+    }
+}
+
+impl Finder<'_> {
+    /// Fails if a matrix is empty, or takes more than can be addressed when it is expanded.
+    fn require_size(&self, name: &str, shape: &[usize]) -> Result<(), WeightsError> {
+        let mut sizes = shape.iter();
+        let bytes = sizes.try_fold(size_of::<f32>(), |all, &one| all.checked_mul(one));
+        if bytes.is_some_and(|bytes| bytes > 0 && isize::try_from(bytes).is_ok()) {
+            return Ok(());
+        }
+        let problem = format!("{name:?} has shape {shape:?}, which is empty or too large");
+        Err(self.settings.malformed(problem))
     }
 }
 

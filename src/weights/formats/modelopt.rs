@@ -14,11 +14,10 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             }
             Ok(())
         }
-        Some("NVFP4") => {
+        Some("NVFP4" | "W4A16_NVFP4") => {
             for module in finder.modules(".weight", RawType::U8) {
                 let factor = Factor::Times(format!("{module}.weight_scale_2"));
-                let unused = vec![format!("{module}.input_scale")];
-                compressed_tensors::add_nvfp4(finder, &module, "weight", factor, unused)?;
+                compressed_tensors::add_nvfp4(finder, &module, "weight", factor)?;
             }
             Ok(())
         }

@@ -28,7 +28,6 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             scales: format!("{module}_scales"),
             block: (1, GROUP),
             factor: Factor::One,
-            unused: Vec::new(),
         };
         // Unlike the tensor without this ending, it is not transposed.
         finder.add_floats(numbers, floats)?;

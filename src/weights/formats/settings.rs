@@ -79,14 +79,4 @@ impl<'a> Settings<'a> {
             self.refused(key, shown, &format!("one of {known:?}"))
         })
     }
-
-    /// Fails if a setting has another text than this one.
-    pub(super) fn require(&self, key: &str, expected: &str) -> Result<(), WeightsError> {
-        match self.text(key)? {
-            Some(found) if found != expected => {
-                Err(self.refused(key, format!("{found:?}"), &format!("{expected:?}")))
-            }
-            _ => Ok(()),
-        }
-    }
 }
