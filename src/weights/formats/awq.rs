@@ -4,7 +4,7 @@
 use super::super::WeightsError;
 use super::super::raw::RawType;
 use super::integers::{Integers, Packing, Zeros};
-use super::{Finder, wrong};
+use super::{Finder, Form};
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
@@ -18,15 +18,8 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     }
     for module in finder.modules(".qweight", RawType::I32) {
         let name = |part: &str| format!("{module}.{part}");
-        let (inputs, outputs) = match finder.directory.raw(&name("qweight")) {
-            Some(tensor) if tensor.shape.len() == 2 => {
-                (tensor.shape[0], tensor.shape[1].saturating_mul(8))
-            }
-            _ => {
-                let name = name("qweight");
-                return Err(wrong(finder.directory, &name, "no matrix", "a matrix"));
-            }
-        };
+        let [inputs, words] = finder.matrix_shape(&name("qweight"))?;
+        let outputs = words.saturating_mul(8);
         let group = super::group_size(finder, "group_size", inputs)?;
         let integers = Integers {
             shape: vec![outputs, inputs],
@@ -39,7 +32,7 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             zeros: Zeros::Interleaved(name("qzeros")),
             order: None,
         };
-        finder.add_integers(name("weight"), integers)?;
+        finder.add(name("weight"), Form::Integers(integers))?;
     }
     Ok(())
 }

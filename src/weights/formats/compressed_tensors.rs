@@ -5,7 +5,7 @@ use super::super::WeightsError;
 use super::super::raw::RawType;
 use super::floats::{Factor, Floats, Number, Scale};
 use super::integers::{Integers, Packing, Zeros};
-use super::{Finder, fp8, wrong};
+use super::{Finder, Form, fp8};
 use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 
@@ -172,7 +172,7 @@ fn add(
         ("pack-quantized", RawType::I32) => add_packed(finder, scheme, module),
         ("int-quantized" | "naive-quantized", RawType::I8) => {
             let weight = name("weight");
-            let [outputs, inputs] = shape(finder, &weight)?;
+            let [outputs, inputs] = finder.matrix_shape(&weight)?;
             let zeros = name("weight_zero_point");
             let has_zeros = finder.has(&zeros);
             let integers = Integers {
@@ -189,41 +189,23 @@ fn add(
                 },
                 order: None,
             };
-            finder.add_integers(weight, integers)
+            finder.add(weight, Form::Integers(integers))
         }
         ("float-quantized" | "naive-quantized", RawType::F8E4M3) => {
-            let block = match scheme.weights.get("block_structure") {
-                Some(Value::Array(sizes)) => {
-                    let size = |index: usize| sizes.get(index)?.as_u64()?.try_into().ok();
-                    let block = size(0)
-                        .zip(size(1))
-                        .filter(|&(a, b): &(usize, usize)| a > 0 && b > 0);
-                    Some(block.ok_or_else(|| {
-                        scheme.refused(finder, "block_structure", "two positive numbers")
-                    })?)
-                }
-                _ => None,
-            };
-            fp8::add(finder, module, block)
+            let key = "block_structure";
+            let sizes = scheme.weights.get(key).filter(|sizes| sizes.is_array());
+            let block = sizes.map(|sizes| {
+                fp8::block(sizes).ok_or_else(|| scheme.refused(finder, key, "two positive numbers"))
+            });
+            fp8::add(finder, module, block.transpose()?)
         }
         ("mxfp4-pack-quantized", RawType::U8) => {
-            let packed = name("weight_packed");
-            let [outputs, half] = shape(finder, &packed)?;
-            let floats = Floats {
-                shape: vec![outputs, half.saturating_mul(2)],
-                number: Number::E2m1,
-                numbers: packed,
-                stored: vec![outputs, half],
-                scale: Scale::Exponent,
-                scales: name("weight_scale"),
-                block: (1, 32),
-                factor: Factor::One,
-            };
-            finder.add_floats(name("weight"), floats)
+            let (scale, group) = (Scale::Exponent, 32);
+            add_fp4(finder, module, "weight_packed", scale, group, Factor::One)
         }
         ("nvfp4-pack-quantized", RawType::U8) => {
             let factor = Factor::Over(name("weight_global_scale"));
-            add_nvfp4(finder, module, "weight_packed", factor)
+            add_fp4(finder, module, "weight_packed", Scale::E4m3, 16, factor)
         }
         (format, kind) => {
             let problem = format!(
@@ -237,26 +219,28 @@ fn add(
     }
 }
 
-/// Adds a matrix of NVFP4: numbers of 4 bits with an FP8 scale per 16 inputs, and a factor.
-pub(super) fn add_nvfp4(
+/// Adds a matrix of numbers of 4 bits, `group` of which share a scale.
+pub(super) fn add_fp4(
     finder: &mut Finder<'_>,
     module: &str,
     part: &str,
+    scale: Scale,
+    group: usize,
     factor: Factor,
 ) -> Result<(), WeightsError> {
     let packed = format!("{module}.{part}");
-    let [outputs, half] = shape(finder, &packed)?;
+    let [outputs, half] = finder.matrix_shape(&packed)?;
     let floats = Floats {
         shape: vec![outputs, half.saturating_mul(2)],
         number: Number::E2m1,
         numbers: packed,
         stored: vec![outputs, half],
-        scale: Scale::E4m3,
+        scale,
         scales: format!("{module}.weight_scale"),
-        block: (1, 16),
+        block: (1, group),
         factor,
     };
-    finder.add_floats(format!("{module}.weight"), floats)
+    finder.add(format!("{module}.weight"), Form::Floats(floats))
 }
 
 /// Adds a matrix of integers that are packed into words.
@@ -271,7 +255,7 @@ fn add_packed(
         Some(bits @ (2 | 4 | 8)) => bits as u32,
         _ => return Err(scheme.refused(finder, "num_bits", "2, 4 or 8")),
     };
-    let [outputs, words] = shape(finder, &packed)?;
+    let [outputs, words] = finder.matrix_shape(&packed)?;
     let inputs = words.saturating_mul((32 / bits) as usize);
     // States the number of inputs before they were padded to whole words.
     finder.claim(name("weight_shape"));
@@ -300,12 +284,5 @@ fn add_packed(
         },
         order: finder.has(&order).then_some(order),
     };
-    finder.add_integers(name("weight"), integers)
-}
-
-/// Returns the shape of a matrix of raw numbers.
-fn shape(finder: &Finder<'_>, name: &str) -> Result<[usize; 2], WeightsError> {
-    let stored = finder.directory.raw(name).map_or(&[][..], |raw| raw.shape);
-    let shape = <[usize; 2]>::try_from(stored);
-    shape.map_err(|_| wrong(finder.directory, name, &format!("{stored:?}"), "a matrix"))
+    finder.add(name("weight"), Form::Integers(integers))
 }

@@ -4,7 +4,8 @@
 use super::super::WeightsError;
 use super::super::raw::RawType;
 use super::floats::{Factor, Floats, Number, Scale};
-use super::{Finder, wrong};
+use super::{Finder, Form};
+use serde_json::Value;
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
@@ -13,23 +14,23 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     {
         return Err(settings.refused("fmt", format!("{format:?}"), "\"e4m3\""));
     }
-    let block = match settings.get("weight_block_size") {
-        None => None,
-        Some(value) => {
-            let size = |index: usize| value.get(index)?.as_u64()?.try_into().ok();
-            match (size(0), size(1), value.get(2)) {
-                (Some(rows), Some(inputs), None) if rows > 0 && inputs > 0 => Some((rows, inputs)),
-                _ => {
-                    let expected = "two positive numbers";
-                    return Err(settings.refused("weight_block_size", value, expected));
-                }
-            }
-        }
-    };
+    let key = "weight_block_size";
+    let block = settings.get(key).map(|value| {
+        block(value).ok_or_else(|| settings.refused(key, value, "two positive numbers"))
+    });
+    let block = block.transpose()?;
     for module in finder.modules(".weight", RawType::F8E4M3) {
         add(finder, &module, block)?;
     }
     Ok(())
+}
+
+/// Reads the numbers of outputs and of inputs that share a scale, if they are two positive numbers.
+pub(super) fn block(value: &Value) -> Option<(usize, usize)> {
+    let sizes: &[Value; 2] = value.as_array()?.as_slice().try_into().ok()?;
+    let [outputs, inputs] = sizes.each_ref().map(Value::as_u64);
+    let size = |size: Option<u64>| usize::try_from(size?).ok().filter(|&size| size > 0);
+    size(outputs).zip(size(inputs))
 }
 
 /// Adds a matrix of FP8 numbers. Without `block`, the shape of the scales says what shares one.
@@ -40,12 +41,7 @@ pub(super) fn add(
 ) -> Result<(), WeightsError> {
     let name = |part: &str| format!("{module}.{part}");
     let weight = name("weight");
-    let stored = finder.directory.raw(&weight);
-    let stored = stored.map_or_else(Vec::new, |tensor| tensor.shape.to_vec());
-    let [outputs, inputs] = stored[..] else {
-        let found = format!("{stored:?}");
-        return Err(wrong(finder.directory, &weight, &found, "a matrix"));
-    };
+    let [outputs, inputs] = finder.matrix_shape(&weight)?;
     let (scales, of_blocks) = (name("weight_scale"), name("weight_scale_inv"));
     let scales = match finder.has(&of_blocks) || block.is_some() && !finder.has(&scales) {
         true => of_blocks,
@@ -58,14 +54,14 @@ pub(super) fn add(
         false => (outputs.max(1), inputs.max(1)),
     });
     let floats = Floats {
-        shape: stored.clone(),
+        shape: vec![outputs, inputs],
         number: Number::E4m3,
         numbers: weight.clone(),
-        stored,
+        stored: vec![outputs, inputs],
         scale: Scale::Float,
         scales,
         block,
         factor: Factor::One,
     };
-    finder.add_floats(weight, floats)
+    finder.add(weight, Form::Floats(floats))
 }

@@ -5,7 +5,7 @@
 use super::super::WeightsError;
 use super::super::raw::RawType;
 use super::integers::{Integers, Packing, Zeros};
-use super::{Finder, wrong};
+use super::{Finder, Form};
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     let settings = finder.settings;
@@ -21,16 +21,8 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
     };
     for module in finder.modules(".qweight", RawType::I32) {
         let name = |part: &str| format!("{module}.{part}");
-        let (inputs, outputs) = match finder.directory.raw(&name("qweight")) {
-            Some(tensor) if tensor.shape.len() == 2 => (
-                tensor.shape[0].saturating_mul((32 / bits) as usize),
-                tensor.shape[1],
-            ),
-            _ => {
-                let name = name("qweight");
-                return Err(wrong(finder.directory, &name, "no matrix", "a matrix"));
-            }
-        };
+        let [words, outputs] = finder.matrix_shape(&name("qweight"))?;
+        let inputs = words.saturating_mul((32 / bits) as usize);
         let group = super::group_size(finder, "group_size", inputs)?;
         let order = name("g_idx");
         let integers = Integers {
@@ -47,7 +39,7 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             },
             order: finder.has(&order).then_some(order),
         };
-        finder.add_integers(name("weight"), integers)?;
+        finder.add(name("weight"), Form::Integers(integers))?;
     }
     Ok(())
 }

@@ -46,8 +46,6 @@ pub(super) struct Quantised {
 /// A quantised matrix, or a stack of them.
 #[derive(Debug)]
 struct Matrix {
-    /// Shape of the matrix, preceded by the number of matrices if it is a stack.
-    shape: Vec<usize>,
     /// Format in which the rows are read.
     dtype: DType,
     form: Form,
@@ -167,7 +165,7 @@ impl Quantised {
         Some(TensorView {
             name,
             dtype: matrix.dtype,
-            shape: &matrix.shape,
+            shape: matrix.form.shape(),
             bytes: 0..matrix.rows() * matrix.row_bytes(),
         })
     }
@@ -188,10 +186,6 @@ impl Quantised {
         let form = match &matrix.form {
             Form::Integers(integers) => integers.open(directory, rows)?,
             Form::Floats(floats) => floats.open(directory, rows)?,
-        };
-        let path = || match &matrix.form {
-            Form::Integers(integers) => directory.path_of(&integers.codes),
-            Form::Floats(floats) => directory.path_of(&floats.numbers),
         };
         let mut data = vec![0; view.bytes.len()];
         in_chunks(&mut data, row_bytes, &|start, chunk| {
@@ -226,7 +220,7 @@ impl Quantised {
             match super::quant::first_not_finite(matrix.dtype, chunk) {
                 None => Ok(()),
                 Some(index) => Err(WeightsError::NotFinite {
-                    path: path(),
+                    path: directory.path_of(matrix.form.numbers()),
                     tensor: view.name.to_owned(),
                     index: (first + start / row_bytes) * columns + index,
                 }),
@@ -236,13 +230,48 @@ impl Quantised {
     }
 }
 
+impl Form {
+    /// Returns the shape of the matrix, preceded by the number of matrices if it is a stack.
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Integers(integers) => &integers.shape,
+            Self::Floats(floats) => &floats.shape,
+        }
+    }
+
+    /// Returns the name of the tensor with the numbers.
+    fn numbers(&self) -> &str {
+        match self {
+            Self::Integers(integers) => &integers.codes,
+            Self::Floats(floats) => &floats.numbers,
+        }
+    }
+
+    /// Returns the names of the tensors that the matrix is stored in.
+    fn parts(&self) -> Vec<String> {
+        match self {
+            Self::Integers(integers) => integers.parts(),
+            Self::Floats(floats) => floats.parts(),
+        }
+    }
+
+    /// Checks the parts, and returns the format in which the rows are read.
+    fn dtype(&self, directory: &Directory) -> Result<DType, WeightsError> {
+        match self {
+            Self::Integers(integers) => integers.dtype(directory),
+            Self::Floats(floats) => floats.dtype(directory),
+        }
+    }
+}
+
 impl Matrix {
     fn columns(&self) -> usize {
-        self.shape.last().copied().unwrap_or(0)
+        self.form.shape().last().copied().unwrap_or(0)
     }
 
     fn rows(&self) -> usize {
-        self.shape[..self.shape.len() - 1].iter().product()
+        let shape = self.form.shape();
+        shape[..shape.len() - 1].iter().product()
     }
 
     fn row_bytes(&self) -> usize {
@@ -259,7 +288,7 @@ fn expert_key(name: &str) -> Option<String> {
     Some(format!("{layer}.{}", part.replace("up_proj", "gate_proj")))
 }
 
-/// Returns the narrower of the formats that hold the integers or numbers of both.
+/// Returns the narrowest format that holds the weights of both.
 fn wider(a: DType, b: DType) -> DType {
     const BLOCKS: [DType; 3] = [DType::Q4_0, DType::Q5_0, DType::Q8_0];
     let place = |dtype| BLOCKS.iter().position(|&block| block == dtype);
@@ -323,34 +352,21 @@ impl Finder<'_> {
         self.found.parts.extend(others.map(str::to_owned));
     }
 
-    fn add_integers(&mut self, name: String, integers: Integers) -> Result<(), WeightsError> {
-        self.require_size(&name, &integers.shape)?;
-        let dtype = integers.dtype(self.directory)?;
-        for part in integers.parts() {
-            self.claim(part);
-        }
-        let shape = integers.shape.clone();
-        self.add(name, shape, dtype, Form::Integers(integers))
+    /// Returns the shape of a matrix of raw numbers.
+    fn matrix_shape(&self, name: &str) -> Result<[usize; 2], WeightsError> {
+        let stored = self.directory.raw(name).map_or(&[][..], |raw| raw.shape);
+        let shape = <[usize; 2]>::try_from(stored);
+        shape.map_err(|_| wrong(self.directory, name, &format!("{stored:?}"), "a matrix"))
     }
 
-    fn add_floats(&mut self, name: String, floats: Floats) -> Result<(), WeightsError> {
-        self.require_size(&name, &floats.shape)?;
-        let dtype = floats.dtype(self.directory)?;
-        for part in floats.parts() {
+    /// Adds the matrix that the model builder knows as `name`.
+    fn add(&mut self, name: String, form: Form) -> Result<(), WeightsError> {
+        self.require_size(&name, form.shape())?;
+        let dtype = form.dtype(self.directory)?;
+        for part in form.parts() {
             self.claim(part);
         }
-        let shape = floats.shape.clone();
-        self.add(name, shape, dtype, Form::Floats(floats))
-    }
-
-    fn add(
-        &mut self,
-        name: String,
-        shape: Vec<usize>,
-        dtype: DType,
-        form: Form,
-    ) -> Result<(), WeightsError> {
-        let matrix = Matrix { shape, dtype, form };
+        let matrix = Matrix { dtype, form };
         if self.directory.tensor(&name).is_some()
             || self.found.matrices.insert(name.clone(), matrix).is_some()
         {
@@ -359,9 +375,7 @@ impl Finder<'_> {
         }
         Ok(())
     }
-}
 
-impl Finder<'_> {
     /// Fails if a matrix is empty, or takes more than can be addressed when it is expanded.
     fn require_size(&self, name: &str, shape: &[usize]) -> Result<(), WeightsError> {
         let mut sizes = shape.iter();
@@ -387,6 +401,15 @@ fn group_size(finder: &Finder<'_>, key: &str, inputs: usize) -> Result<usize, We
     };
     let size = size.ok_or_else(|| settings.refused(key, value, "a number of inputs, or -1"))?;
     Ok(size.min(inputs).max(1))
+}
+
+/// Returns the type and the shape of a tensor, for errors.
+fn description(directory: &Directory, name: &str) -> String {
+    match (directory.tensor(name), directory.raw(name)) {
+        (Some(tensor), _) => format!("{} {:?}", tensor.dtype, tensor.shape),
+        (None, Some(tensor)) => format!("{:?} {:?}", tensor.kind, tensor.shape),
+        (None, None) => "missing".to_owned(),
+    }
 }
 
 /// Returns the error for a tensor that is missing or has another type or shape.
@@ -419,10 +442,7 @@ fn require_raw(
     if found.is_some_and(|tensor| tensor.kind == kind && tensor.shape == shape) {
         return Ok(());
     }
-    let shown = found.map_or_else(
-        || "missing".to_owned(),
-        |tensor| format!("{:?} {:?}", tensor.kind, tensor.shape),
-    );
+    let shown = description(directory, name);
     Err(wrong(
         directory,
         name,
@@ -441,13 +461,7 @@ fn numbers(
         .tensor(name)
         .filter(|tensor| shapes.contains(&tensor.shape))
     else {
-        let shown = match directory.tensor(name) {
-            Some(tensor) => format!("{} {:?}", tensor.dtype, tensor.shape),
-            None => directory.raw(name).map_or_else(
-                || "missing".to_owned(),
-                |tensor| format!("{:?} {:?}", tensor.kind, tensor.shape),
-            ),
-        };
+        let shown = description(directory, name);
         let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
         let expected = format!("floating-point numbers {}", shapes.join(" or "));
         return Err(wrong(directory, name, &shown, &expected));

@@ -2,7 +2,7 @@
 
 use super::super::WeightsError;
 use super::super::raw::RawType;
-use super::floats::Factor;
+use super::floats::{Factor, Scale};
 use super::{Finder, compressed_tensors, fp8};
 
 pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
@@ -17,7 +17,8 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
         Some("NVFP4" | "W4A16_NVFP4") => {
             for module in finder.modules(".weight", RawType::U8) {
                 let factor = Factor::Times(format!("{module}.weight_scale_2"));
-                compressed_tensors::add_nvfp4(finder, &module, "weight", factor)?;
+                let (scale, group) = (Scale::E4m3, 16);
+                compressed_tensors::add_fp4(finder, &module, "weight", scale, group, factor)?;
             }
             Ok(())
         }

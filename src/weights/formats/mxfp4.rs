@@ -3,7 +3,7 @@
 use super::super::WeightsError;
 use super::super::raw::RawType;
 use super::floats::{Factor, Floats, Number, Scale};
-use super::{Finder, wrong};
+use super::{Finder, Form, wrong};
 
 /// Inputs that share a scale.
 const GROUP: usize = 32;
@@ -30,7 +30,7 @@ pub(super) fn find(finder: &mut Finder<'_>) -> Result<(), WeightsError> {
             factor: Factor::One,
         };
         // Unlike the tensor without this ending, it is not transposed.
-        finder.add_floats(numbers, floats)?;
+        finder.add(numbers, Form::Floats(floats))?;
     }
     Ok(())
 }

@@ -4,15 +4,10 @@
 //! A block has 17 bytes: `exponent: u8`, `codes: [u8; 16]`. The code of a weight is twice its
 //! number plus 16, and its scale is half the power of two, as in ggml.
 
-use super::{Affine, nibbles};
+use super::nibbles;
 
-pub(super) const AFFINE: Affine = Affine {
-    group: 32,
-    bits: 8,
-    zero: 16,
-    has_min: false,
-    native_f16_scales: true,
-};
+// The CUDA device stores both in the same records.
+pub(super) use super::q5_0::AFFINE;
 
 /// The largest exponent whose scale is a float16 number: 2 to the power of 15. The smallest ones
 /// are below those of float16, where weights count as zeros on devices.

@@ -5,15 +5,10 @@
 //! [u8; 48]`, `rest: [u8; 4]`, `scale: f16`. A byte has five digits of base 3, those of `rest` have
 //! four; the first 32 bytes, the next 16 and the last four are each read digit by digit.
 
-use super::{Affine, f16_at};
+use super::f16_at;
 
-pub(super) const AFFINE: Affine = Affine {
-    group: 32,
-    bits: 4,
-    zero: 8,
-    has_min: false,
-    native_f16_scales: true,
-};
+// The CUDA device stores both in the same records.
+pub(super) use super::q4_0::AFFINE;
 
 /// Returns the code of a weight that is stored as 0, 1 or 2, or as 3, which stands for twice the
 /// scale.
