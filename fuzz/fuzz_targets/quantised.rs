@@ -2,8 +2,9 @@
 //! that the first byte chooses: opening it succeeds or returns an error, and what opens can be read.
 #![no_main]
 
+mod folder;
+
 use libfuzzer_sys::fuzz_target;
-use quell::internals::weights::{ModelFolder, WeightSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -42,24 +43,5 @@ fuzz_target!(|input: (u8, &[u8])| {
     let (choice, bytes) = input;
     let folder = &FOLDERS[usize::from(choice) % FOLDERS.len()];
     std::fs::write(folder.join("model.safetensors"), bytes).expect("a temporary file");
-    let Ok(model) = ModelFolder::open(folder) else {
-        return;
-    };
-    for name in model.names() {
-        let tensor = model.tensor(name).expect("a listed tensor is there");
-        assert_eq!(
-            tensor.dtype.bytes_for(tensor.elements()),
-            Some(tensor.bytes.len())
-        );
-        if let Ok(data) = model.read(&tensor) {
-            assert_eq!(data.len(), tensor.bytes.len());
-        }
-        for index in 0..tensor.shape.first().map_or(0, |&count| count.min(4)) {
-            let part = tensor.slice(index).expect("an entry of the tensor");
-            if tensor.shape.len() > 1 {
-                let _ = model.read(&part);
-            }
-        }
-    }
-    let _ = (model.count().total, model.recipe());
+    folder::check(folder);
 });

@@ -2,8 +2,9 @@
 //! returns an error, and what opens can be read.
 #![no_main]
 
+mod folder;
+
 use libfuzzer_sys::fuzz_target;
-use quell::internals::weights::{ModelFolder, WeightSource};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -16,23 +17,5 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
 
 fuzz_target!(|bytes: &[u8]| {
     std::fs::write(FOLDER.join("model.safetensors"), bytes).expect("a temporary file");
-    let Ok(model) = ModelFolder::open(&FOLDER) else {
-        return;
-    };
-    for name in model.names() {
-        let tensor = model.tensor(name).expect("a listed tensor is there");
-        assert_eq!(
-            tensor.dtype.bytes_for(tensor.elements()),
-            Some(tensor.bytes.len())
-        );
-        for index in 0..tensor.shape.first().map_or(0, |&count| count.min(4)) {
-            assert!(tensor.slice(index).is_some());
-        }
-        let _ = model.read(&tensor);
-    }
-    let _ = (
-        model.count().total,
-        model.count().main_format(),
-        model.file_bytes(),
-    );
+    folder::check(&FOLDER);
 });

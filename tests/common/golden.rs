@@ -1,6 +1,6 @@
 //! Compares an engine with reference outputs, by the rule in ARCHITECTURE.md.
 
-use quell::{Engine, Request, SamplingParams, TokenStream};
+use quell::{Engine, EngineConfig, Request, SamplingParams, TokenStream};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -60,6 +60,17 @@ pub fn ids(value: &Value) -> Vec<u32> {
 pub fn quantised(name: &str) -> PathBuf {
     let folder = crate::root().join("tests/fixtures/golden/quantised");
     folder.join(name)
+}
+
+/// Returns the configuration of engines that are compared with a reference: small steps, so that the
+/// longest prompt is prefilled in chunks.
+pub fn small_steps() -> EngineConfig {
+    EngineConfig {
+        max_batch_tokens: Some(32),
+        kv_cache_bytes: Some(8 << 20),
+        audit: true,
+        ..EngineConfig::default()
+    }
 }
 
 /// Reads the reference of a tiny checkpoint.

@@ -58,12 +58,14 @@ fn check_cases(
     );
 }
 
+/// What float16 activations may change.
+const FLOAT16: Tolerance = Tolerance {
+    max: 0.08,
+    margin: 0.08,
+};
+
 fn float16(name: &str) {
-    let tolerance = Tolerance {
-        max: 0.08,
-        margin: 0.08,
-    };
-    check(name, CudaActivations::F16, tolerance);
+    check(name, CudaActivations::F16, FLOAT16);
 }
 
 /// Checks a checkpoint for which 0.08 cannot hold, because rounding decides in some steps: which
@@ -120,13 +122,9 @@ fn gguf_as_conditioned(name: &str) {
 }
 
 fn quantised_in_float16(name: &str) {
-    let tolerance = Tolerance {
-        max: 0.08,
-        margin: 0.08,
-    };
     let path = golden::quantised(name);
     let cases = golden::cases(&path);
-    check_cases(name, &path, CudaActivations::F16, tolerance, &cases);
+    check_cases(name, &path, CudaActivations::F16, FLOAT16, &cases);
 }
 
 /// Checks a checkpoint with nearly equal experts, of which rounding decides, by the mean error.
@@ -152,11 +150,7 @@ fn quantised_by_mean_in_float16(name: &str) {
 }
 
 fn gguf_in_float16(name: &str) {
-    let tolerance = Tolerance {
-        max: 0.08,
-        margin: 0.08,
-    };
-    check_file(name, &gguf(name), CudaActivations::F16, tolerance);
+    check_file(name, &gguf(name), CudaActivations::F16, FLOAT16);
 }
 
 /// Allows twice the error that transformers itself makes in bfloat16.

@@ -6,18 +6,12 @@ use common::golden::{Tolerance, checkpoints, gguf, tiny, tiny_cases};
 use quell::internals::model::ModelSource;
 use quell::internals::weights::gguf::{Array, Value as Metadata};
 use quell::internals::weights::{Gguf, ModelFolder};
-use quell::{Engine, EngineConfig, LoadOptions};
+use quell::{Engine, LoadOptions};
 use std::path::Path;
 
 /// Checks a file against the reference of the checkpoint `name`.
 pub(crate) fn agrees(path: &Path, name: &str) {
-    let config = EngineConfig {
-        max_batch_tokens: Some(32),
-        kv_cache_bytes: Some(8 << 20),
-        audit: true,
-        ..EngineConfig::default()
-    };
-    let engine = Engine::load_with(path, config, LoadOptions::cpu()).unwrap();
+    let engine = Engine::load_with(path, golden::small_steps(), LoadOptions::cpu()).unwrap();
     let tolerance = Tolerance {
         max: 0.01,
         margin: 0.01,

@@ -4,7 +4,7 @@
 use common::golden::{self, Tolerance, cases, quantised};
 use quell::internals::model::ModelSource;
 use quell::internals::weights::{DType, ModelFolder};
-use quell::{Activations, CpuOptions, Engine, EngineConfig, LoadOptions};
+use quell::{Activations, CpuOptions, Engine, LoadOptions};
 
 /// Checks a checkpoint, whose quantised layers are read in this format.
 fn check(name: &str, format: DType) {
@@ -21,13 +21,7 @@ fn check(name: &str, format: DType) {
         },
         ..LoadOptions::cpu()
     };
-    let config = EngineConfig {
-        max_batch_tokens: Some(32),
-        kv_cache_bytes: Some(8 << 20),
-        audit: true,
-        ..EngineConfig::default()
-    };
-    let engine = Engine::load_with(quantised(name), config, options).unwrap();
+    let engine = Engine::load_with(quantised(name), golden::small_steps(), options).unwrap();
     let tolerance = Tolerance {
         max: 0.02,
         margin: 0.02,

@@ -2,7 +2,7 @@
 
 use common::golden;
 use common::golden::{Tolerance, tiny, tiny_cases};
-use quell::{CpuOptions, Engine, EngineConfig, LoadOptions, SimdLevel};
+use quell::{CpuOptions, Engine, LoadOptions, SimdLevel};
 
 fn check(name: &str) {
     // The rule for float32 activations must hold on every instruction set of the machine.
@@ -20,14 +20,7 @@ fn check(name: &str) {
             },
             ..LoadOptions::cpu()
         };
-        // Small steps, so that the longest prompt is prefilled in chunks.
-        let config = EngineConfig {
-            max_batch_tokens: Some(32),
-            kv_cache_bytes: Some(8 << 20),
-            audit: true,
-            ..EngineConfig::default()
-        };
-        let engine = match Engine::load_with(tiny(name), config, options) {
+        let engine = match Engine::load_with(tiny(name), golden::small_steps(), options) {
             Ok(engine) => engine,
             Err(error) if simd == SimdLevel::Avx2 && error.to_string().contains("AVX2") => continue,
             Err(error) => panic!("{name}: {error}"),
