@@ -169,8 +169,8 @@ pub(super) fn kind_of_gguf(file: &Gguf) -> Option<u64> {
 /// Returns the pooling of the kind with this number in the metadata of the GGUF file at `path`.
 ///
 /// # Errors
-/// Returns [`LoadError::Pooling`] if there is no such kind or a part of a classifier is missing, and
-/// [`LoadError::Model`] if a tensor has another shape.
+/// Returns [`LoadError::Pooling`] if there is no such kind or a part of a classifier is missing,
+/// and [`LoadError::Model`] if a tensor has another shape.
 pub(super) fn of_gguf(
     kind: Option<u64>,
     path: &Path,

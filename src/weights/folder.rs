@@ -43,7 +43,8 @@ impl ModelFolder {
     /// Returns [`WeightsError::Io`] or [`WeightsError::Shortened`] if a file cannot be
     /// read, [`WeightsError::MissingFile`] if one is absent, [`WeightsError::Unsupported`]
     /// for tensors that are not F32, F16 or BF16 and not part of a quantised matrix, for other
-    /// methods of quantisation, and for PyTorch checkpoints and Git LFS pointers, and [`WeightsError::Malformed`] for anything else.
+    /// methods of quantisation, and for PyTorch checkpoints and Git LFS pointers, and
+    /// [`WeightsError::Malformed`] for anything else.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let config_path = path.join(CONFIG);
         if !config_path.exists() {

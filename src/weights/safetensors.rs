@@ -25,7 +25,8 @@ const LONGEST_HEADER: u64 = 100_000_000;
 ///
 /// # Errors
 /// Returns [`WeightsError::Malformed`] for a broken header, and
-/// [`WeightsError::Unsupported`] for a tensor of another type or for a Git LFS pointer. Errors of reading the file are passed on.
+/// [`WeightsError::Unsupported`] for a tensor of another type or for a Git LFS pointer. Errors of
+/// reading the file are passed on.
 pub(super) fn read(
     file: &WeightFile,
     path: &Path,

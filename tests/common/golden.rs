@@ -62,8 +62,8 @@ pub fn quantised(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-/// Returns the configuration of engines that are compared with a reference: small steps, so that the
-/// longest prompt is prefilled in chunks.
+/// Returns the configuration of engines that are compared with a reference: small steps, so that
+/// the longest prompt is prefilled in chunks.
 pub fn small_steps() -> EngineConfig {
     EngineConfig {
         max_batch_tokens: Some(32),
